@@ -1,0 +1,38 @@
+"""Ratios of times taken in one run: the two sides take turns, so that a noisy machine disturbs both alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ratio(
+    ours: Callable[[], object], other: Callable[[], object], rounds: int, allowed: tuple[str, float], label: str
+) -> float:
+    """Prints and returns the median over rounds of time(ours) / time(other), after one round that does not count."""
+    ours(), other()
+    ratios = []
+    for i in range(rounds):
+        # Who goes first changes, so that what the first leaves in the caches helps neither.
+        if i % 2:
+            b, a = seconds(other), seconds(ours)
+        else:
+            a, b = seconds(ours), seconds(other)
+        ratios.append(a / b)
+    middle = statistics.median(ratios)
+    report(label, middle, allowed, f"rounds {', '.join(f'{r:.3f}' for r in ratios)}")
+    return middle
+
+
+def report(label: str, value: float, allowed: tuple[str, float], note: str = "") -> None:
+    """Prints one line: the figure, what it must be, and whether it is."""
+    sign, bound = allowed
+    holds = value <= bound if sign == "<=" else value >= bound
+    print(f"{label}: {value:.3f} (must be {sign} {bound:g}: {'holds' if holds else 'MISSED'}) {note}", flush=True)

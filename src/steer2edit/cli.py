@@ -1,0 +1,191 @@
+"""The command line: one verb a stage. Heavy imports stand inside the functions, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import Steer2EditError
+
+app = typer.Typer(
+    name="steer2edit",
+    help="Change how a language model behaves by editing its weights, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe keys to override, like search.steering=[0.1,0.2].")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="Hub id, folder or .gguf file in place of the recipe's.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs/NAME by default.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except Steer2EditError as error:
+        print(f"steer2edit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        print(
+            f"steer2edit: {error.filename or 'a file'} cannot be used (got: {error.strerror}). Check the path.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        print(
+            "steer2edit: the disk is full (got: no space left). Free some space and run the same command again.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("steer2edit: stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _open(recipe: str, overrides: list[str] | None, model: str | None, out: Path | None, quiet: bool) -> Any:
+    from .config import load_recipe
+    from .pipeline import Run
+    from .progress import be_quiet
+
+    be_quiet(quiet)
+    changes = [*(overrides or []), *([f"model.name={model}"] if model else [])]
+    parsed = load_recipe(recipe, changes)
+    return Run(out or Path("runs") / parsed.name, parsed)
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    model: ModelName = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Run every stage of a recipe; a run that was stopped goes on."""
+    _run_and_show(_open(recipe, overrides, model, out, quiet), json)
+
+
+@app.command()
+def demo(overrides: Overrides = None, out: Out = None, quiet: Quiet = False, json: Json = False) -> None:
+    """Run the whole method on a small chat model that comes from PyPI: prompts and recipe included."""
+    _run_and_show(_open("demo", overrides, None, out, quiet), json)
+
+
+def _run_and_show(run: Any, json: bool) -> None:
+    from .files import read_jsonl
+    from .pipeline import load_results, run_all
+
+    run_all(run)
+    results = load_results(run.folder)
+    if json:
+        _print_json(results)
+        return
+    from rich.console import Console
+
+    from .report.page import print_answers, print_results
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    print_answers(console, read_jsonl(run.path("evaluation/answers.jsonl")))
+    print_results(console, results)
+    console.print(f"Report, figures, edit and adapter: {run.folder}/", highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _stage(name: str, help: str) -> None:
+    def command(
+        recipe: RecipeName, overrides: Overrides = None, model: ModelName = None, out: Out = None, quiet: Quiet = False
+    ) -> None:
+        from .pipeline import run_stage
+
+        opened = _open(recipe, overrides, model, out, quiet)
+        run_stage(opened, name, recipe)
+        print(f"{name}: done, see {opened.folder}/")
+
+    app.command(name, help=help)(command)
+
+
+_stage("traces", "Stage 1: make the traces, responses that show the behaviour and responses that don't.")
+_stage("probe", "Stage 2: run the traces through the model once and keep each site's means.")
+_stage("score", "Stage 3: score every attention head and neuron.")
+_stage("search", "Stage 4: try the recipe's edits and steering strengths on validation.")
+_stage("edit", "Stage 5: choose one of each by the recipe's rule and write the edit.")
+_stage("export", "Stage 6: write the edit for other tools.")
+_stage("evaluate", "Stage 7: measure original, steering and edit on test.")
+_stage("report", "Stage 8: draw the figures and write the report.")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A probe, scores or edit file, or a run directory.")],
+    picture: Annotated[Path | None, typer.Option(help="Also draw an edit's λ, as FILE.png and FILE.svg.")] = None,
+    top: Annotated[int, typer.Option(help="How many of the largest components to list.", min=0)] = 10,
+    json: Json = False,
+) -> None:
+    """Show what is in a probe, scores, an edit or a run."""
+    from .inspection import describe, show
+
+    found = describe(file, top)
+    if picture is not None:
+        from .edit import Edit
+        from .report.figures import heat_map
+
+        edit_file = file / "edit.safetensors" if file.is_dir() else file
+        for written in heat_map(Edit.load(edit_file), picture.with_suffix("")):
+            print(written, file=sys.stderr)
+    if json:
+        _print_json(found)
+        return
+    from rich.console import Console
+
+    show(Console(), found)
+
+
+@app.command()
+def recipes(
+    copy: Annotated[str | None, typer.Option(help="Copy this recipe.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Where to; NAME.yaml by default.")] = None,
+    json: Json = False,
+) -> None:
+    """List the shipped recipes, or copy one to change it."""
+    from .config import shipped_recipes
+    from .errors import FileError, RecipeError
+    from .files import write_text
+
+    shipped = shipped_recipes()
+    if copy is None:
+        if json:
+            _print_json(sorted(shipped))
+            return
+        for name, text in shipped.items():
+            print(f"{name:12} {text.splitlines()[0].lstrip('# ')}")
+        return
+    if copy not in shipped:
+        raise RecipeError("no such shipped recipe", got=copy, fix=f"Shipped: {', '.join(shipped)}.")
+    target = to or Path(f"{copy}.yaml")
+    if target.exists():
+        raise FileError("the file exists already", got=target, fix="Give another --to.")
+    write_text(target, shipped[copy])
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

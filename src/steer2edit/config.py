@@ -1,0 +1,198 @@
+"""The recipe: one YAML file is one reproducible run. This is its schema; `recipes/` holds the shipped ones."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .errors import FileError, RecipeError
+from .files import read_text
+
+
+def _off(value: Any) -> Any:
+    # YAML reads an unquoted `off` as false.
+    return None if value is False or value == "off" else value
+
+
+Rho = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, BeforeValidator(_off)]
+Alpha = Annotated[float, Field(ge=0, lt=1)]
+Limit = Annotated[float, Field(ge=0)] | None
+Count = Annotated[int, Field(ge=0)]
+Many = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """Which model, and how it is loaded."""
+
+    name: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    plain: bool = False
+    trust_remote_code: bool = False
+
+
+class Behaviour(Section):
+    """What to change. Positive and negative say where the traces' responses come from."""
+
+    name: Literal["safety"] = "safety"
+    system: str | None = None
+    positive: Literal["written", "own"] = "written"
+    negative: Annotated[list[Literal["benign", "harmful"]], Field(min_length=1)] = ["benign", "harmful"]
+    new_tokens: Many = 48
+
+
+class Data(Section):
+    """The prompts, and how many of each kind every split takes."""
+
+    prompts: str = "builtin:safety"
+    probe: dict[Literal["harmful", "benign"], Many] = {"harmful": 80, "benign": 80}
+    validation: dict[Literal["harmful", "benign", "borderline"], Many]
+    test: dict[Literal["harmful", "benign", "borderline"], Many]
+
+
+class ProbePass(Section):
+    """The pass over the traces."""
+
+    positions: Literal["predicting", "response"] = "predicting"
+    max_tokens: Many = 4096
+    batch_tokens: Many = 1024
+
+
+class Limits(Section):
+    """What a configuration may cost on validation; null is no limit."""
+
+    over_refusal: Limit = 0.2
+    over_refusal_borderline: Limit = None
+    utility_loss: Limit = None
+    degenerate: Limit = 0.1
+
+
+class Search(Section):
+    """The configurations that are tried, and the rule that chooses: the highest refusal rate within the limits."""
+
+    rho_attn: list[Rho] = Field(min_length=1)
+    rho_mlp: list[Rho] = Field(min_length=1)
+    alpha: list[Alpha] = Field(min_length=1)
+    steering: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = []
+    limits: Limits = Limits()
+
+
+class Evaluation(Section):
+    """How answers are made and judged, in the search and on test, and the batch plan, which results may depend on."""
+
+    new_tokens: Many = 24
+    utility_prompts: Many = 24
+    utility_tokens: Many = 64
+    rows: Many = 128
+    batch: Many = 512
+    resamples: Many = 2000
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str
+    seed: Count = 0
+    model: Model
+    behaviour: Behaviour = Behaviour()
+    data: Data
+    probe: ProbePass = ProbePass()
+    search: Search
+    evaluation: Evaluation = Evaluation()
+    exports: list[Literal["adapter", "checkpoint"]] = ["adapter"]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name → YAML text of the recipes that come with the package."""
+    folder = files("steer2edit") / "recipes"
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file, or a shipped recipe by its name, with `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        RecipeError: an unknown key (with the nearest known one), or a value that its key cannot take.
+        FileError: no such file and no such recipe.
+    """
+    shipped = shipped_recipes()
+    if str(name) in shipped and not Path(name).is_file():
+        text = shipped[str(name)]
+    elif Path(name).is_file():
+        text = read_text(name)
+    else:
+        raise FileError("no such recipe", got=name, fix=f"Give a YAML file or a shipped recipe: {', '.join(shipped)}.")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not YAML", got=str(error).replace("\n", " "), fix="Mend its syntax.") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{name} is not a recipe", got=type(raw).__name__, fix="Write keys and values, see `steer2edit recipes`."
+        )
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals:
+        raise RecipeError("an override is not key=value", got=override, fix="Write it like search.steering=[0.1,0.2].")
+    *parents, last = path.split(".")
+    place: Any = raw
+    for parent in parents:
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise RecipeError("an override goes through a key that holds a plain value", got=path, fix="Check the key.")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"the value of {path} is not YAML", got=value, fix="Quote it.") from None
+
+
+def parse_recipe(raw: dict[str, Any]) -> Recipe:
+    """Raises RecipeError for the first key or value that is wrong."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
+        key = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(path[:-1])
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
+            fix = f"Did you mean {near[0]!r}?" if near else f"Known keys there: {', '.join(known)}."
+            raise RecipeError(f"the recipe has an unknown key {key}", got=path[-1], fix=fix) from None
+        if problem["type"] == "missing":
+            raise RecipeError(f"the recipe has no {key}", got="nothing", fix=f"Add the key {key}.") from None
+        message = problem["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"the recipe's {key} cannot be used", got=repr(problem["input"]), fix=f"{message}.") from None
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        kind = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        section = kind
+    return list(section.model_fields)

@@ -1,0 +1,314 @@
+"""The paper: a steering vector becomes a rank-1 weight edit of every head and neuron (arXiv 2602.09870).
+
+Pure mathematics, tensors in, tensors out. W.view(d, n, c) is a weight seen as n components of width c; heads
+(c = head_dim) and neurons (c = 1) go through the same formulas. For component i the edit is ΔW_i = λ_i u k_iᵀ:
+Theorem 3.1 gives u, Theorem 3.2 gives k, Theorem 3.3 gives λ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import EditError
+from .sites import BLOCKS, Site
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+    from .bake import Applied
+    from .intervention import Intervention
+
+# Step 1 ------------------------------------------------------------------------------------------------------------
+
+
+def output_direction(v: Tensor) -> Tensor:
+    """u = v̂ = v/‖v‖ [d] (Theorem 3.1: the only direction that moves the output along v alone). 0 where v = 0."""
+    norm = torch.linalg.vector_norm(v)
+    return v / norm if norm > 0 else torch.zeros_like(v)
+
+
+# Step 2 ------------------------------------------------------------------------------------------------------------
+
+
+def input_direction(W: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """k̂_i = W_iᵀv/‖W_iᵀv‖ [n, c] (Theorem 3.2: the change that correlates most with the alignment score v·W_i h).
+
+    Args:
+        W: [d, n·c] fp32.
+        v: [d] fp32, of any length above 0.
+
+    Returns:
+        k̂ [n, c], a row of zeros where W_iᵀv = 0; and the norms ‖W_iᵀv̂‖ [n].
+    """
+    k = (output_direction(v) @ W).view(n, -1)  # [n, c]
+    norm = torch.linalg.vector_norm(k, dim=1)  # [n]
+    return torch.where(norm[:, None] > 0, k / norm[:, None], 0.0), norm
+
+
+# Step 3 ------------------------------------------------------------------------------------------------------------
+
+
+def importance(W: Tensor, mu: Tensor, v: Tensor, n: int) -> Tensor:
+    """g_i = cos(v, W_i μ_i) [n], 0 where W_i μ_i = 0.
+
+    Args:
+        W: [d, n·c] fp32.
+        mu: mean input [n·c] fp32.
+        v: [d] fp32.
+    """
+    u = output_direction(v)
+    g = []
+    for w, m in zip(_components(W, n), mu.view(n, -1).split(_step(W, n)), strict=True):
+        out = torch.einsum("dnc,nc->nd", w, m)  # [step, d], each component's mean output
+        norm = torch.linalg.vector_norm(out, dim=1)
+        g.append(torch.where(norm > 0, (out @ u) / norm, 0.0))
+    return torch.cat(g)
+
+
+def magnitudes(g: Tensor, rho: float | None, alpha: float) -> Tensor:
+    """λ_i = sign(g_i) · max(|g_i| − ρα, 0) / (ρ(1 − α)) [n] (Theorem 3.3, the Elastic-Net soft threshold).
+
+    The one maximiser of gᵀλ − ρ(α‖λ‖₁ + (1 − α)/2 · ‖λ‖₂²). A larger ρ is a smaller edit; None is ρ = ∞.
+
+    Raises:
+        EditError: if ρ is not above 0 or α is not in [0, 1).
+    """
+    check_budget(rho, alpha)
+    if rho is None:
+        return torch.zeros_like(g)
+    return torch.sign(g) * torch.clamp(g.abs() - rho * alpha, min=0) / (rho * (1 - alpha))
+
+
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def check_budget(rho: float | None, alpha: float) -> None:
+    if rho is not None and not (isinstance(rho, int | float) and 0 < rho < math.inf):
+        raise EditError("the budget ρ must be above 0 and finite", got=rho, fix="Use None to switch a block type off.")
+    if not (isinstance(alpha, int | float) and 0 <= alpha < 1):
+        raise EditError("the mixing weight α must be in [0, 1)", got=alpha, fix="α = 0 is dense, towards 1 is sparse.")
+
+
+def _step(W: Tensor, n: int) -> int:
+    # Components at once: a temporary of [step, d] stays at about 64 MB whatever the model.
+    return max(1, min(n, 16_000_000 // W.shape[0]))
+
+
+def _components(W: Tensor, n: int) -> tuple[Tensor, ...]:
+    return W.view(W.shape[0], n, -1).split(_step(W, n), dim=1)
+
+
+@dataclass(frozen=True)
+class SiteScores:
+    """What the traces and the weight say of one site; no (ρ, α) in it.
+
+    Attributes:
+        u: v̂ [d]. k: k̂ [n, c]. g: importance [n].
+        reach: ‖W_iᵀv̂‖ [n], the component's own gain along v̂; λ_i/reach_i is an edit's size relative to it.
+        v_norm: ‖v‖.
+    """
+
+    site: Site
+    u: Tensor
+    k: Tensor
+    g: Tensor
+    reach: Tensor
+    v_norm: float
+
+
+def score_site(site: Site, W: Tensor, v: Tensor, mu: Tensor) -> SiteScores:
+    """Steps 1 and 2 and the scores of step 3 for one site, in fp32, on the weight's own device.
+
+    Args:
+        W: [d, n·c], any floating dtype. v: [d]. mu: [n·c].
+    """
+    w = W.detach().float()
+    v, mu = v.to(w.device, torch.float32), mu.to(w.device, torch.float32)
+    k, reach = input_direction(w, v, site.n)
+    g = importance(w, mu, v, site.n)
+    u = output_direction(v)
+    return SiteScores(site, u.cpu(), k.cpu(), g.cpu(), reach.cpu(), float(torch.linalg.vector_norm(v)))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of every site, from which any (ρ, α) gives an edit by a soft threshold.
+
+    Attributes:
+        sites: site key → its scores, in the model's order.
+        fingerprint: site key → sketch of the base's weight.
+        provenance: of the probe, and of the vectors if they were given.
+    """
+
+    sites: Mapping[str, SiteScores]
+    fingerprint: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _importance(self) -> dict[str, Tensor]:
+        # All of a block type's g as one vector, so that one more configuration costs one soft threshold.
+        by_block = {block: [s.g for s in self.sites.values() if s.site.block == block] for block in BLOCKS}
+        return {block: torch.cat(g) for block, g in by_block.items() if g}
+
+    def edit(self, *, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
+        """The edit of one configuration; ρ = None switches a block type off.
+
+        Raises:
+            EditError: ρ ≤ 0 or α outside [0, 1).
+        """
+        sites: dict[str, SiteEdit] = {}
+        for block, rho in (("attn", rho_attn), ("mlp", rho_mlp)):
+            mine = [s for s in self.sites.values() if s.site.block == block]
+            if mine:
+                lams = magnitudes(self._importance[block], rho, alpha).split([s.site.n for s in mine])
+                for s, lam in zip(mine, lams, strict=True):
+                    sites[s.site.key] = SiteEdit(s.site, s.u, s.k, s.g, s.reach, lam)
+        sites = {key: sites[key] for key in self.sites}
+        config = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
+        return Edit(sites, config, self.fingerprint, self.provenance)
+
+    def save(self, path: str | Path) -> None:
+        from .store import save_scores
+
+        save_scores(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        from .store import load_scores
+
+        return load_scores(path)
+
+
+@dataclass(frozen=True)
+class SiteEdit:
+    """One site's edit, ΔW = u aᵀ with a = λ·k̂. g, λ and k̂ are kept apart: a sign folded into λ would say that a
+    neuron is suppressed when it is reinforced.
+
+    Attributes:
+        u: v̂ [d]. k: k̂ [n, c]. g: importance [n]. reach: ‖W_iᵀv̂‖ [n]. lam: λ [n].
+    """
+
+    site: Site
+    u: Tensor
+    k: Tensor
+    g: Tensor
+    reach: Tensor
+    lam: Tensor
+
+    @property
+    def row(self) -> Tensor:
+        """a = [λ_1 k̂_1ᵀ | … | λ_n k̂_nᵀ], [n·c]: the whole site's edit has rank one."""
+        return (self.lam[:, None] * self.k).flatten()
+
+    def delta(self) -> Tensor:
+        """ΔW = u aᵀ [d, n·c], fp32."""
+        return torch.outer(self.u, self.row)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit of a model: for each site u, k̂, g and λ; a few megabytes, as a `safetensors` file.
+
+    Attributes:
+        sites: site key → its edit, in the model's order.
+        config: rho_attn, rho_mlp, alpha.
+        fingerprint: site key → sketch of the base's weight, by which another base is refused.
+        provenance: where the scores came from.
+        strength: scales the whole edit; kept apart from λ.
+    """
+
+    sites: Mapping[str, SiteEdit]
+    config: Mapping[str, Any]
+    fingerprint: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+
+    def edited(self) -> dict[str, SiteEdit]:
+        """The sites that the edit changes: those with a λ that is not 0."""
+        return {key: site for key, site in self.sites.items() if bool((site.lam != 0).any())}
+
+    def with_strength(self, strength: float) -> Edit:
+        """The same edit, scaled. Raises EditError if the strength is not finite."""
+        if not math.isfinite(strength):
+            raise EditError("the strength must be finite", got=strength, fix="1.0 is the edit as scored.")
+        return replace(self, strength=float(strength))
+
+    def summary(self) -> dict[str, Any]:
+        """For each block type: components in all, edited, reinforced (λ > 0), suppressed (λ < 0), largest |λ|."""
+        table: dict[str, Any] = {}
+        for block in BLOCKS:
+            lams = [s.lam for s in self.sites.values() if s.site.block == block]
+            lam = torch.cat(lams) if lams else torch.zeros(0)
+            table[block] = {
+                "components": lam.numel(),
+                "edited": int((lam != 0).sum()),
+                "reinforced": int((lam > 0).sum()),
+                "suppressed": int((lam < 0).sum()),
+                "largest": float(lam.abs().max()) if lam.numel() else 0.0,
+            }
+        return table
+
+    @property
+    def id(self) -> str:
+        """A short hash of what the edit does: its sites, directions, rows and strength."""
+        digest = hashlib.sha256(repr(self.strength).encode())
+        for key, site in self.edited().items():
+            digest.update(key.encode() + site.u.numpy().tobytes() + site.row.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # The verbs of the public interface; each only calls the module that does the work.
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which the model answers as if edited; no weight is touched."""
+        from .intervention import intervening
+
+        return intervening(model, self.intervention(), edit=self)
+
+    def intervention(self, name: str = "edit") -> Intervention:
+        """out += u(aᵀx) at each edited site."""
+        from .intervention import Intervention, Term
+
+        terms = {k: Term(s.u[:, None], (self.strength * s.row)[None, :]) for k, s in self.edited().items()}
+        return Intervention(name, terms)
+
+    def apply(self, model: nn.Module) -> Applied:
+        """Bakes the edit into the weights and says what rounding to their dtype lost. `revert` undoes it."""
+        from .bake import apply
+
+        return apply(self, model)
+
+    def revert(self, model: nn.Module) -> None:
+        """Restores the exact bytes that `apply` found."""
+        from .bake import revert
+
+        revert(self, model)
+
+    def save_adapter(self, folder: str | Path, base: str | None = None) -> Path:
+        """Writes the edit as a PEFT LoRA adapter of rank 1."""
+        from .export.adapter import save_adapter
+
+        return save_adapter(self, folder, base)
+
+    def save(self, path: str | Path) -> None:
+        from .store import save_edit
+
+        save_edit(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        from .store import load_edit
+
+        return load_edit(path)

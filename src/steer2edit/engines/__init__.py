@@ -1,0 +1,64 @@
+"""Engines make text and score text under interventions, a different one in every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..intervention import Intervention
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt's token ids, and which intervention of the table it runs under."""
+
+    ids: tuple[int, ...]
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated: token ids without the end-of-turn token, the text, and whether the model ended its turn."""
+
+    ids: tuple[int, ...]
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How far interventions move a model on given answers.
+
+    Attributes:
+        kl: [answers, interventions] KL(base ‖ intervened) per token, in nats.
+        nll: [answers, interventions] negative log-likelihood per token, in nats.
+        base_nll: [answers] the same under the base model.
+    """
+
+    kl: Tensor
+    nll: Tensor
+    base_nll: Tensor
+
+
+class Engine(Protocol):
+    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]: ...
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> list[Answer]: ...
+
+    def losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None = None,
+    ) -> Losses: ...

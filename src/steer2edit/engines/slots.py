@@ -1,0 +1,107 @@
+"""A key/value cache of slots: each row writes at its own position, so rows of any length share a batch without
+padding, leave it when they are done, and make room for the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class _Cursor:
+    """Where the coming forward pass writes: all rows from `start` on, or row i at `at[i]`; `length` is then visible."""
+
+    start: int = 0
+    at: Tensor | None = None
+    length: int = 0
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values [rows, heads, capacity, head_dim], allocated once."""
+
+    is_sliding = False
+
+    def __init__(self, cursor: _Cursor, rows: int, capacity: int):
+        super().__init__()
+        self.cursor, self.rows, self.capacity = cursor, rows, capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (self.rows, key_states.shape[1], self.capacity, key_states.shape[3])
+        self.keys = key_states.new_zeros(shape)
+        self.values = value_states.new_zeros((*shape[:3], value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        cursor = self.cursor
+        if cursor.at is None:
+            here = slice(cursor.start, cursor.start + key_states.shape[2])
+            self.keys[:, :, here] = key_states
+            self.values[:, :, here] = value_states
+        else:
+            rows = torch.arange(self.rows, device=key_states.device)
+            at = cursor.at.to(key_states.device)
+            self.keys[rows, :, at] = key_states[:, :, 0]
+            self.values[rows, :, at] = value_states[:, :, 0]
+        return self.keys[:, :, : cursor.length], self.values[:, :, : cursor.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cursor.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cursor.start
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class SlotCache(Cache):
+    """Slots for `rows` sequences of up to `capacity` tokens."""
+
+    def __init__(self, layers: int, rows: int, capacity: int):
+        self.cursor = _Cursor()
+        self.rows, self.capacity = rows, capacity
+        self.slots = [_SlotLayer(self.cursor, rows, capacity) for _ in range(layers)]
+        super().__init__(layers=list(self.slots))
+
+    def write_from(self, start: int, tokens: int) -> None:
+        """The coming pass writes `tokens` tokens of every row from position `start` on."""
+        self.cursor.start, self.cursor.at, self.cursor.length = start, None, start + tokens
+
+    def write_at(self, positions: Tensor) -> None:
+        """The coming pass writes one token of row i at positions[i]."""
+        self.cursor.at, self.cursor.start = positions, int(positions.max())
+        self.cursor.length = self.cursor.start + 1
+
+    def copy(self, source: SlotCache, rows: Tensor, into: Tensor, length: int) -> None:
+        """Copies the first `length` positions of `source`'s rows into this cache's rows `into`."""
+        for mine, theirs in zip(self.slots, source.slots, strict=True):
+            assert theirs.keys is not None
+            assert theirs.values is not None
+            if not mine.is_initialized:
+                mine.lazy_initialization(theirs.keys, theirs.values)
+            assert mine.keys is not None
+            assert mine.values is not None
+            rows_here, into_here = rows.to(theirs.keys.device), into.to(theirs.keys.device)
+            mine.keys[into_here, :, :length] = theirs.keys[rows_here, :, :length]
+            mine.values[into_here, :, :length] = theirs.values[rows_here, :, :length]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these, in this order."""
+        self.rows = len(rows)
+        for layer in self.slots:
+            layer.rows = len(rows)
+            if layer.is_initialized:
+                assert layer.keys is not None
+                assert layer.values is not None
+                here = rows.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys[here], layer.values[here]

@@ -1,0 +1,279 @@
+"""The engine that runs anywhere: a transformers model with a decode loop of our own.
+
+Every row of a batch carries its own intervention. A prefix that all prompts share (system prompt, template) is run once
+for each intervention; the rest of a prompt is run without the language-model head; rows leave when their turn ends and
+waiting ones take their slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Steer2EditError
+from ..intervention import NOTHING, Intervention, Interventions
+from ..traces import prompt_tokens
+from . import Answer, Losses, Progress, Request
+from .slots import SlotCache
+
+# Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
+LOGITS = 64_000_000
+# Tokens of prompts that are run at once: enough to fill the cores, few enough to stay in a CPU's cache.
+PREFILL = 2048
+
+
+class TransformersEngine:
+    """Makes and scores text with a model in this process.
+
+    Args:
+        rows: slots of the decode batch. Part of the batch plan: bf16 results depend on it, fp32 ones in the last bits.
+        plain: prompts are plain text, not chat.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, rows: int = 64, plain: bool = False):
+        self.model, self.tokenizer, self.slots, self.plain = model, tokenizer, rows, plain
+        self.config: Any = model.config
+        self.device = next(model.parameters()).device
+        self.stops = _stop_ids(model, tokenizer)
+        self.forward_passes = 0
+
+    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        return tuple(prompt_tokens(self.tokenizer, messages, self.plain))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """Greedy answers, in the order of the requests.
+
+        Args:
+            requests: prompts of at least one token, each with its row of `table`.
+            max_new_tokens: an answer is cut there.
+        """
+        if not requests:
+            return []
+        longest = max(len(r.ids) for r in requests)
+        self._check_length(longest + max_new_tokens)
+        prefix = _common_prefix([r.ids for r in requests])
+        made: list[list[int]] = [[] for _ in requests]
+        ended = [False] * len(requests)
+        waiting = list(range(len(requests)))
+        slots: list[int | None] = [None] * min(self.slots, len(requests))  # slot → request
+        cache = SlotCache(self.config.num_hidden_layers, len(slots), longest + max_new_tokens)
+        token = torch.zeros(len(slots), dtype=torch.long)  # the next token to feed, of each slot
+        at = torch.zeros(len(slots), dtype=torch.long)  # and its position
+        with Interventions(self.model, table) as running:
+            shared = self._prefix_cache(prefix, running, [r.row for r in requests])
+            while waiting or any(slot is not None for slot in slots):
+                free = [i for i, slot in enumerate(slots) if slot is None]
+                if waiting and 4 * len(free) >= len(slots):
+                    new = [waiting.pop(0) for _ in free[: len(waiting)]]
+                    for some in _chunks(new, max(1, PREFILL // longest)):
+                        start = new.index(some[0])
+                        self._admit(
+                            [requests[i] for i in some], free[start : start + len(some)], cache, running, shared
+                        )
+                    for slot, i in zip(free, new, strict=False):
+                        slots[slot] = i
+                        token[slot], at[slot] = requests[i].ids[-1], len(requests[i].ids) - 1
+                    self._announce(running, slots, requests)
+                elif free and not waiting and 4 * len(free) >= len(slots):
+                    kept = [i for i, slot in enumerate(slots) if slot is not None]
+                    rows = torch.tensor(kept)
+                    cache.keep(rows)
+                    slots, token, at = [slots[i] for i in kept], token[rows], at[rows]
+                    self._announce(running, slots, requests)
+                logits = self._step(token, at, cache)
+                token = logits.argmax(dim=-1).cpu()
+                at = at + 1
+                for slot, request in enumerate(slots):
+                    if request is None:
+                        token[slot], at[slot] = 0, 0
+                        continue
+                    new_token = int(token[slot])
+                    if new_token in self.stops:
+                        ended[request] = True
+                    else:
+                        made[request].append(new_token)
+                    if ended[request] or len(made[request]) == max_new_tokens:
+                        slots[slot] = None
+                        token[slot], at[slot] = 0, 0
+                if progress:
+                    # Answers under way count by their share of the tokens that they may have, so that an ETA is smooth.
+                    under_way = [len(made[i]) for i in slots if i is not None]
+                    whole = len(requests) - len(waiting) - len(under_way)
+                    progress(whole + sum(under_way) // max_new_tokens, len(requests))
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+        return [Answer(tuple(ids), text, end) for ids, text, end in zip(made, texts, ended, strict=True)]
+
+    @torch.inference_mode()
+    def losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None = None,
+    ) -> Losses:
+        """KL and NLL per token of given answers under each intervention.
+
+        One answer under all interventions is one batch without padding, beside the base model's row.
+
+        Args:
+            pairs: prompt ids and answer ids, neither empty.
+        """
+        full = [NOTHING, *table]
+        kl, nll = torch.zeros(len(pairs), len(full)), torch.zeros(len(pairs), len(full))
+        if not pairs:
+            return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
+        longest = max(len(p) + len(a) for p, a in pairs)
+        self._check_length(longest)
+        prefix = _common_prefix([p for p, _ in pairs])
+        vocabulary = self.config.vocab_size
+        rows_at_once = max(2, LOGITS // (vocabulary * max(len(a) for _, a in pairs)))
+        with Interventions(self.model, full) as running:
+            for first in range(0, len(full), rows_at_once):
+                rows = list(range(first, min(first + rows_at_once, len(full))))
+                rows = rows if first == 0 else [0, *rows]  # the base model's row leads every batch
+                cache = self._prefix_cache(prefix, running, rows, capacity=longest)
+                if cache is None:
+                    cache = SlotCache(self.config.num_hidden_layers, len(rows), longest)
+                running.rows(rows)
+                for i, (prompt, answer) in enumerate(pairs):
+                    ids = torch.tensor([*prompt[len(prefix) :], *answer[:-1]])[None].expand(len(rows), -1)
+                    logits = self._run(ids, cache, len(prefix), head=len(answer))  # [rows, m, vocabulary]
+                    wanted = torch.tensor(answer, device=logits.device)
+                    log_base = logits[0].float().log_softmax(dim=-1)
+                    p_base = log_base.exp()
+                    for j, row in enumerate(rows):
+                        log_row = log_base if j == 0 else logits[j].float().log_softmax(dim=-1)
+                        kl[i, row] = (p_base * (log_base - log_row)).sum(dim=-1).mean()
+                        nll[i, row] = -log_row.gather(1, wanted[:, None]).mean()
+                    if progress:
+                        progress(first * len(pairs) + (i + 1) * (len(rows) - (first > 0)), len(full) * len(pairs))
+        return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
+
+    def _check_length(self, tokens: int) -> None:
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit and tokens > limit:
+            raise Steer2EditError(
+                "a prompt and its answer are longer than the model can read",
+                got=f"{tokens} tokens, at most {limit}",
+                fix="Shorten the prompt, or ask for fewer new tokens.",
+            )
+
+    def _announce(self, running: Interventions, slots: Sequence[int | None], requests: Sequence[Request]) -> None:
+        running.rows([0 if i is None else requests[i].row for i in slots])
+
+    def _prefix_cache(
+        self, prefix: tuple[int, ...], running: Interventions, rows: Sequence[int], capacity: int = 0
+    ) -> SlotCache | None:
+        """The shared prefix run once under each intervention that is needed; row i of the cache is the i-th of them."""
+        if not prefix:
+            return None
+        self._prefix_row = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        running.rows(list(self._prefix_row))
+        cache = SlotCache(self.config.num_hidden_layers, len(self._prefix_row), max(capacity, len(prefix)))
+        self._run(torch.tensor(prefix)[None].expand(cache.rows, -1), cache, 0)
+        return cache
+
+    def _admit(
+        self,
+        requests: Sequence[Request],
+        into: Sequence[int],
+        cache: SlotCache,
+        running: Interventions,
+        shared: SlotCache | None,
+    ) -> None:
+        """Runs the prompts, all but their last token, and puts them into the cache's slots."""
+        start = shared.capacity if shared else 0
+        rest = [r.ids[start:-1] for r in requests]
+        width = max(map(len, rest))
+        staged = SlotCache(self.config.num_hidden_layers, len(requests), start + width)
+        everyone = torch.arange(len(requests))
+        if shared:
+            staged.copy(shared, torch.tensor([self._prefix_row[r.row] for r in requests]), everyone, start)
+        if width:
+            # Padding stands on the right: what is written there is overwritten, or masked, until the row gets there.
+            ids = torch.zeros(len(requests), width, dtype=torch.long)
+            for i, tail in enumerate(rest):
+                ids[i, : len(tail)] = torch.tensor(tail, dtype=torch.long)
+            running.rows([r.row for r in requests])
+            self._run(ids, staged, start)
+        if start + width:
+            cache.copy(staged, everyone, torch.tensor(list(into)), start + width)
+
+    def _run(self, ids: Tensor, cache: SlotCache, start: int, head: int = 0) -> Tensor:
+        """Runs tokens [rows, time] from position `start` on; the logits of the last `head` positions if asked."""
+        time = ids.shape[1]
+        cache.write_from(start, time)
+        positions = torch.arange(start, start + time, device=self.device)
+        mask = None
+        if start:
+            mask = self._mask(positions[None, None, :, None], start + time)
+        inputs: dict[str, Any] = {
+            "input_ids": ids.to(self.device),
+            "attention_mask": mask,
+            "position_ids": positions[None].expand(len(ids), -1),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        self.forward_passes += 1
+        if head:
+            return self.model(**inputs, logits_to_keep=head).logits
+        body: Any = getattr(self.model, "base_model", self.model)
+        return body(**inputs).last_hidden_state
+
+    def _step(self, token: Tensor, at: Tensor, cache: SlotCache) -> Tensor:
+        """One token of every slot, at the slot's own position; logits [slots, vocabulary]."""
+        at = at.to(self.device)
+        cache.write_at(at)
+        self.forward_passes += 1
+        return self.model(
+            input_ids=token[:, None].to(self.device),
+            attention_mask=self._mask(at[:, None, None, None], cache.cursor.length),
+            position_ids=at[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    def _mask(self, positions: Tensor, length: int) -> Tensor:
+        """What each query may see: keys up to its own position, within the model's sliding window if it has one.
+
+        Args:
+            positions: of the queries, [rows or 1, 1, time, 1].
+        """
+        keys = torch.arange(length, device=self.device)
+        seen = keys <= positions
+        window = getattr(self.config, "sliding_window", None)
+        if window and getattr(self.config, "use_sliding_window", True):
+            seen &= keys > positions - window
+        if self.config._attn_implementation == "sdpa":
+            return seen
+        dtype = next(self.model.parameters()).dtype
+        return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    found: set[int] = set()
+    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found |= set(value) if isinstance(value, list | tuple) else {value}
+    return {i for i in found if i is not None}
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The tokens that all prompts begin with, short of the last token of each."""
+    shortest = min(len(p) for p in prompts) - 1
+    length = 0
+    while length < shortest and len({p[length] for p in prompts}) == 1:
+        length += 1
+    return prompts[0][:length]

@@ -1,0 +1,1 @@
+"""Edits written for other tools."""

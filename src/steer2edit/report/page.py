@@ -1,0 +1,118 @@
+"""The report of a run, in Markdown and as tables on the terminal: what was measured on test, and on how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import Recipe
+from ..edit import Edit
+
+_NAMES = {"base": "original", "steering": "steering", "edit": "edit"}
+_COLUMNS = {
+    "refusal": "refusal (harmful)",
+    "over_refusal": "over-refusal (benign)",
+    "over_refusal_borderline": "over-refusal (looks harmful)",
+    "degenerate": "degenerate",
+    "nll_rise": "NLL rise per token",
+    "utility_loss": "KL per token",
+}
+
+
+def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the test results: mean [95 % interval]."""
+    header = ["on test", *_COLUMNS.values()]
+    rows = []
+    for kind, system in results["systems"].items():
+        name = _NAMES[kind] if kind == "base" else f"{_NAMES[kind]} ({describe(system['id'])})"
+        rows.append([name, *(_cell(system[column]) for column in _COLUMNS)])
+    sizes = next(iter(results["systems"].values()))
+    rows.append(["n", *(str(sizes[column]["n"]) for column in _COLUMNS)])
+    return header, rows
+
+
+def describe(name: str) -> str:
+    """`edit-0.2-off-0.1` → `ρ_attn 0.2, ρ_mlp off, α 0.1`."""
+    kind, _, rest = name.partition("-")
+    if kind == "steering":
+        return f"γ {rest}"
+    rho_attn, rho_mlp, alpha = rest.split("-")
+    return f"ρ_attn {rho_attn}, ρ_mlp {rho_mlp}, α {alpha}"
+
+
+def _cell(value: Mapping[str, Any]) -> str:
+    if value["mean"] is None:
+        return "–"
+    return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, Any], edit: Edit) -> str:
+    header, rows = table(results)
+    lines = [f"# {recipe.name}", "", f"Model `{recipe.model.name}`, behaviour {recipe.behaviour.name}.", ""]
+    lines += ["## On test", "", _row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
+    lines += ["Means with 95 % bootstrap intervals over prompts; exact intervals where a rate is 0 or 1. ", ""]
+    for name, d in results["refusal_differences"].items():
+        lines.append(f"- Refusal, {name}: {d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], same {d['n']} prompts.")
+    a = results["agreement"]
+    lines += [
+        "- The edit as an intervention and baked into the weights: logits differ by at most"
+        f" {a['largest_logit_difference']:.1e}; rounding to the weights' dtype lost {a['rounding_loss']:.1e} of it.",
+        "",
+        "## How it was chosen",
+        "",
+        f"On validation, out of {choice['tried']['edit']} edits and {choice['tried']['steering']} steering strengths:"
+        f" {choice['rule']}. Limits: {_limits(choice['limits'])}.",
+        "",
+    ]
+    for kind in ("edit", "steering"):
+        c = choice[kind]
+        if c is None:
+            lines.append("- steering: no strength stays within the limits.")
+        else:
+            lines.append(
+                f"- {kind}: {describe(c['id'])}; on validation refusal {c['refusal']:.2f},"
+                f" over-refusal {c['over_refusal']:.2f}."
+            )
+    lines += ["", "![trade-off](figures/trade_off.png)", "", "## The edit", ""]
+    for block, s in edit.summary().items():
+        lines.append(
+            f"- {block}: {s['edited']} of {s['components']} components edited, {s['reinforced']} reinforced,"
+            f" {s['suppressed']} suppressed, largest |λ| {s['largest']:.3f}."
+        )
+    lines += ["", "![edit magnitudes](figures/lambda.png)", ""]
+    return "\n".join(lines)
+
+
+def _limits(limits: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in limits.items() if value is not None)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def print_results(console: Any, results: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    header, rows = table(results)
+    out = Table(show_lines=False)
+    for i, name in enumerate(header):
+        out.add_column(name, overflow="fold", justify="left" if i == 0 else "right")
+    for row in rows:
+        out.add_row(*row)
+    console.print(out)
+
+
+def print_answers(console: Any, answers: Sequence[Mapping[str, str]], each: int = 3) -> None:
+    """The first answers to harmful and to benign prompts, side by side."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    systems = [name for name in _NAMES if name in answers[0]]
+    for kind in ("harmful", "benign"):
+        out = Table(title=f"{kind} test prompts", show_lines=True)
+        for name in ("prompt", *(_NAMES[s] for s in systems)):
+            out.add_column(name, overflow="fold", ratio=1)
+        for row in [a for a in answers if a["kind"] == kind][:each]:
+            out.add_row(escape(row["prompt"]), *(escape(" ".join(row[s].split())[:140]) for s in systems))
+        console.print(out)
