@@ -68,6 +68,13 @@ def check_base(edit: Edit, model: nn.Module) -> None:
 
 def check_weights(edit: Edit, weights: Mapping[str, Tensor]) -> None:
     """As `check_base`, for weights that come from anywhere: site key → [d, n·c]."""
+    for key, site in edit.sites.items():
+        if weights[key].shape != (site.site.d, site.site.inputs):
+            raise ModelError(
+                f"the edit was made for another model: {site.site.tensor} should be {site.site.d} × {site.site.inputs}",
+                got=tuple(weights[key].shape),
+                fix="Use the model that the probe was made on.",
+            )
     present = share_present(edit, weights)
     if present is not None and abs(present - edit.strength) < 0.25 * abs(edit.strength):
         raise _twice()
@@ -122,6 +129,12 @@ def apply(edit: Edit, model: nn.Module) -> Applied:
             chosen = torch.nonzero(site.row).flatten().to(weight.device)
             columns[key], before[key] = chosen, weight[:, chosen].clone()
             after[key] = patched(before[key], site, chosen, edit.strength)
+            if not torch.isfinite(after[key]).all():
+                raise EditError(
+                    f"the edited weight of {site.site.module} is not finite in {weight.dtype}",
+                    got=f"strength {edit.strength:g}, largest |λ| {float(site.lam.abs().max()):g}",
+                    fix="Lower the strength, or load the model in bf16 or fp32.",
+                )
             told = torch.outer(site.u, edit.strength * site.row[chosen.cpu()]).to(weight.device)
             error = (after[key].float() - before[key].float()) - told
             lost[key] = (float(error.square().sum()), float(told.square().sum()))

@@ -235,6 +235,11 @@ class Edit:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
 
+    @property
+    def layers(self) -> int:
+        """How many layers the base has."""
+        return int(self.provenance["layers"]) if "layers" in self.provenance else 0
+
     def edited(self) -> dict[str, SiteEdit]:
         """The sites that the edit changes: those with a λ that is not 0."""
         return {key: site for key, site in self.sites.items() if bool((site.lam != 0).any())}

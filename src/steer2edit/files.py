@@ -41,9 +41,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: its files are synced, then the whole folder takes the place of the old one."""
+def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
+    """As `replacing`, for a folder: its files are synced, then the whole folder takes the place of the old one.
+
+    Args:
+        ours: a file by which an old folder is known to be one that we wrote.
+
+    Raises:
+        FileError: there is a folder that holds other things.
+    """
     path = Path(path)
+    if path.exists() and not (path / ours).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise FileError(f"{path} holds other things", got=f"no {ours} in it", fix="Give a new or an empty folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
@@ -112,7 +121,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, blank lines passed over.
+    """The objects of a JSON Lines file, as `numbered_jsonl` reads them, without their numbers."""
+    return [row for _, row in numbered_jsonl(path)]
+
+
+def numbered_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line of a JSON Lines file, blank lines passed over.
 
     Raises:
         FileError: with the line's number, where a line is not a JSON object.
@@ -131,7 +145,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             raise FileError(
                 f"line {number} of {path} is not an object", got=type(row).__name__, fix="Write one JSON object a line."
             )
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 

@@ -156,7 +156,7 @@ def embedded_checkpoint() -> Path:
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
     _plain_weights(model)
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, ours="config.json") as temporary:
         model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
     return folder

@@ -49,6 +49,7 @@ def score(model: nn.Module | str | Path, probe: Probe, *, vectors: Vectors | Non
             fingerprint[site.key] = sketch(weight)
     without = [site.key for site in probe.sites if site.key not in scores]
     provenance = {
+        "layers": 1 + max(site.layer for site in probe.sites),
         "probe": {"counts": dict(probe.counts), **probe.provenance},
         "vectors": "difference of means" if given is None else "given",
         "sites_without_vector": without,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .edit import Edit, Scores, SiteEdit, SiteScores
-from .errors import FileError
+from .errors import EditError, FileError
 from .files import read_tensors, write_tensors
 from .sites import Site
 
@@ -26,7 +27,10 @@ def save_scores(scores: Scores, path: str | Path) -> None:
 def load_scores(path: str | Path) -> Scores:
     sites, fingerprint, header = _read(path, "scores", SCORES)
     try:
-        rows = {key: SiteScores(**row, v_norm=float(header["v_norm"][key])) for key, row in sites.items()}
+        norms = {key: float(header["v_norm"][key]) for key in sites}
+        if not all(0 <= norm < math.inf for norm in norms.values()):
+            raise ValueError("a norm that is not finite")
+        rows = {key: SiteScores(**row, v_norm=norms[key]) for key, row in sites.items()}
         return Scores(rows, fingerprint, dict(header["provenance"]))
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, "scores", error) from None
@@ -43,7 +47,7 @@ def load_edit(path: str | Path) -> Edit:
         rows = {key: SiteEdit(**row) for key, row in sites.items()}
         edit = Edit(rows, dict(header["config"]), fingerprint, dict(header["provenance"]))
         return edit.with_strength(float(header["strength"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (EditError, KeyError, TypeError, ValueError) as error:
         raise _broken(path, "edit", error) from None
 
 

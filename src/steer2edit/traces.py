@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import ModelError, TraceError
-from .files import read_jsonl, write_jsonl
+from .files import numbered_jsonl, write_jsonl
 
 Label = Literal["positive", "negative"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -56,23 +56,23 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 def read_traces(path: str | Path) -> list[Trace]:
     """Raises TraceError, with the line, where a line is not a trace, and FileError where it is not JSON."""
     traces = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in numbered_jsonl(path):
         unknown = set(row) - set(Trace.__dataclass_fields__)
         missing = {"prompt", "response", "label"} - set(row)
         if unknown or missing:
             raise TraceError(
-                f"trace {number} of {path} is not a trace",
+                f"line {number} of {path} is not a trace",
                 got=f"missing {sorted(missing)}, unknown {sorted(unknown)}",
                 fix='Write {"prompt": …, "response": …, "label": "positive" or "negative"} and no other keys.',
             )
         if row["label"] not in LABELS:
             raise TraceError(
-                f"trace {number} of {path} has an unknown label", got=repr(row["label"]), fix=f"Use one of {LABELS}."
+                f"line {number} of {path} has an unknown label", got=repr(row["label"]), fix=f"Use one of {LABELS}."
             )
         texts = [row["response"], row.get("group", ""), row.get("source", ""), row.get("system") or ""]
         if not all(isinstance(text, str) for text in texts) or not _is_prompt(row["prompt"]):
             raise TraceError(
-                f"trace {number} of {path} holds a value of the wrong type",
+                f"line {number} of {path} holds a value of the wrong type",
                 got=repr({k: type(v).__name__ for k, v in row.items()}),
                 fix="A prompt is a text or a list of {role, content} messages; everything else is a text.",
             )

@@ -57,6 +57,8 @@ class TransformersEngine:
             requests: prompts of at least one token, each with its row of `table`.
             max_new_tokens: an answer is cut there.
         """
+        if max_new_tokens < 1:
+            raise Steer2EditError("no token was asked for", got=max_new_tokens, fix="Ask for at least one new token.")
         if not requests:
             return []
         longest = max(len(r.ids) for r in requests)
@@ -242,21 +244,25 @@ class TransformersEngine:
             use_cache=True,
         ).logits[:, -1]
 
-    def _mask(self, positions: Tensor, length: int) -> Tensor:
-        """What each query may see: keys up to its own position, within the model's sliding window if it has one.
+    def _mask(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+        """What each query may see: keys up to its own position, within the sliding window where a layer has one.
 
         Args:
             positions: of the queries, [rows or 1, 1, time, 1].
+
+        Returns:
+            One mask for all layers, or one for each of the model's layer types.
         """
         keys = torch.arange(length, device=self.device)
-        seen = keys <= positions
         window = getattr(self.config, "sliding_window", None)
-        if window and getattr(self.config, "use_sliding_window", True):
-            seen &= keys > positions - window
-        if self.config._attn_implementation == "sdpa":
-            return seen
-        dtype = next(self.model.parameters()).dtype
-        return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+        types = set(getattr(self.config, "layer_types", None) or [])
+        masks = {"full_attention": keys <= positions}
+        if window and types != {"full_attention"}:
+            masks["sliding_attention"] = masks["full_attention"] & (keys > positions - window)
+        if self.config._attn_implementation != "sdpa":
+            dtype = next(self.model.parameters()).dtype
+            masks = {name: torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) for name, seen in masks.items()}
+        return masks if len(types) > 1 else masks.get("sliding_attention", masks["full_attention"])
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> set[int]:

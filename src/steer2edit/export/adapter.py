@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from ..edit import Edit
 from ..errors import EditError
 from ..files import replacing_folder
+
+_NOTE = "steer2edit.json"
 
 
 def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Path:
@@ -21,6 +21,7 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
         base: the base model's name or path for `base_model_name_or_path`; the probe's model if None.
 
     Raises:
+        FileError: `folder` holds something that is no adapter of ours.
         EditError: every λ is 0, so that there is nothing to write.
     """
     from peft import LoraConfig
@@ -38,6 +39,10 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
         tensors[f"{name}.lora_B.weight"] = site.u[:, None].contiguous()  # [d, 1]
     if base is None:
         base = edit.provenance.get("probe", {}).get("model")
+    # By its last name where a block type is edited in every layer, else each module by its full name.
+    layers = {block: [s.site.layer for s in sites.values() if s.site.block == block] for block in blocks}
+    whole = all(sorted(found) == list(range(edit.layers)) for found in layers.values())
+    names = {s.site.module.rsplit(".", 1)[1] if whole else s.site.module for s in sites.values()}
     config = LoraConfig(
         r=1,
         lora_alpha=1,
@@ -46,12 +51,11 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
         task_type="CAUSAL_LM",
         inference_mode=True,
         base_model_name_or_path=base,
-        target_modules=sorted({site.site.module.rsplit(".", 1)[1] for site in sites.values()}),
+        target_modules=sorted(names),
     )
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, ours=_NOTE) as temporary:
         save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
         note = {"edit": edit.id, "config": dict(edit.config), "strength": edit.strength}
-        (temporary / "steer2edit.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    assert all(torch.isfinite(t).all() for t in tensors.values())
+        (temporary / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return Path(folder)

@@ -39,7 +39,7 @@ def export_checkpoint(base: str | Path, edit: Edit, out: str | Path) -> Path:
     where = shards(base)
     read = checkpoint_reader(base)
     check_weights(edit, {key: read(site.site.tensor) for key, site in edit.sites.items()})
-    with replacing_folder(out) as temporary:
+    with replacing_folder(out, ours="config.json") as temporary:
         shutil.copytree(base, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
         for key, site in edited.items():
             chosen = torch.nonzero(site.row).flatten()
