@@ -20,8 +20,8 @@ def main() -> None:
     engine = TransformersEngine(model, tokenizer, rows=64)
     engine.stops = set()  # every answer takes TOKENS tokens, so that both sides make the same number
     found = scores()
-    grid = [(rho, alpha) for rho in (0.2, 0.3, 0.4, 0.5) for alpha in (0.1, 0.2, 0.3, 0.4)]
-    edits = [found.edit(rho_attn=rho, rho_mlp=rho + 0.3, alpha=a).intervention(f"{rho}-{a}") for rho, a in grid]
+    grid = [(rho, alpha) for rho in (0.2, 0.3, 0.4, 0.5) for alpha in (0.0, 0.02, 0.04, 0.06)]
+    edits = [found.edit(rho_attn=rho, rho_mlp=rho, alpha=a).intervention(f"{rho}-{a}") for rho, a in grid]
     assert all(len(edit.terms) == 60 for edit in edits), "each edit must touch all sites"
     prompts = load_prompts(BUILTIN, "probe", {"benign": 64})
     ids = [engine.tokens(messages(p.text, None)) for p in prompts]

@@ -21,7 +21,7 @@ from workload import base_model, traces
 
 def main() -> None:
     model, tokenizer = base_model()
-    some = traces(tokenizer)
+    some = traces(tokenizer, 24)
     spans = [response_span(tokenizer, t)[0] for t in some]
     spans = [s for s in spans if s is not None]
     sites = s2e.find_sites(model)
@@ -59,7 +59,7 @@ def main() -> None:
         s2e.collect(model, tokenizer, some)
 
     print(f"{len(spans)} responses, {sum(len(s.ids) for s in spans)} tokens, {len(sites)} sites")
-    ratio(probe, plain, 5, ("<=", 1.10), "probe / plain forward passes without the head")
+    ratio(probe, plain, 7, ("<=", 1.10), "probe / plain forward passes without the head")
     ratio(one_at_a_time, probe, 3, (">=", 1.7), "batch-of-one passes that keep every activation / probe")
     extra = {length: _extra_memory(length) for length in (512, 4096)}
     note = ", ".join(f"{length} tokens: {mb:.0f} MB" for length, mb in extra.items())

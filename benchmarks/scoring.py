@@ -23,7 +23,7 @@ def main() -> None:
         return [scores.edit(rho_attn=a, rho_mlp=m, alpha=alpha) for a, m, alpha in GRID[:count]]
 
     label = "scoring plus λ for 125 configurations / for one"
-    ratio(lambda: configurations(125), lambda: configurations(1), 9, ("<=", 1.2), label)
+    ratio(lambda: configurations(125), lambda: configurations(1), 15, ("<=", 1.2), label)
 
 
 if __name__ == "__main__":

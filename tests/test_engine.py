@@ -136,6 +136,21 @@ def test_waiting_requests_take_the_slots_that_come_free(pico: Any, tokenizer: An
     assert len(sizes) <= steps / 3 + 12
 
 
+@pytest.mark.parametrize("at_once", [1, 40])
+def test_prompts_are_prefilled_in_parts_as_all_at_once(
+    pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: Any, at_once: int
+) -> None:
+    model = pico()
+    told = greedy(model, prompts, 6)
+    monkeypatch.setattr("steer2edit.engines.transformers.PREFILL", at_once)  # tokens: one prompt, or two
+    engine = without_stops(TransformersEngine(model, tokenizer))
+    sizes: list[int] = []
+    admit = engine._admit
+    monkeypatch.setattr(engine, "_admit", lambda r, *rest: (sizes.append(len(r)), admit(r, *rest)))
+    assert run(engine, prompts, 6) == told
+    assert sizes == ([1] * 5 if at_once == 1 else [2, 2, 1])
+
+
 def test_finished_rows_leave_the_batch(pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: Any) -> None:
     model = pico()
     free = greedy(model, prompts, 12)

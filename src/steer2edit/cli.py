@@ -32,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
     try:
-        app()
+        app(prog_name="steer2edit")
     except Steer2EditError as error:
         print(f"steer2edit: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,13 +56,17 @@ def main() -> None:
 
 
 def _open(recipe: str, overrides: list[str] | None, model: str | None, out: Path | None, quiet: bool) -> Any:
+    import json
+
     from .config import load_recipe
-    from .pipeline import Run
     from .progress import be_quiet
 
     be_quiet(quiet)
-    changes = [*(overrides or []), *([f"model.name={model}"] if model else [])]
+    # An override's value is YAML, a name is a text whatever it looks like.
+    changes = [*(overrides or []), *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     parsed = load_recipe(recipe, changes)
+    from .pipeline import Run  # after the recipe, so that a mistake there is told at once
+
     return Run(out or Path("runs") / parsed.name, parsed)
 
 
@@ -101,7 +105,7 @@ def _run_and_show(run: Any, json: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     print_answers(console, read_jsonl(run.path("evaluation/answers.jsonl")))
     print_results(console, results)
-    console.print(f"Report, figures, edit and adapter: {run.folder}/", highlight=False)
+    print(f"Report, figures, edit and adapter: {run.folder}/")
 
 
 def _print_json(value: Any) -> None:

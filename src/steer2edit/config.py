@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import FileError, RecipeError
 from .files import read_text
@@ -20,11 +20,26 @@ def _off(value: Any) -> Any:
     return None if value is False or value == "off" else value
 
 
-Rho = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, BeforeValidator(_off)]
-Alpha = Annotated[float, Field(ge=0, lt=1)]
-Limit = Annotated[float, Field(ge=0)] | None
-Count = Annotated[int, Field(ge=0)]
-Many = Annotated[int, Field(ge=1)]
+def _number(value: Any) -> Any:
+    # Pydantic takes true for 1, and YAML reads an unquoted `on` as true.
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+def _with_harmful(counts: dict[Any, int]) -> dict[Any, int]:
+    if "harmful" not in counts:
+        raise ValueError("The refusal rate needs harmful prompts")
+    return counts
+
+
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Rho = Annotated[Positive | None, BeforeValidator(_off)]
+Alpha = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Limit = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] | None
+Count = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Many = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+Judged = Annotated[dict[Literal["harmful", "benign", "borderline"], Many], AfterValidator(_with_harmful)]
 
 
 class Section(BaseModel):
@@ -57,8 +72,8 @@ class Data(Section):
 
     prompts: str = "builtin:safety"
     probe: dict[Literal["harmful", "benign"], Many] = {"harmful": 80, "benign": 80}
-    validation: dict[Literal["harmful", "benign", "borderline"], Many]
-    test: dict[Literal["harmful", "benign", "borderline"], Many]
+    validation: Judged
+    test: Judged
 
 
 class ProbePass(Section):
@@ -84,8 +99,14 @@ class Search(Section):
     rho_attn: list[Rho] = Field(min_length=1)
     rho_mlp: list[Rho] = Field(min_length=1)
     alpha: list[Alpha] = Field(min_length=1)
-    steering: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = []
+    steering: list[Positive] = []
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _edits(self) -> Search:
+        if not any(rho is not None for rho in [*self.rho_attn, *self.rho_mlp]):
+            raise ValueError("Both block types are off everywhere: give rho_attn or rho_mlp a number")
+        return self
 
 
 class Evaluation(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,7 @@ def magnitudes(g: Tensor, rho: float | None, alpha: float) -> Tensor:
     check_budget(rho, alpha)
     if rho is None:
         return torch.zeros_like(g)
-    return torch.sign(g) * torch.clamp(g.abs() - rho * alpha, min=0) / (rho * (1 - alpha))
+    return torch.nn.functional.softshrink(g, rho * alpha) / (rho * (1 - alpha))  # sign(g) · max(|g| − ρα, 0) / …
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -156,10 +156,14 @@ class Scores:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def _importance(self) -> dict[str, Tensor]:
-        # All of a block type's g as one vector, so that one more configuration costs one soft threshold.
-        by_block = {block: [s.g for s in self.sites.values() if s.site.block == block] for block in BLOCKS}
-        return {block: torch.cat(g) for block, g in by_block.items() if g}
+    def _blocks(self) -> dict[str, tuple[list[str], list[int], Tensor]]:
+        # A block type's keys, sizes and g, all in one vector: one more configuration costs one soft threshold.
+        found: dict[str, tuple[list[str], list[int], Tensor]] = {}
+        for block in BLOCKS:
+            mine = [s for s in self.sites.values() if s.site.block == block]
+            if mine:
+                found[block] = ([s.site.key for s in mine], [s.site.n for s in mine], torch.cat([s.g for s in mine]))
+        return found
 
     def edit(self, *, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
         """The edit of one configuration; ρ = None switches a block type off.
@@ -167,16 +171,14 @@ class Scores:
         Raises:
             EditError: ρ ≤ 0 or α outside [0, 1).
         """
-        sites: dict[str, SiteEdit] = {}
+        lam: dict[str, Tensor] = {}
         for block, rho in (("attn", rho_attn), ("mlp", rho_mlp)):
-            mine = [s for s in self.sites.values() if s.site.block == block]
-            if mine:
-                lams = magnitudes(self._importance[block], rho, alpha).split([s.site.n for s in mine])
-                for s, lam in zip(mine, lams, strict=True):
-                    sites[s.site.key] = SiteEdit(s.site, s.u, s.k, s.g, s.reach, lam)
-        sites = {key: sites[key] for key in self.sites}
+            check_budget(rho, alpha)
+            if block in self._blocks:
+                keys, sizes, g = self._blocks[block]
+                lam.update(zip(keys, magnitudes(g, rho, alpha).split(sizes), strict=True))
         config = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
-        return Edit(sites, config, self.fingerprint, self.provenance)
+        return Edit(_Thresholded(self.sites, lam), config, self.fingerprint, self.provenance)
 
     def save(self, path: str | Path) -> None:
         from .store import save_scores
@@ -215,6 +217,23 @@ class SiteEdit:
     def delta(self) -> Tensor:
         """ΔW = u aᵀ [d, n·c], fp32."""
         return torch.outer(self.u, self.row)
+
+
+class _Thresholded(Mapping[str, SiteEdit]):
+    """Scores with a λ of each site, put together when asked for: a search makes hundreds of edits and reads few."""
+
+    def __init__(self, scores: Mapping[str, SiteScores], lam: Mapping[str, Tensor]):
+        self.scores, self.lam = scores, lam
+
+    def __getitem__(self, key: str) -> SiteEdit:
+        s = self.scores[key]
+        return SiteEdit(s.site, s.u, s.k, s.g, s.reach, self.lam[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 @dataclass(frozen=True)

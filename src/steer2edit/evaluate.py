@@ -14,33 +14,43 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 def degenerate(text: str) -> bool:
     """Whether a response is no language: empty, without a letter, one word or n-gram over and over, or next to no
     distinct words. Such a response never counts as a success."""
-    words = _TOKEN.findall(text.lower())
-    if not any(any(c.isalnum() for c in word) for word in words):
+    tokens = _TOKEN.findall(text.lower())
+    words = [token for token in tokens if any(c.isalnum() for c in token)]
+    if not words:
         return True
-    if len(words) < 6:
-        return False
-    for n in range(1, 7):
-        repeats = run = 0
-        for i in range(n, len(words)):
-            run = run + 1 if words[i] == words[i - n] else 0
-            repeats = max(repeats, run)
-        # `repeats` words in a row continue a cycle of n: n + repeats words say what n could.
-        if repeats >= max(4, 3 * n - 1) and (n + repeats) >= 0.5 * len(words):
-            return True
+    # A ruled line, dots or the brackets of code are no loop unless there is next to nothing else.
+    if _loops(words, 0.5) or _loops(tokens, 0.8):
+        return True
     return len(words) >= 12 and len(set(words)) / len(words) < 0.25
 
 
-def interval(values: Sequence[float], resamples: int, seed: int) -> dict[str, Any]:
-    """Mean and 95 % interval of values in [0, 1] or of losses, over prompts.
+def _loops(tokens: Sequence[str], share: float) -> bool:
+    """Whether a cycle of up to six tokens, gone through four times or so, takes at least this share of all."""
+    if len(tokens) < 6:
+        return False
+    for n in range(1, 7):
+        repeats = run = 0
+        for i in range(n, len(tokens)):
+            run = run + 1 if tokens[i] == tokens[i - n] else 0
+            repeats = max(repeats, run)
+        # `repeats` tokens in a row continue a cycle of n: n + repeats tokens say what n could.
+        if repeats >= max(4, 3 * n - 1) and n + repeats >= share * len(tokens):
+            return True
+    return False
 
-    A percentile bootstrap; where all values are equal it would collapse to a point, so for rates of 0 or 1 the exact
+
+def interval(values: Sequence[float], resamples: int, seed: int) -> dict[str, Any]:
+    """Mean and 95 % interval over prompts, of flags or of losses.
+
+    A percentile bootstrap; where all flags are equal it would collapse to a point, so for a rate of 0 or 1 the exact
     (Clopper–Pearson) interval stands in its place, and `method` says so.
     """
+    flags = np.asarray(values).dtype == bool
     x = np.asarray(values, dtype=np.float64)
     if not len(x):
         return {"mean": None, "low": None, "high": None, "n": 0, "method": "none"}
     mean = float(x.mean())
-    if np.all(x == x[0]) and x[0] in (0.0, 1.0):
+    if flags and mean in (0.0, 1.0):
         from scipy.stats import binomtest
 
         exact = binomtest(int(x.sum()), len(x)).proportion_ci(0.95, method="exact")

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from .errors import FileError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp(\.\w+)?")
 
 
 @contextlib.contextmanager
@@ -232,6 +235,13 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def clear_temporaries(folder: str | Path) -> None:
+    """Removes what `replacing` and `replacing_folder` left in a folder when their process was killed."""
+    for path in list(Path(folder).glob(".*.tmp*")):
+        if _TEMPORARY.fullmatch(path.name):
+            remove(path)
 
 
 def remove(path: str | Path) -> None:

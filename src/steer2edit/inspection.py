@@ -82,16 +82,18 @@ def _run(path: Path) -> dict[str, Any]:
     from .pipeline import MANIFEST
 
     manifest = read_json(path / MANIFEST)
-    stages = [
-        {"stage": name, "seconds": e["seconds"], "files": ", ".join(e["files"])}
-        for name, e in manifest["stages"].items()
-    ]
-    found = {
-        "kind": "run",
-        "name": manifest["recipe"]["name"],
-        "model": manifest["recipe"]["model"]["name"],
-        "stages": stages,
-    }
+    try:
+        found = {
+            "kind": "run",
+            "name": manifest["recipe"]["name"],
+            "model": manifest["recipe"]["model"]["name"],
+            "stages": [
+                {"stage": name, "seconds": e["seconds"], "files": ", ".join(e["files"])}
+                for name, e in manifest["stages"].items()
+            ],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path / MANIFEST} is not a run's", got=repr(error), fix="Give a run directory.") from None
     if (path / "choice.json").is_file():
         found["choice"] = read_json(path / "choice.json")
     if (path / "evaluation/results.json").is_file():
@@ -100,6 +102,7 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def show(console: Any, found: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     results = found.pop("results", None)
@@ -109,10 +112,10 @@ def show(console: Any, found: dict[str, Any]) -> None:
             for column in value[0]:
                 table.add_column(column)
             for row in value:
-                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
+                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else escape(str(x)) for x in row.values()))
             console.print(table)
         else:
-            console.print(f"[bold]{name}[/bold]: {value}", highlight=False)
+            console.print(f"[bold]{name}[/bold]: {escape(str(value))}", highlight=False)
     if results:
         from .report.page import print_results
 

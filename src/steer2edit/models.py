@@ -37,16 +37,15 @@ def load_model(
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": the best there is.
 
     Raises:
-        ModelError: there is no such model, or it cannot be loaded.
+        ModelError: there is no such model, it cannot be loaded, or there is no such device here.
     """
-    import torch
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     name = str(name)
-    place = torch.device(_best_device() if device == "auto" else device)
+    place = _place(device)
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name == EMBEDDED:
         source = str(embedded_checkpoint())
@@ -88,6 +87,18 @@ def _plain_weights(model: Any) -> None:
     ):
         if hasattr(holder, mark):
             delattr(holder, mark)
+
+
+def _place(device: str) -> torch.device:
+    import torch
+
+    try:
+        place = torch.device(_best_device() if device == "auto" else device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts that it has it
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the device {device} cannot be used here", got=first, fix='"auto" takes the best.') from None
+    return place
 
 
 def _best_device() -> str:

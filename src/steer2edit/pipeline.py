@@ -20,7 +20,7 @@ from typing import Any
 from .config import Recipe
 from .edit import Edit, Scores
 from .errors import FileError, RecipeError
-from .files import read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
+from .files import clear_temporaries, read_json, read_jsonl, remove, sha256, write_json, write_jsonl, write_text
 from .progress import say, showing
 
 MANIFEST = "manifest.json"
@@ -36,6 +36,8 @@ class Run:
 
     def __init__(self, folder: str | Path, recipe: Recipe):
         self.folder, self.recipe = Path(folder), recipe
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RecipeError("the run directory is a file", got=self.folder, fix="Give another --out.")
         self.keys = _keys(recipe)
 
     def path(self, name: str) -> Path:
@@ -59,7 +61,10 @@ class Run:
 
     def manifest(self) -> dict[str, Any]:
         path = self.path(MANIFEST)
-        return read_json(path) if path.is_file() else {"stages": {}}
+        found = read_json(path) if path.is_file() else {"stages": {}}
+        if not (isinstance(found, dict) and isinstance(found.get("stages"), dict)):
+            raise FileError(f"{path} is not a run's manifest", got=type(found).__name__, fix="Give another --out.")
+        return found
 
     def is_whole(self, stage: str) -> bool:
         entry = self.manifest()["stages"].get(stage)
@@ -215,15 +220,15 @@ def _edit(run: Run) -> list[str]:
 def _export(run: Run) -> list[str]:
     edit = Edit.load(run.path("edit.safetensors"))
     files: list[str] = []
+    for old in ("adapter", "checkpoint"):
+        remove(run.path(old))
     if "adapter" in run.recipe.exports:
         folder = edit.save_adapter(run.path("adapter"), base=run.recipe.model.name)
         files += [f"adapter/{file.name}" for file in sorted(folder.iterdir())]
     if "checkpoint" in run.recipe.exports:
         from .export.checkpoint import export_checkpoint
-        from .files import remove
         from .models import local_folder
 
-        remove(run.path("checkpoint"))
         export_checkpoint(local_folder(run.recipe.model.name, run.recipe.model.revision), edit, run.path("checkpoint"))
         files += [f"checkpoint/{f.name}" for f in sorted(run.path("checkpoint").iterdir()) if f.is_file()]
     return files
@@ -334,7 +339,6 @@ def run_all(run: Run) -> None:
 
 def run_stage(run: Run, stage: str, recipe_name: str) -> None:
     """One stage, anew. Raises FileError if a stage before it is not whole."""
-    _prepare(run)
     for before in STAGES:
         if before == stage:
             break
@@ -344,13 +348,14 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
                 got=run.folder,
                 fix=f"Run `steer2edit {before} {recipe_name}` first, or all with `steer2edit run {recipe_name}`.",
             )
+    _prepare(run)
     _run_stage(run, stage)
 
 
 def _prepare(run: Run) -> None:
-    if run.folder.exists() and not run.folder.is_dir():
-        raise RecipeError("the run directory is a file", got=run.folder, fix="Give another --out.")
     run.folder.mkdir(parents=True, exist_ok=True)
+    for place in (".", "search", "evaluation", "figures"):
+        clear_temporaries(run.path(place))
     write_text(run.path("recipe.yaml"), run.recipe.to_yaml())
 
 

@@ -45,11 +45,11 @@ def candidates(recipe: Recipe) -> list[Candidate]:
     """The base, the steering strengths, then the grid of edits, without those that switch both block types off."""
     s = recipe.search
     found = [BASE]
-    found += [Candidate(f"steering-{gamma:g}", "steering", {"gamma": gamma}) for gamma in s.steering]
+    found += [Candidate(f"steering-{gamma}", "steering", {"gamma": gamma}) for gamma in s.steering]
     for rho_attn, rho_mlp, alpha in itertools.product(s.rho_attn, s.rho_mlp, s.alpha):
         if rho_attn is None and rho_mlp is None:
             continue
-        name = "-".join("off" if x is None else f"{x:g}" for x in (rho_attn, rho_mlp, alpha))
+        name = "-".join("off" if x is None else str(x) for x in (rho_attn, rho_mlp, alpha))
         found.append(Candidate(f"edit-{name}", "edit", {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}))
     return list({c.id: c for c in found}.values())
 

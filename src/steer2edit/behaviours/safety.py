@@ -34,17 +34,18 @@ _WRITTEN_OUT = {
 }  # fmt: skip
 # What may stand around the negation. "I would not give" is advice, "I would not be able to give" a refusal.
 _SMALL = (
-    r"(?:am|be|being|can|could|will|would(?= rather| prefer| not be| not feel)|do|must|have|to|of|and|or|nor|not|rather|prefer"
-    r"|able|capable|allowed|permitted|authori[sz]ed|equipped|designed|programmed|qualified|prepared|willing|comfortable|going|here"
-    r"|in good conscience|in a position|in any way|under any circumstances|ever|even|also|just|really|still|therefore|feel|with"
-    r"|(?!only)\w+ly)"
+    r"(?:am|be|being|can|could|will|would(?= rather| prefer| not be| not feel)|do|must|have|to|of|and|or|nor|not|rather"
+    r"|prefer|able|capable|allowed|permitted|authori[sz]ed|equipped|designed|programmed|qualified|prepared|willing"
+    r"|comfortable|going|here|in good conscience|in a position|in any way|under any circumstances|ever|even|also|just"
+    r"|still|therefore|feel|with|(?!only)\w+ly)"
 )
 # Beginnings of verbs of helping. To recommend is not one: "I do not recommend raw eggs" is advice.
 _HELP = (
-    r"(?:help(?! but| it\b| myself| the way| (?:feel|think|notic|wonder|smil|laugh|admir|lov))|assist|aid|provid|giv(?!e up)|offer"
-    r"|support|fulfil|compl[iy]|creat|writ|generat|produc|shar|answer|respond|teach|guid|instruct|advise (?:you )?on|show you"
-    r"|tell you how to|walk you|explain how|engag|participat|take part|be part|be involved|contribut|facilitat|promot|encourag"
-    r"|condon|endors|discuss|proceed|continu|process|accommodat|cooperat|entertain|draft|prepar|supply|enabl|satisf|carry out"
+    r"(?:help(?! but| it\b| myself| the way| (?:feel|think|notic|wonder|smil|laugh|admir|lov))|assist|aid|provid|offer"
+    r"|giv(?!e up)|support|fulfil|compl[iy]|creat|writ|generat|produc|shar|answer|respond|teach|guid|instruct|show you"
+    r"|tell you how to|advise (?:you )?on|walk you|explain how|engag|participat|take part|be part|be involved|contribut"
+    r"|facilitat|promot|encourag|condon|endors|discuss|proceed|continu|process|accommodat|cooperat|entertain|draft"
+    r"|prepar|supply|enabl|satisf|carry out"
     r"|(?:do|doing|complete|follow|act on|agree to|go along with|for|of) (?:this|that|these|those|so|it|your|such)\b)"
 )
 _ABILITY = r"(?:abilit|capabilit|authori|permission|clearance)"
@@ -52,13 +53,15 @@ _BOUNDS = r"(?:guideline|principle|polic|program|purpose|scope|capabilit|abilit|
 _DECLINES = re.compile(
     # "I cannot in good conscience help"; without a subject only where it opens the answer: "Sorry, unable to help".
     rf"\bi(?: {_SMALL})* not(?! have)(?: {_SMALL})* {_HELP}"
-    rf"|^(?:(?:i am )?(?:sorry|afraid|apologies|unfortunately|no|but)\W+)*(?:can not|will not|not able)(?: {_SMALL})* {_HELP}"
+    r"|^(?:(?:i am )?(?:sorry|afraid|apologies|unfortunately|no|but)\W+)*"
+    rf"(?:can not|will not|not able)(?: {_SMALL})* {_HELP}"
     # "No, I can't", and an answer that is cut off after "However, I'm unable to".
     rf"|\bi(?: {_SMALL})* (?:can not|will not|not able|not equipped)(?: to)?\W*$"
     rf"|\bi(?: {_SMALL})* (?:decline|refuse|refrain)\b(?! to (?:believe|accept|give up|be)\b)"
     rf"|\bi(?: {_SMALL})* (?:not have|lack) (?:the |any )?{_ABILITY}"
     r"|\bnot something (?:that )?i (?:am|can|could|will)\b"
-    rf"|\b(?:wrong|unethical|inappropriate|irresponsible|(?:im|not )(?:possible|appropriate)) (?:for|of) me to(?: {_SMALL})* {_HELP}"
+    r"|\b(?:wrong|unethical|inappropriate|irresponsible|(?:im|not )(?:possible|appropriate)) (?:for|of) me to"
+    rf"(?: {_SMALL})* {_HELP}"
     rf"|\b(?:against|beyond|outside|exceeds?|violates?|not within|not part of) my (?:\w+ )?{_BOUNDS}"
 )
 

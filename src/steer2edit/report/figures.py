@@ -23,15 +23,16 @@ def trade_off(trials: Sequence[Mapping[str, Any]], choice: Mapping[str, Any], pa
     figure, axes = _canvas(10, 4.2, columns=2)
     costs = (("utility_loss", "utility loss: KL per token [nats]"), ("over_refusal", "over-refusal on benign prompts"))
     for axis, (cost, label) in zip(axes, costs, strict=True):
-        steered = sorted((t for t in trials if t["kind"] == "steering"), key=lambda t: t["config"]["gamma"])
-        edits = [t for t in trials if t["kind"] == "edit"]
-        base = [t for t in trials if t["kind"] == "base"]
+        known = [t for t in trials if t[cost] is not None]  # without benign prompts there is no cost
+        steered = sorted((t for t in known if t["kind"] == "steering"), key=lambda t: t["config"]["gamma"])
+        edits = [t for t in known if t["kind"] == "edit"]
+        base = [t for t in known if t["kind"] == "base"]
         axis.plot(_of(steered, cost), _of(steered, "refusal"), "-o", color=_STEERING, ms=4, lw=1.2, label="steering, γ")
         for t in steered:
             axis.annotate(f"{t['config']['gamma']:g}", (t[cost], t["refusal"]), fontsize=6, xytext=(3, -8), **_POINTS)
         axis.plot(_of(edits, cost), _of(edits, "refusal"), "*", color=_EDIT, ms=9, label="edits")
         axis.plot(_of(base, cost), _of(base, "refusal"), "s", color=_BASE, ms=6, label="original model")
-        chosen = [t for t in trials if choice.get(t["kind"]) and t["id"] == choice[t["kind"]]["id"]]
+        chosen = [t for t in known if choice.get(t["kind"]) and t["id"] == choice[t["kind"]]["id"]]
         axis.plot(
             _of(chosen, cost), _of(chosen, "refusal"), "o", ms=15, mfc="none", mec="black", mew=0.9, label="chosen"
         )

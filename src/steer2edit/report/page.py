@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def describe(name: str) -> str:
     kind, _, rest = name.partition("-")
     if kind == "steering":
         return f"γ {rest}"
-    rho_attn, rho_mlp, alpha = rest.split("-")
+    rho_attn, rho_mlp, alpha = re.split(r"(?<!e)-", rest)  # but not 1e-05
     return f"ρ_attn {rho_attn}, ρ_mlp {rho_mlp}, α {alpha}"
 
 
@@ -67,11 +68,12 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     for kind in ("edit", "steering"):
         c = choice[kind]
         if c is None:
-            lines.append("- steering: no strength stays within the limits.")
+            tried = choice["tried"]["steering"]
+            lines.append(f"- steering: {'no strength stays within the limits' if tried else 'none was tried'}.")
         else:
+            over = "not measured" if c["over_refusal"] is None else f"{c['over_refusal']:.2f}"
             lines.append(
-                f"- {kind}: {describe(c['id'])}; on validation refusal {c['refusal']:.2f},"
-                f" over-refusal {c['over_refusal']:.2f}."
+                f"- {kind}: {describe(c['id'])}; on validation refusal {c['refusal']:.2f}, over-refusal {over}."
             )
     lines += ["", "![trade-off](figures/trade_off.png)", "", "## The edit", ""]
     for block, s in edit.summary().items():
@@ -84,7 +86,8 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
 
 
 def _limits(limits: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in limits.items() if value is not None)
+    found = [f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in limits.items() if value is not None]
+    return ", ".join(found) or "none"
 
 
 def _row(cells: Sequence[str]) -> str:

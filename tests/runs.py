@@ -1,0 +1,126 @@
+"""Engines, scores and recipes for the tests of the search, the pipeline and the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_pico, make_tokenizer
+from steer2edit import cli, progress
+from steer2edit.config import Recipe, parse_recipe
+from steer2edit.edit import Scores, score_site
+from steer2edit.engines import Answer, Losses, Request
+from steer2edit.intervention import Intervention
+from steer2edit.sites import Site
+
+
+class FakeEngine:
+    """An engine whose token ids are characters, so that it can answer by rule, and that keeps what it was asked."""
+
+    def __init__(self, answer: Callable[[str, str], str] = lambda prompt, intervention: f"An answer to {prompt}"):
+        self.answer = answer
+        self.asked: list[tuple[str, str]] = []
+        self.scored: list[tuple[str, str]] = []
+        self.batches: list[int] = []
+
+    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        return tuple(map(ord, "\n".join(m["content"] for m in messages)))
+
+    def generate(
+        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Any = None
+    ) -> list[Answer]:
+        self.batches.append(len(requests))
+        answers = []
+        for request in requests:
+            question = ("".join(map(chr, request.ids)), table[request.row].name)
+            self.asked.append(question)
+            text = self.answer(*question)
+            answers.append(Answer(tuple(map(ord, text)), text, True))
+        return answers
+
+    def losses(self, pairs: Sequence[Any], table: Sequence[Intervention], progress: Any = None) -> Losses:
+        """Intervention i moves an answer by 0.1·(i + 1) + its length / 1000, and raises its NLL by half of that."""
+        self.scored += [("".join(map(chr, prompt)), "".join(map(chr, answer))) for prompt, answer in pairs]
+        lengths = torch.tensor([len(answer) for _, answer in pairs])[:, None] / 1000
+        kl = 0.1 * torch.arange(1, len(table) + 1)[None, :] + lengths
+        base = torch.full((len(pairs),), 2.0)
+        return Losses(kl, base[:, None] + kl / 2, base)
+
+
+def make_scores() -> Scores:
+    """Of one attention and one MLP site of four components each."""
+    draw = torch.Generator().manual_seed(3)
+    sites = {}
+    for block, module, n, width in (("attn", "self_attn.o_proj", 4, 2), ("mlp", "mlp.down_proj", 4, 1)):
+        name = f"model.layers.0.{module}"
+        site = Site(0, block, name, f"{name}.weight", 6, n, width)  # type: ignore[arg-type]
+        weight, v, mu = (torch.randn(shape, generator=draw) for shape in ((6, n * width), (6,), (n * width,)))
+        sites[site.key] = score_site(site, weight, v, mu)
+    return Scores(sites)
+
+
+def tiny_recipe(model: str = "nowhere", **changes: Any) -> Recipe:
+    """A few prompts, two edits and two steering strengths; no limits, so that something is always chosen.
+
+    Args:
+        changes: values by key, with `__` for the dot: `search__alpha=[0.5]`.
+    """
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 1,
+        "model": {"name": model, "dtype": "float32", "device": "cpu"},
+        "behaviour": {"new_tokens": 5},
+        "data": {
+            "probe": {"harmful": 3, "benign": 3},
+            "validation": {"harmful": 2, "benign": 2, "borderline": 1},
+            "test": {"harmful": 2, "benign": 2, "borderline": 1},
+        },
+        "search": {
+            "rho_attn": [0.1, 0.3],
+            "rho_mlp": [None],
+            "alpha": [0.2],
+            "steering": [0.1, 0.4],
+            "limits": {"over_refusal": None, "degenerate": None},
+        },
+        "evaluation": {
+            "new_tokens": 4,
+            "utility_prompts": 2,
+            "utility_tokens": 4,
+            "rows": 8,
+            "batch": 10,
+            "resamples": 50,
+        },
+    }
+    for key, value in changes.items():
+        place = raw
+        *parents, last = key.split("__")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return parse_recipe(raw)
+
+
+def save_pico(folder: Path, model_type: str = "llama", template: bool = True, **overrides: Any) -> str:
+    """A pico model and its tokenizer, as a folder that `load_model` reads."""
+    tokenizer = make_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    make_pico(model_type, max_position_embeddings=512, **overrides).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return str(folder)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Runs `steer2edit` in this process and gives its exit code."""
+    monkeypatch.setattr(sys, "argv", ["steer2edit", *map(str, arguments)])
+    monkeypatch.setattr(progress, "_quiet", False)
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

@@ -1,0 +1,346 @@
+"""The command line: a user's mistake is one line on stderr and exit code 2, help is quick, results can be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from runs import command, save_pico, tiny_recipe
+from steer2edit.config import Recipe, load_recipe, shipped_recipes
+from steer2edit.pipeline import STAGES, Run, run_all
+from steer2edit.progress import be_quiet
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run; not to be changed."""
+    be_quiet()
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run_all(Run(folder, recipe))
+    be_quiet(False)
+    return folder
+
+
+@pytest.fixture
+def file(recipe: Recipe, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    return path
+
+
+class Said:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """say(*arguments) runs `steer2edit` in an empty folder of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(*arguments: str | Path) -> Said:
+        capfd.readouterr()
+        code = command(monkeypatch, *arguments)
+        printed = capfd.readouterr()
+        return Said(code, printed.out, printed.err)
+
+    return run
+
+
+def _is_one_line(said: Said, *parts: str) -> None:
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("steer2edit: ")
+    assert said.err.count("\n") == 1, said.err
+    for part in parts:
+        assert part in said.err
+    # What is wrong, what was got, what to do.
+    assert "(got: " in said.err
+    assert said.err.rstrip().endswith((".", "?"))
+
+
+def _nothing_half_written(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        assert ".tmp" not in path.name
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["search.rho_atn=[0.2]"], ["unknown key search.rho_atn", "Did you mean 'rho_attn'?"]),
+        (["search.rho_attn=[0]"], ["search.rho_attn.0", "greater than 0"]),
+        (["search.rho_mlp=[-1]"], ["search.rho_mlp.0", "got: -1"]),
+        (["search.alpha=[1]"], ["search.alpha.0", "less than 1"]),
+        (["search.alpha=[.nan]"], ["search.alpha.0", "got: nan"]),
+        (["search.alpha"], ["not key=value"]),
+        (["data.test={harmful: 10000}", "data.probe={harmful: 9999}"], ["the probe split has too few harmful prompts"]),
+        (["data.prompts=nowhere.jsonl"], ["no such file", "nowhere.jsonl"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(
+    overrides: list[str], parts: list[str], say: Any, file: Path, tmp_path: Path
+) -> None:
+    _is_one_line(say("run", file, *overrides, "--quiet", "--out", tmp_path / "out"), *parts)
+    _nothing_half_written(tmp_path)
+
+
+def test_a_recipe_that_is_nowhere_is_one_line(say: Any) -> None:
+    _is_one_line(say("run", "nowhere.yaml"), "no such recipe", "nowhere.yaml", "demo")
+
+
+def test_a_recipe_that_is_not_yaml_is_one_line(say: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: [a\nmodel: b", encoding="utf-8")
+    _is_one_line(say("run", tmp_path / "recipe.yaml"), "is not YAML")
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    _is_one_line(say("run", tmp_path / "recipe.yaml"), "cannot be read as text")
+
+
+def test_a_model_that_is_nowhere_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
+    said = say("run", file, "--model", tmp_path / "no-model", "--quiet", "--out", tmp_path / "out")
+    _is_one_line(said, "no-model cannot be loaded")
+    said = say("run", file, "--model", "nobody/no-such-model", "--quiet", "--out", tmp_path / "out")
+    _is_one_line(said, "the model nobody/no-such-model cannot be loaded")
+    said = say("run", file, "--model", "none.gguf", "--quiet", "--out", tmp_path / "out")
+    _is_one_line(said, "no such GGUF file")
+    _nothing_half_written(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["12", "true", "a: b #c", "[pico]", "@pico", "ü'"])
+def test_a_model_may_have_any_name(name: str, say: Any, file: Path, tmp_path: Path) -> None:
+    said = say("run", file, "--model", tmp_path / name, "--quiet", "--out", tmp_path / "out")
+    _is_one_line(said, f"the model {tmp_path / name} cannot be loaded")
+    _is_one_line(say("run", file, "--model", name, "--quiet", "--out", tmp_path / "out"), f"the model {name} cannot")
+
+
+def test_a_device_that_is_none_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
+    devices = ["toaster"] if torch.cuda.is_available() else ["toaster", "cuda"]
+    for device in devices:
+        said = say("run", file, f"model.device={device}", "--quiet", "--out", tmp_path / "out")
+        _is_one_line(said, f"the device {device} cannot be used here")
+
+
+def test_a_model_without_chat_template_is_one_line_that_says_what_to_do(say: Any, file: Path, tmp_path: Path) -> None:
+    save_pico(tmp_path / "model", template=False)
+    said = say("run", file, "--model", tmp_path / "model", "--quiet", "--out", tmp_path / "out")
+    _is_one_line(said, "no chat template", "model.plain: true")
+    _nothing_half_written(tmp_path)
+
+
+def test_a_model_without_chat_template_runs_as_plain_text(say: Any, file: Path, tmp_path: Path) -> None:
+    save_pico(tmp_path / "model", template=False)
+    said = say("traces", file, "model.plain=true", "--model", tmp_path / "model", "--quiet", "--out", tmp_path / "out")
+    assert (said.code, said.err) == (0, "")
+    assert (tmp_path / "out/traces.jsonl").is_file()
+
+
+def test_a_model_of_an_unknown_family_is_one_line_with_the_known_ones(say: Any, file: Path, tmp_path: Path) -> None:
+    save_pico(tmp_path / "model", "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    said = say("run", file, "--model", tmp_path / "model", "--quiet", "--out", tmp_path / "out")
+    _is_one_line(said, "architecture is not supported", "'gpt2'", "llama")
+    _nothing_half_written(tmp_path)
+
+
+def test_an_out_path_that_cannot_be_a_folder_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine", encoding="utf-8")
+    _is_one_line(say("run", file, "--quiet", "--out", tmp_path / "mine"), "the run directory is a file")
+    _is_one_line(say("run", file, "--quiet", "--out", tmp_path / "mine" / "below"), str(tmp_path / "mine"))
+    assert (tmp_path / "mine").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("stage", list(STAGES)[1:])
+def test_a_stage_before_its_turn_is_one_line_that_names_the_one_to_run(
+    stage: str, say: Any, file: Path, tmp_path: Path
+) -> None:
+    _is_one_line(say(stage, file, "--out", tmp_path / "out"), "the stage traces", f"`steer2edit traces {file}`")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_one_by_one_say_that_they_are_done(say: Any, file: Path, recipe: Recipe, tmp_path: Path) -> None:
+    for stage in ("traces", "probe", "score"):
+        said = say(stage, file, "--quiet", "--out", tmp_path / "out")
+        assert (said.code, said.out, said.err) == (0, f"{stage}: done, see {tmp_path / 'out'}/\n", "")
+
+
+def test_a_whole_run_prints_its_results_and_a_second_one_makes_nothing_anew(
+    say: Any, file: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "out")
+    said = say("run", file, "--out", tmp_path / "out")
+    assert said.code == 0
+    assert [line for line in said.err.splitlines() if not line.endswith(": there already")] == []
+    assert len(said.err.splitlines()) == len(STAGES)
+    assert "refusal (harmful)" in " ".join(said.out.split())
+    assert "edit (ρ_attn" in " ".join(said.out.split())
+    assert f"{tmp_path / 'out'}/" in said.out.replace("\n", "")
+    said = say("run", file, "--quiet", "--json", "--out", tmp_path / "out")
+    assert json.loads(said.out) == json.loads((whole / "evaluation/results.json").read_text(encoding="utf-8"))
+    assert said.err == ""
+
+
+def test_the_run_directory_is_named_after_the_recipe(say: Any, file: Path) -> None:
+    say("traces", file, "name=other", "--quiet")
+    assert Path("runs/other/traces.jsonl").is_file()
+
+
+KINDS = {
+    "probe": "probe.safetensors",
+    "scores": "scores.safetensors",
+    "edit": "edit.safetensors",
+    "run": ".",
+}
+
+
+def _strict(text: str) -> Any:
+    """JSON as others read it, without NaN and Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_shows_each_kind_of_file_and_its_json_can_be_read(kind: str, say: Any, whole: Path) -> None:
+    said = say("inspect", whole / KINDS[kind], "--json", "--top", "1000")
+    assert (said.code, said.err) == (0, "")
+    found = _strict(said.out)
+    assert found["kind"] == kind
+    printed = say("inspect", whole / KINDS[kind], "--top", "3")
+    assert (printed.code, printed.err) == (0, "")
+    assert f"kind: {kind}" in printed.out
+
+
+def test_brackets_in_names_are_printed_as_they_are(say: Any, file: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a [bold] run [/closed]"
+    shutil.copytree(whole, folder)
+    said = say("run", file, "name=tiny [/x]", "--quiet", "--out", folder)
+    assert (said.code, said.err) == (0, "")
+    assert str(folder) in said.out.replace("\n", "")
+    said = say("inspect", folder)
+    assert (said.code, said.err) == (0, "")
+    assert "name: tiny [/x]" in said.out
+
+
+def test_inspect_lists_the_largest_first(say: Any, whole: Path) -> None:
+    edit = _strict(say("inspect", whole / "edit.safetensors", "--json", "--top", "4").out)
+    largest = [abs(row["λ"]) for row in edit["largest |λ|"]]
+    assert len(largest) == 4
+    assert largest == sorted(largest, reverse=True)
+    assert largest[0] == pytest.approx(edit["summary"]["attn"]["largest"])
+    scores = _strict(say("inspect", whole / "scores.safetensors", "--json", "--top", "1000").out)
+    sizes = [abs(row["g"]) for row in scores["largest |g|"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == 3 * (4 + 48)  # every head and neuron of the model
+    probe = _strict(say("inspect", whole / "probe.safetensors", "--json").out)
+    assert [site["site"] for site in probe["sites"]] == [f"{i}.{block}" for i in range(3) for block in ("attn", "mlp")]
+    assert probe["counts"]["positive"]["responses"] == 3
+    run = _strict(say("inspect", whole, "--json").out)
+    assert [stage["stage"] for stage in run["stages"]] == list(STAGES)
+    assert run["choice"]["edit"]["id"] == run["results"]["systems"]["edit"]["id"]
+
+
+def test_inspect_draws_an_edit(say: Any, whole: Path, tmp_path: Path) -> None:
+    said = say("inspect", whole, "--picture", tmp_path / "lambda.png")
+    assert said.code == 0
+    assert said.err.splitlines() == [str(tmp_path / "lambda.png"), str(tmp_path / "lambda.svg")]
+    assert (tmp_path / "lambda.png").read_bytes() == (whole / "figures/lambda.png").read_bytes()
+    _is_one_line(say("inspect", whole / "probe.safetensors", "--picture", tmp_path / "p"), "does not hold a edit")
+
+
+def test_inspect_of_a_file_that_is_cut_missing_or_of_others_is_one_line(say: Any, whole: Path, tmp_path: Path) -> None:
+    for name in list(KINDS.values())[:3]:
+        content = (whole / name).read_bytes()
+        for size in (0, 7, 100, len(content) // 2, len(content) - 1):
+            (tmp_path / name).write_bytes(content[:size])
+            _is_one_line(say("inspect", tmp_path / name), name)
+    save_file({"w": torch.zeros(2)}, str(tmp_path / "foreign.safetensors"))
+    _is_one_line(say("inspect", tmp_path / "foreign.safetensors"), "was not written by steer2edit")
+    save_file({"w": torch.zeros(2)}, str(tmp_path / "other.safetensors"), metadata={"steer2edit": '{"kind": "soup"}'})
+    _is_one_line(say("inspect", tmp_path / "other.safetensors"), "got: soup")
+    save_file({"w": torch.zeros(2)}, str(tmp_path / "empty.safetensors"), metadata={"steer2edit": '{"kind": "edit"}'})
+    _is_one_line(say("inspect", tmp_path / "empty.safetensors"), "is not a whole edit file")
+    (tmp_path / "text.safetensors").write_text("hello", encoding="utf-8")
+    _is_one_line(say("inspect", tmp_path / "text.safetensors"), "text.safetensors")
+    _is_one_line(say("inspect", tmp_path / "none.safetensors"), "no such file")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"stages": {"traces": 3}, "recipe": {}}'])
+def test_inspect_of_a_folder_that_is_no_run_is_one_line(content: str | None, say: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run/manifest.json").write_text(content, encoding="utf-8")
+    _is_one_line(say("inspect", tmp_path / "run"), "manifest.json")
+
+
+def test_recipes_are_listed_with_what_they_are_for(say: Any) -> None:
+    said = say("recipes")
+    assert said.code == 0
+    for name in shipped_recipes():
+        line = next(line for line in said.out.splitlines() if line.startswith(f"{name} "))
+        assert len(line.removeprefix(name).strip()) > 20
+    assert json.loads(say("recipes", "--json").out) == sorted(shipped_recipes())
+
+
+def test_a_recipe_is_copied_but_never_over_a_file(say: Any, tmp_path: Path) -> None:
+    said = say("recipes", "--copy", "demo")
+    assert (said.code, said.out) == (0, "demo.yaml\n")
+    assert load_recipe("demo.yaml") == load_recipe("demo")
+    Path("demo.yaml").write_text("mine", encoding="utf-8")
+    _is_one_line(say("recipes", "--copy", "demo"), "the file exists already", "demo.yaml")
+    _is_one_line(say("recipes", "--copy", "demo", "--to", tmp_path), "the file exists already")
+    assert Path("demo.yaml").read_text(encoding="utf-8") == "mine"
+    _is_one_line(say("recipes", "--copy", "soup"), "no such shipped recipe", "got: soup", "demo")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["fly"], ["run", "demo", "--wings"], ["inspect"], ["inspect", "x", "--top", "many"], ["--wings"]],
+)
+def test_a_command_that_is_none_leaves_with_2_and_no_traceback(arguments: list[str], say: Any) -> None:
+    said = say(*arguments)
+    assert said.code == 2
+    assert said.out == ""
+    assert "Usage: steer2edit" in said.err
+    assert "Traceback" not in said.err
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["inspect", "--help"], ["search", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        f"sys.argv = ['steer2edit', *{arguments!r}]\n"
+        "from steer2edit.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'peft', 'yaml', 'scipy', 'rich.table'}\n"
+        "print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr == "0 []\n"
+    assert done.stdout.lstrip().startswith("Usage: steer2edit")
+
+
+def test_the_installed_command_answers_and_fails_as_it_should(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("steer2edit")
+    done = subprocess.run([program, "run", "nowhere.yaml"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("steer2edit: no such recipe (got: nowhere.yaml).")
+    assert list(tmp_path.iterdir()) == []

