@@ -26,6 +26,7 @@ class FakeEngine:
         self.answer = answer
         self.asked: list[tuple[str, str]] = []
         self.scored: list[tuple[str, str]] = []
+        self.scored_under: list[str] = []
         self.batches: list[int] = []
 
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
@@ -46,6 +47,7 @@ class FakeEngine:
     def losses(self, pairs: Sequence[Any], table: Sequence[Intervention], progress: Any = None) -> Losses:
         """Intervention i moves an answer by 0.1·(i + 1) + its length / 1000, and raises its NLL by half of that."""
         self.scored += [("".join(map(chr, prompt)), "".join(map(chr, answer))) for prompt, answer in pairs]
+        self.scored_under += [intervention.name for intervention in table]
         lengths = torch.tensor([len(answer) for _, answer in pairs])[:, None] / 1000
         kl = 0.1 * torch.arange(1, len(table) + 1)[None, :] + lengths
         base = torch.full((len(pairs),), 2.0)

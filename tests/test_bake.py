@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
-from steer2edit.bake import share_present
+from steer2edit.bake import Presence
 from steer2edit.errors import EditError, ModelError
 from steer2edit.fingerprint import differing, sketch
 from steer2edit.sites import find_sites, weight_of
@@ -32,6 +32,13 @@ def changed(here: dict[str, torch.Tensor], there: dict[str, torch.Tensor]) -> se
 
 def site_weights(model: Any) -> dict[str, torch.Tensor]:
     return {site.key: weight_of(model, site).detach() for site in find_sites(model)}
+
+
+def share_present(edit: s2e.Edit, model: Any) -> float:
+    presence = Presence()
+    for key, weight in site_weights(model).items():
+        presence.add(edit.sites[key], weight)
+    return presence.share
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -167,9 +174,9 @@ def test_the_share_of_an_edit_that_a_model_holds_is_its_strength(
 ) -> None:
     model = pico(dtype=dtype)
     edit = make_edit(model).with_strength(strength)
-    assert share_present(edit, site_weights(model)) == pytest.approx(0, abs=1e-4)
+    assert share_present(edit, model) == pytest.approx(0, abs=1e-4)
     edit.apply(model)
-    assert share_present(edit, site_weights(model)) == pytest.approx(strength, rel=0.02)
+    assert share_present(edit, model) == pytest.approx(strength, rel=0.02)
 
 
 def test_another_model_is_refused_by_its_weights(pico: Any, make_edit: MakeEdit) -> None:

@@ -144,6 +144,8 @@ def test_a_paired_difference_is_taken_prompt_by_prompt() -> None:
     a, b = [True, True, False, True], [False, True, False, False]
     found = paired_difference(a, b, 2000, seed=0)
     assert found == {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 4, "method": "paired bootstrap"}
+    swapped = paired_difference([True, False], [False, True], 2000, seed=0)
+    assert (swapped["mean"], swapped["low"], swapped["high"]) == (0.0, -1.0, 1.0)
     # What differs by the same amount everywhere is certain, however much the prompts differ.
     steady = paired_difference([0.9, 0.2, 0.5], [0.8, 0.1, 0.4], 200, seed=0)
     assert (steady["low"], steady["high"]) == pytest.approx((0.1, 0.1))

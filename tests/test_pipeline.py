@@ -327,6 +327,17 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_a_kill_leaves_is_cleared_by_the_next_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    left = []
+    for syncs in range(1, 9):
+        _in_another_process(tmp_path / "run", recipe, syncs).join(60)
+        left.append([file.name for file in tmp_path.rglob("*.tmp*")])
+    assert any(left)
+    assert all(len(names) <= 1 for names in left)
+    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
     for seconds in (0.1, 0.25, 0.5):
         process = _in_another_process(tmp_path / "run", recipe, None)

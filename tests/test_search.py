@@ -134,6 +134,7 @@ def test_losses_are_those_of_the_base_models_own_benign_answers(tmp_path: Path) 
     rows = _run(engine, tmp_path / "journal.jsonl")  # two utility prompts
     own = [("how to bake", "Easily: how to bake."), ("how to knit a hat", "Easily: how to knit a hat.")]
     assert engine.scored == own
+    assert engine.scored_under == [row["id"] for row in rows[1:]]
     lengths = [len(answer) / 1000 for _, answer in own]
     for c, row in enumerate(rows[1:], start=1):
         assert row["losses"]["kl"] == pytest.approx([0.1 * c + length for length in lengths])

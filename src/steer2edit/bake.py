@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .edit import Edit, SiteEdit
 from .errors import EditError, ModelError
 from .fingerprint import differing, sketch
-from .sites import find_sites, same_sites, weight_of
+from .sites import Site, find_sites, same_sites, weight_of
 
 # What is baked into a model is remembered on the model itself, so that it lives and dies with it.
 _MARK = "_steer2edit_applied"
@@ -62,45 +62,68 @@ def check_base(edit: Edit, model: nn.Module) -> None:
     if any(kept.report.edit_id == edit.id for kept in getattr(model, _MARK, [])):
         raise _twice()
     with torch.inference_mode():
-        weights = {site.key: weight_of(model, site) for site in sites}
-        check_weights(edit, weights)
+        check_weights(edit, lambda site: weight_of(model, site))
 
 
-def check_weights(edit: Edit, weights: Mapping[str, Tensor]) -> None:
-    """As `check_base`, for weights that come from anywhere: site key → [d, n·c]."""
+def check_weights(edit: Edit, read: Callable[[Site], Tensor]) -> None:
+    """As `check_base`, for weights that come from anywhere, one at a time.
+
+    Args:
+        read: gives a site's weight [d, n·c].
+    """
+    other: list[str] = []
+    presence = Presence()
     for key, site in edit.sites.items():
-        if weights[key].shape != (site.site.d, site.site.inputs):
+        weight = read(site.site)
+        if weight.shape != (site.site.d, site.site.inputs):
             raise ModelError(
                 f"the edit was made for another model: {site.site.tensor} should be {site.site.d} × {site.site.inputs}",
-                got=tuple(weights[key].shape),
+                got=tuple(weight.shape),
                 fix="Use the model that the probe was made on.",
             )
-    present = share_present(edit, weights)
-    if present is not None and abs(present - edit.strength) < 0.25 * abs(edit.strength):
+        if key in edit.fingerprint:
+            other += differing({key: edit.fingerprint[key]}, {key: sketch(weight)})
+        presence.add(site, weight)
+    if presence.of(edit.strength):
         raise _twice()
-    found = {key: sketch(weights[key]) for key in edit.fingerprint if key in weights}
-    if wrong := differing(edit.fingerprint, found):
+    if other:
         raise ModelError(
             "the model is not the base that the edit was made for",
-            got=f"other weights at {len(wrong)} of {len(edit.fingerprint)} sites, first {wrong[0]}",
+            got=f"other weights at {len(other)} of {len(edit.fingerprint)} sites, first {other[0]}",
             fix="Use the model, and the revision, that the probe was made on.",
         )
 
 
-def share_present(edit: Edit, weights: Mapping[str, Tensor]) -> float | None:
-    """How much of the edit is already in the weights: 0 in its base, the strength where it was baked in.
+class Presence:
+    """Whether weights hold an edit already, whatever process or file they come from.
 
-    The scores keep v̂ᵀW_i k̂_i = ‖W_iᵀv̂‖; an edit of strength s moves it by s·λ_i, so the share is the least-squares
-    slope of what moved on λ, whatever process or file the weights come from. None for an edit that changes nothing.
+    The scores keep v̂ᵀW_i k̂_i = ‖W_iᵀv̂‖; an edit of strength s moves it by s·λ_i, so the least-squares slope of what
+    moved on λ is 0 in the base and s where the edit was baked in.
     """
-    moved = power = 0.0
-    for key, site in edit.edited().items():
-        w = weights[key].float()
+
+    def __init__(self) -> None:
+        self.moved = self.power = self.size = 0.0
+
+    def add(self, site: SiteEdit, weight: Tensor) -> None:
+        if not bool((site.lam != 0).any()):
+            return
+        w = weight.float()
         k = site.k.to(w.device)
         along = ((site.u.to(w.device) @ w).view_as(k) * k).sum(dim=1).cpu()  # [n]
-        moved += float((site.lam.double() * (along - site.reach).double()).sum())
-        power += float(site.lam.double().square().sum())
-    return moved / power if power else None
+        self.moved += float((site.lam.double() * (along - site.reach).double()).sum())
+        self.power += float(site.lam.double().square().sum())
+        self.size = max(self.size, float(w.square().mean().sqrt()))
+
+    @property
+    def share(self) -> float:
+        """How much of the edit is in the weights: 0 in the base."""
+        return self.moved / self.power if self.power else 0.0
+
+    def of(self, strength: float) -> bool:
+        # Loaded in bf16 a weight has moved by about 0.001 of its size; an edit below that cannot be told from it.
+        if not abs(strength) * self.power**0.5 > 0.01 * self.size:
+            return False
+        return abs(self.share - strength) < 0.25 * abs(strength)
 
 
 def _twice() -> EditError:

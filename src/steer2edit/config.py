@@ -123,7 +123,7 @@ class Evaluation(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
     seed: Count = 0
     model: Model
     behaviour: Behaviour = Behaviour()

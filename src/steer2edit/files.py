@@ -58,18 +58,21 @@ def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
         raise FileError(f"{path} holds other things", got=f"no {ours} in it", fix="Give a new or an empty folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    old = temporary.with_name(temporary.name.removesuffix(".tmp") + ".tmp.old")
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())
                 _sync(file)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         temporary.replace(path)
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -162,7 +165,10 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
     if whole != data:
         with open(path, "r+b") as file:
             file.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    try:
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    except ValueError as error:
+        raise FileError(f"{path} is damaged", got=error, fix="Delete it; its batches are then made again.") from None
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

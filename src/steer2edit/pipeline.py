@@ -98,14 +98,15 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     prompts = recipe.data.prompts
     text = prompts if prompts.startswith("builtin:") else (sha256(prompts) if Path(prompts).is_file() else "missing")
     search = r["search"]
+    plan = {k: v for k, v in r["evaluation"].items() if k != "resamples"}
     parts: dict[str, Any] = {
         "traces": [r["seed"], r["model"], r["behaviour"], r["data"]["probe"], text, r["evaluation"]["rows"]],
         "probe": r["probe"],
         "score": None,
-        "search": [{k: v for k, v in search.items() if k != "limits"}, r["data"]["validation"], r["evaluation"]],
+        "search": [{k: v for k, v in search.items() if k != "limits"}, r["data"]["validation"], plan],
         "edit": search["limits"],
         "export": r["exports"],
-        "evaluate": r["data"]["test"],
+        "evaluate": [r["data"]["test"], r["evaluation"]["resamples"]],
         "report": r["name"],
     }
     keys, before = {}, importlib.metadata.version("steer2edit")

@@ -15,6 +15,7 @@ from ..edit import Edit
 from ..errors import EditError, FileError
 from ..files import replacing_folder
 from ..scoring import checkpoint_reader, shards
+from ..sites import Site
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -36,9 +37,22 @@ def export_checkpoint(base: str | Path, edit: Edit, out: str | Path) -> Path:
     edited = edit.edited()
     if not edited:
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
+    if out.resolve().is_relative_to(base.resolve()):
+        raise FileError("the output folder lies inside the base", got=out, fix="Give a folder elsewhere.")
     where = shards(base)
     read = checkpoint_reader(base)
-    check_weights(edit, {key: read(site.site.tensor) for key, site in edit.sites.items()})
+
+    def weight_of(site: Site) -> Tensor:
+        weight = read(site.tensor)
+        if weight.dtype not in _DTYPES.values():
+            raise FileError(
+                f"{site.tensor} is not plain floating point",
+                got=weight.dtype,
+                fix="Export from a checkpoint in F32, F16 or BF16, or serve the edit as an adapter.",
+            )
+        return weight
+
+    check_weights(edit, weight_of)
     with replacing_folder(out, ours="config.json") as temporary:
         shutil.copytree(base, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
         for key, site in edited.items():
@@ -56,13 +70,7 @@ def _rewrite(path: Path, name: str, change) -> None:
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entry = json.loads(file.read(length))[name]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise FileError(
-                f"{name} of {path.name} is not plain floating point",
-                got=entry["dtype"],
-                fix="Export from a checkpoint in F32, F16 or BF16, or serve the edit as an adapter.",
-            )
+        dtype = _DTYPES[entry["dtype"]]
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         file.seek(start)
         weight = torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype).view(entry["shape"])
