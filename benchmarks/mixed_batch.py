@@ -12,7 +12,7 @@ from steer2edit.intervention import NOTHING
 from timing import ratio
 from workload import base_model, scores
 
-TOKENS = 24
+TOKENS = 32
 
 
 def main() -> None:

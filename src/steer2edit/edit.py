@@ -87,7 +87,8 @@ def magnitudes(g: Tensor, rho: float | None, alpha: float) -> Tensor:
     check_budget(rho, alpha)
     if rho is None:
         return torch.zeros_like(g)
-    return torch.nn.functional.softshrink(g, rho * alpha) / (rho * (1 - alpha))  # sign(g) · max(|g| − ρα, 0) / …
+    # softshrink(g, t) = sign(g) · max(|g| − t, 0)
+    return torch.nn.functional.softshrink(g, rho * alpha).div_(rho * (1 - alpha))
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -156,14 +157,19 @@ class Scores:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def _blocks(self) -> dict[str, tuple[list[str], list[int], Tensor]]:
-        # A block type's keys, sizes and g, all in one vector: one more configuration costs one soft threshold.
-        found: dict[str, tuple[list[str], list[int], Tensor]] = {}
-        for block in BLOCKS:
-            mine = [s for s in self.sites.values() if s.site.block == block]
-            if mine:
-                found[block] = ([s.site.key for s in mine], [s.site.n for s in mine], torch.cat([s.g for s in mine]))
-        return found
+    def _blocks(self) -> dict[str, Tensor]:
+        # A block type's g as one vector: one more configuration costs one soft threshold.
+        by_block = {block: [s.g for s in self.sites.values() if s.site.block == block] for block in BLOCKS}
+        return {block: torch.cat(g) for block, g in by_block.items() if g}
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        # Where a site's components begin in its block type's vector.
+        starts, next_one = {}, dict.fromkeys(BLOCKS, 0)
+        for key, s in self.sites.items():
+            starts[key] = next_one[s.site.block]
+            next_one[s.site.block] += s.site.n
+        return starts
 
     def edit(self, *, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
         """The edit of one configuration; ρ = None switches a block type off.
@@ -171,14 +177,12 @@ class Scores:
         Raises:
             EditError: ρ ≤ 0 or α outside [0, 1).
         """
-        lam: dict[str, Tensor] = {}
-        for block, rho in (("attn", rho_attn), ("mlp", rho_mlp)):
-            check_budget(rho, alpha)
-            if block in self._blocks:
-                keys, sizes, g = self._blocks[block]
-                lam.update(zip(keys, magnitudes(g, rho, alpha).split(sizes), strict=True))
+        rho = {"attn": rho_attn, "mlp": rho_mlp}
+        for value in rho.values():
+            check_budget(value, alpha)
+        lam = {block: magnitudes(g, rho[block], alpha) for block, g in self._blocks.items()}
         config = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
-        return Edit(_Thresholded(self.sites, lam), config, self.fingerprint, self.provenance)
+        return Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
 
     def save(self, path: str | Path) -> None:
         from .store import save_scores
@@ -222,12 +226,13 @@ class SiteEdit:
 class _Thresholded(Mapping[str, SiteEdit]):
     """Scores with a λ of each site, put together when asked for: a search makes hundreds of edits and reads few."""
 
-    def __init__(self, scores: Mapping[str, SiteScores], lam: Mapping[str, Tensor]):
-        self.scores, self.lam = scores, lam
+    def __init__(self, scores: Mapping[str, SiteScores], lam: Mapping[str, Tensor], starts: Mapping[str, int]):
+        self.scores, self.lam, self.starts = scores, lam, starts
 
     def __getitem__(self, key: str) -> SiteEdit:
         s = self.scores[key]
-        return SiteEdit(s.site, s.u, s.k, s.g, s.reach, self.lam[key])
+        lam = self.lam[s.site.block][self.starts[key] :][: s.site.n]
+        return SiteEdit(s.site, s.u, s.k, s.g, s.reach, lam)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.scores)

@@ -60,14 +60,14 @@ class _Stack:
     def __init__(self, terms: Sequence[Term | None], d: int, inputs: int, device: torch.device, dtype: torch.dtype):
         rank = max((t.a.shape[0] for t in terms if t is not None and t.a is not None), default=0)
         self.u = torch.zeros(len(terms), rank, d) if rank else None
-        self.a = torch.zeros(len(terms), inputs, rank) if rank else None
+        self.a = torch.zeros(len(terms), rank, inputs) if rank else None
         self.b = torch.zeros(len(terms), 1, d) if any(t is not None and t.b is not None for t in terms) else None
         for i, term in enumerate(terms):
             if term is None:
                 continue
             if term.a is not None and term.u is not None and self.u is not None and self.a is not None:
                 self.u[i, : term.u.shape[1]] = term.u.T
-                self.a[i, :, : term.a.shape[0]] = term.a.T
+                self.a[i, : term.a.shape[0]] = term.a
             if term.b is not None and self.b is not None:
                 self.b[i] = term.b
         self.u, self.a, self.b = (None if t is None else t.to(device, dtype) for t in (self.u, self.a, self.b))
@@ -80,7 +80,10 @@ class _Stack:
         """x [rows, time, n·c] (or one row that is broadcast), out [rows, time, d]."""
         u, a, b = self.rows
         if a is not None and u is not None:
-            out = torch.matmul(x, a[0]) @ u[0] + out if len(a) == 1 else torch.baddbmm(out, torch.bmm(x, a), u)
+            for rank in range(a.shape[1]):
+                # A dot product a row, then one fused multiply-add: on a CPU a third of the time of batched matmuls.
+                along = torch.linalg.vecdot(x, a[:, rank, None])  # [rows, time]
+                out = torch.addcmul(out, along[..., None], u[:, rank, None])
         return out if b is None else out + b
 
 
