@@ -231,12 +231,12 @@ def test_inspect_shows_each_kind_of_file_and_its_json_can_be_read(kind: str, say
 def test_brackets_in_names_are_printed_as_they_are(say: Any, file: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a [bold] run [/closed]"
     shutil.copytree(whole, folder)
-    said = say("run", file, "name=tiny [/x]", "--quiet", "--out", folder)
+    said = say("run", file, "name=tiny [x]", "--quiet", "--out", folder)
     assert (said.code, said.err) == (0, "")
     assert str(folder) in said.out.replace("\n", "")
     said = say("inspect", folder)
     assert (said.code, said.err) == (0, "")
-    assert "name: tiny [/x]" in said.out
+    assert "name: tiny [x]" in said.out
 
 
 def test_inspect_lists_the_largest_first(say: Any, whole: Path) -> None:

@@ -123,7 +123,7 @@ class Evaluation(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+    name: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]
     seed: Count = 0
     model: Model
     behaviour: Behaviour = Behaviour()
