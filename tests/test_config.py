@@ -118,6 +118,8 @@ def test_a_number_that_its_list_cannot_hold_is_refused_with_its_place(key: str, 
         ("model.dtype", "float8"),
         ("model", "pico"),
         ("name", 3),
+        ("name", "../elsewhere"),
+        ("name", ""),
     ],
 )
 def test_a_value_that_its_key_cannot_take_is_refused_with_the_key(key: str, value: Any) -> None:
