@@ -15,7 +15,8 @@ import steer2edit as s2e
 from steer2edit.bake import Presence
 from steer2edit.errors import EditError, ModelError
 from steer2edit.fingerprint import differing, sketch
-from steer2edit.sites import find_sites, weight_of
+from steer2edit.sites import find_sites
+from steer2edit.weights import weight_of
 
 MakeEdit = Callable[..., s2e.Edit]
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

@@ -17,7 +17,8 @@ import oracle
 from steer2edit.errors import FileError, ProbeError, TraceError
 from steer2edit.files import read_tensors, write_tensors
 from steer2edit.probe import Probe, _Sum, batches_by_length, collect
-from steer2edit.sites import find_sites, weight_of
+from steer2edit.sites import find_sites
+from steer2edit.weights import weight_of
 from steer2edit.traces import Trace
 
 

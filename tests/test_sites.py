@@ -9,7 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from steer2edit.errors import ModelError
-from steer2edit.sites import Site, find_sites, module_of, same_sites, weight_of
+from steer2edit.sites import Site, find_sites, module_of, same_sites
+from steer2edit.weights import weight_of
 
 SITES = [
     # model_type, overrides, heads, head_dim

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .edit import Edit, SiteEdit
 from .errors import EditError, ModelError
-from .fingerprint import differing, sketch
-from .sites import Site, find_sites, same_sites, weight_of
+from .fingerprint import QUANTISED_TOLERANCE, TOLERANCE, differing, sketch
+from .sites import Site, find_sites, same_sites
+from .weights import quantised, read_weight, weight_of
 
 # What is baked into a model is remembered on the model itself, so that it lives and dies with it.
 _MARK = "_steer2edit_applied"
@@ -55,21 +56,30 @@ def patched(columns: Tensor, site: SiteEdit, chosen: Tensor, strength: float) ->
     return (columns.float() + torch.outer(site.u.to(columns.device), row)).to(columns.dtype)
 
 
-def check_base(edit: Edit, model: nn.Module) -> None:
-    """Raises ModelError or EditError unless the model is the edit's base, without the edit in it."""
+def check_base(edit: Edit, model: nn.Module) -> dict[str, Site]:
+    """The model's own sites, by key, of the edit's.
+
+    Raises:
+        ModelError, EditError: the model is not the edit's base, or has the edit in it.
+    """
     sites = [s.site for s in edit.sites.values()]
-    same_sites(find_sites(model), sites, "the edit")
+    own = same_sites(find_sites(model), sites, "the edit")
     if any(kept.report.edit_id == edit.id for kept in getattr(model, _MARK, [])):
         raise _twice()
+    coarse = any(quantised(model, site) for site in own.values())
     with torch.inference_mode():
-        check_weights(edit, lambda site: weight_of(model, site))
+        check_weights(
+            edit, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
+        )
+    return own
 
 
-def check_weights(edit: Edit, read: Callable[[Site], Tensor]) -> None:
+def check_weights(edit: Edit, read: Callable[[Site], Tensor], tolerance: float = TOLERANCE) -> None:
     """As `check_base`, for weights that come from anywhere, one at a time.
 
     Args:
         read: gives a site's weight [d, n·c].
+        tolerance: by how much of its norm a weight may differ from the one that was scored.
     """
     other: list[str] = []
     presence = Presence()
@@ -82,7 +92,7 @@ def check_weights(edit: Edit, read: Callable[[Site], Tensor]) -> None:
                 fix="Use the model that the probe was made on.",
             )
         if key in edit.fingerprint:
-            other += differing({key: edit.fingerprint[key]}, {key: sketch(weight)})
+            other += differing({key: edit.fingerprint[key]}, {key: sketch(weight)}, tolerance)
         presence.add(site, weight)
     if presence.of(edit.strength):
         raise _twice()
@@ -141,6 +151,10 @@ def apply(edit: Edit, model: nn.Module) -> Applied:
         ModelError: another base, or weights that are quantised or not in memory.
         EditError: the edit is in the model already.
     """
+    own = same_sites(find_sites(model), [s.site for s in edit.sites.values()], "the edit")
+    with torch.no_grad():
+        for key in edit.edited():
+            weight_of(model, own[key])  # refuses what cannot be written before anything is read
     check_base(edit, model)
     columns: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
@@ -148,21 +162,21 @@ def apply(edit: Edit, model: nn.Module) -> Applied:
     lost: dict[str, tuple[float, float]] = {}
     with torch.no_grad():
         for key, site in edit.edited().items():
-            weight = weight_of(model, site.site)
+            weight = weight_of(model, own[key])
             chosen = torch.nonzero(site.row).flatten().to(weight.device)
             columns[key], before[key] = chosen, weight[:, chosen].clone()
             after[key] = patched(before[key], site, chosen, edit.strength)
             if not torch.isfinite(after[key]).all():
                 raise EditError(
-                    f"the edited weight of {site.site.module} is not finite in {weight.dtype}",
+                    f"the edited weight of {site.site.place} is not finite in {weight.dtype}",
                     got=f"strength {edit.strength:g}, largest |λ| {float(site.lam.abs().max()):g}",
                     fix="Lower the strength, or load the model in bf16 or fp32.",
                 )
             told = torch.outer(site.u, edit.strength * site.row[chosen.cpu()]).to(weight.device)
             error = (after[key].float() - before[key].float()) - told
             lost[key] = (float(error.square().sum()), float(told.square().sum()))
-        for key, site in edit.edited().items():
-            weight_of(model, site.site)[:, columns[key]] = after[key]
+        for key in columns:
+            weight_of(model, own[key])[:, columns[key]] = after[key]
     worst = max(lost, key=lambda key: _share(*lost[key]), default="")
     report = Applied(
         edit.id,
@@ -194,7 +208,8 @@ def revert(edit: Edit, model: nn.Module) -> None:
             fix="Revert the last one first; a model edited in another process is undone by loading its base.",
         )
     kept = applied[-1]
+    own = {site.key: site for site in find_sites(model)}
     with torch.no_grad():
-        for key, site in edit.edited().items():
-            weight_of(model, site.site)[:, kept.columns[key]] = kept.bytes[key]
+        for key, columns in kept.columns.items():
+            weight_of(model, own[key])[:, columns] = kept.bytes[key]
     setattr(model, _MARK, applied[:-1])

@@ -15,6 +15,8 @@ from torch import Tensor
 SKETCHES = 4
 # Rounding fp32 to bf16 moves a sketch by about 0.001 ‖W‖_F; another model's weight moves it by about ‖W‖_F.
 TOLERANCE = 0.02
+# Rounding to 4 bits moves a weight by about 0.1 ‖W‖_F.
+QUANTISED_TOLERANCE = 0.4
 
 
 @lru_cache(maxsize=16)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, Steer2EditError
-from .sites import find_sites, module_of
+from .experts import Tap, tapped
+from .sites import architecture_of, find_sites, module_of
 
 if TYPE_CHECKING:
     from .edit import Edit
@@ -36,7 +37,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Intervention:
-    """A term for each site key; a site that is not named is left alone."""
+    """A term for each site key, or block key; what is not named is left alone."""
 
     name: str
     terms: Mapping[str, Term] = field(default_factory=dict)
@@ -46,10 +47,10 @@ NOTHING = Intervention("base")
 
 
 def steering(vectors: Mapping[str, Tensor], gamma: float, name: str | None = None) -> Intervention:
-    """Activation steering at every site that has a vector: out += γv (paper, section 3).
+    """Activation steering at every block that has a vector: out += γv (paper, section 3).
 
     Args:
-        vectors: site key → v [d], not normalised.
+        vectors: block key ("3.attn", "3.mlp") → v [d], not normalised. A block of one site has that site's key.
     """
     return Intervention(name or f"steering γ={gamma:g}", {key: Term(b=gamma * v) for key, v in vectors.items()})
 
@@ -57,7 +58,7 @@ def steering(vectors: Mapping[str, Tensor], gamma: float, name: str | None = Non
 class _Stack:
     """One site's terms of all interventions, and the rows of the batch that is running."""
 
-    def __init__(self, terms: Sequence[Term | None], d: int, inputs: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, terms: Sequence[Term | None], d: int, inputs: int):
         rank = max((t.a.shape[0] for t in terms if t is not None and t.a is not None), default=0)
         self.u = torch.zeros(len(terms), rank, d) if rank else None
         self.a = torch.zeros(len(terms), rank, inputs) if rank else None
@@ -70,68 +71,104 @@ class _Stack:
                 self.a[i, : term.a.shape[0]] = term.a
             if term.b is not None and self.b is not None:
                 self.b[i] = term.b
-        self.u, self.a, self.b = (None if t is None else t.to(device, dtype) for t in (self.u, self.a, self.b))
-        self.rows: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        self.index = torch.zeros(1, dtype=torch.long)
+        self.rows: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
 
     def choose(self, index: Tensor) -> None:
-        self.rows = tuple(None if t is None else t[index.to(t.device)] for t in (self.u, self.a, self.b))  # type: ignore[assignment]
+        self.index, self.rows = index, None
+
+    def _place(self, out: Tensor) -> None:
+        # Where and in what type the site answers is known when it does: its weight may be quantised, or offloaded.
+        first = next((t for t in (self.u, self.b) if t is not None), out)
+        if first.device != out.device or first.dtype != out.dtype:
+            self.u, self.a, self.b = (
+                None if t is None else t.to(out.device, out.dtype) for t in (self.u, self.a, self.b)
+            )
+            self.rows = None
+        if self.index.device != out.device:
+            self.index = self.index.to(out.device)
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x [rows, time, n·c] (or one row that is broadcast), out [rows, time, d]."""
-        u, a, b = self.rows
-        if a is not None and u is not None:
-            for rank in range(a.shape[1]):
-                # A dot product a row, then one fused multiply-add: on a CPU a third of the time of batched matmuls.
-                along = torch.linalg.vecdot(x, a[:, rank, None])  # [rows, time]
-                out = torch.addcmul(out, along[..., None], u[:, rank, None])
-        return out if b is None else out + b
+        self._place(out)
+        if self.rows is None:
+            u, a, b = (None if t is None else t[self.index] for t in (self.u, self.a, self.b))
+            self.rows = (u, a, b)
+        return _added(x, out, *self.rows)
+
+    def add_to_pairs(self, row: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """x [m, n·c] and out [m, d] of tokens that are in the batch's rows `row` [m]."""
+        if len(self.index) == 1:
+            return self.add(x[None], out[None])[0]
+        self._place(out)
+        which = self.index[row]
+        terms = (None if t is None else t[which] for t in (self.u, self.a, self.b))
+        return _added(x[:, None], out[:, None], *terms)[:, 0]
+
+
+def _added(x: Tensor, out: Tensor, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+    if a is not None and u is not None:
+        x = x.to(out.device)
+        for rank in range(a.shape[1]):
+            # A dot product a row, then one fused multiply-add: on a CPU a third of the time of batched matmuls.
+            along = torch.linalg.vecdot(x, a[:, rank, None])  # [rows, time]
+            out = torch.addcmul(out, along[..., None], u[:, rank, None])
+    return out if b is None else out + b
 
 
 class Interventions:
     """Hooks that let each row of a batch run under an intervention of its own.
 
     Used as a context. `rows` says which intervention each row of the coming forward passes carries; one index alone
-    serves a batch of any size. `calls` counts the hook calls, so that sites × forward passes can be proved to have run.
+    serves a batch of any size. `calls` counts the modules that were seen to run, so that hooked modules × forward passes
+    can be proved to have run.
+
+    Args:
+        table: their terms name sites, or whole blocks ("3.mlp", where the block is a mixture of experts), to which only
+            a constant b can be added.
     """
 
     def __init__(self, model: nn.Module, table: Sequence[Intervention]):
-        self.table = tuple(table)
+        self.model, self.table = model, tuple(table)
         self.calls = 0
         self._count = 1
-        sites = {site.key: site for site in find_sites(model)}
+        self._hooked: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._experts: dict[str, dict[int, _Stack]] = {}
+        self._stacks: list[_Stack] = []
+        found = find_sites(model)
+        sites = {site.key: site for site in found}
+        blocks = {site.block_key: site for site in found if site.block_key not in sites}
         named = {key for intervention in self.table for key in intervention.terms}
-        if strangers := sorted(named - set(sites)):
+        if strangers := sorted(named - set(sites) - set(blocks)):
             raise ModelError(
                 "an intervention names sites that the model does not have",
                 got=", ".join(strangers[:4]),
                 fix="Use the model that the probe was made on.",
             )
-        self._hooked: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        self._stacks: list[_Stack] = []
-        for key, site in sites.items():
+        for key, site in (sites | blocks).items():
             if key not in named:
                 continue
-            module = module_of(model, site)
             terms = [intervention.terms.get(key) for intervention in self.table]
+            inputs = site.inputs if key in sites else 0
             for term in filter(None, terms):
-                shapes = [tuple(t.shape[i:]) for t, i in ((term.u, 0), (term.b, 0)) if t is not None]
-                wrong = any(shape[0] != site.d for shape in shapes)
-                if wrong or (term.a is not None and term.a.shape[1] != site.inputs):
-                    raise ModelError(
-                        f"an intervention does not fit site {key}",
-                        got=f"sizes {shapes}",
-                        fix=f"That site is {site.d} × {site.inputs}: use the model that the probe was made on.",
-                    )
-            stack = _Stack(terms, site.d, site.inputs, module.weight.device, module.weight.dtype)  # type: ignore[arg-type]
+                _check(key, term, site.d, inputs)
+            stack = _Stack(terms, site.d, inputs)
             self._stacks.append(stack)
-            self._hooked.append((module, self._hook(stack)))
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+            if key in blocks:
+                self._hooked.append((model.get_submodule(site.block_module), self._hook(stack)))
+            elif site.expert is None:
+                self._hooked.append((module_of(model, site), self._hook(stack)))
+            else:
+                self._experts.setdefault(site.module, {})[site.expert] = stack
+        layers = architecture_of(model).layers
+        self._first_layer = model.get_submodule(f"{layers}.0")
+        self._opened = contextlib.ExitStack()
         self.rows([0])
 
     @property
     def sites(self) -> int:
-        """How many sites are hooked."""
-        return len(self._stacks)
+        """How many modules are hooked: sites, blocks, and for the experts of a layer the one that holds them."""
+        return len(self._hooked) + len(self._experts)
 
     def rows(self, index: Sequence[int] | Tensor) -> None:
         """Row i of the batches to come runs under table[index[i]]."""
@@ -140,27 +177,62 @@ class Interventions:
         for stack in self._stacks:
             stack.choose(chosen)
 
-    def _hook(self, stack: _Stack) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _hook(self, stack: _Stack) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
             self.calls += 1
-            if self._count not in (1, output.shape[0]):
-                raise Steer2EditError(
-                    "the batch does not have the rows that were announced",
-                    got=f"{output.shape[0]} rows, {self._count} announced",
-                    fix="Call rows() with one index for each row of the batch.",
-                )
-            return stack.add(args[0], output)
+            out: Tensor = output if isinstance(output, Tensor) else output[0]
+            if out.dim() == 2:  # [rows · time, d], as some mixtures of experts run what is in them
+                rows = [t.reshape(self._count, -1, t.shape[-1]) for t in (args[0], out)]
+                added = stack.add(*rows).reshape(out.shape)
+            else:
+                added = stack.add(args[0], out)
+            return added if isinstance(output, Tensor) else (added, *output[1:])
 
         return hook
 
+    def _tap(self, stacks: Mapping[int, _Stack]) -> Tap:
+        def tap(expert: int, tokens: Tensor, x: Tensor, out: Tensor) -> Tensor:
+            stack = stacks.get(expert)
+            return out if stack is None else stack.add_to_pairs(tokens // self._time, x, out)
+
+        return tap
+
+    def _announced(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        batch, self._time = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+        if self._count not in (1, batch):
+            raise Steer2EditError(
+                "the batch does not have the rows that were announced",
+                got=f"{batch} rows, {self._count} announced",
+                fix="Call rows() with one index for each row of the batch.",
+            )
+
+    def _seen(self, module: nn.Module, args: Any) -> None:
+        self.calls += 1
+
     def __enter__(self) -> Interventions:
-        self._handles = [module.register_forward_hook(hook) for module, hook in self._hooked]
+        with contextlib.ExitStack() as opening:
+            first = self._first_layer.register_forward_pre_hook(self._announced, with_kwargs=True)
+            opening.callback(first.remove)
+            for module, hook in self._hooked:
+                opening.callback(module.register_forward_hook(hook).remove)
+            for name in self._experts:
+                opening.callback(self.model.get_submodule(name).register_forward_pre_hook(self._seen).remove)
+            opening.enter_context(tapped(self.model, {n: self._tap(stacks) for n, stacks in self._experts.items()}))
+            self._opened = opening.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._opened.close()
+
+
+def _check(key: str, term: Term, d: int, inputs: int) -> None:
+    shapes = [tuple(t.shape[i:]) for t, i in ((term.u, 0), (term.b, 0)) if t is not None]
+    if any(shape[0] != d for shape in shapes) or (term.a is not None and term.a.shape[1] != inputs):
+        raise ModelError(
+            f"an intervention does not fit {'site' if inputs else 'block'} {key}",
+            got=f"sizes {shapes}",
+            fix=f"That site is {d} × {inputs}: use the model that the probe was made on.",
+        )
 
 
 @contextlib.contextmanager

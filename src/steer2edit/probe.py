@@ -1,11 +1,13 @@
-"""One pass over the traces: the mean input and output of every site, for each label.
+"""One pass over the traces: the mean input of every site and the mean output of every block, for each label.
 
 A response's mean is taken over its span, a group's over its responses, a label's over its groups, so that a long
-response weighs no more than a short one. Sums are held in fp64 (compensated fp32 where a device has no fp64).
+response weighs no more than a short one. An expert sees only the tokens routed to it: they are pooled over responses,
+and groups weigh alike. Sums are held in fp64 (compensated fp32 where a device has no fp64).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FileError, ProbeError, TraceError
+from .experts import Tap, tapped
 from .files import read_tensors, write_tensors
 from .sites import Site, find_sites, module_of
 from .traces import LABELS, Label, Positions, Span, Trace, response_span
@@ -33,9 +36,10 @@ class Probe:
 
     Attributes:
         sites: the sites, in order.
-        inputs: site key → label → mean input [n·c], fp32.
-        outputs: site key → label → mean output [d], fp32.
-        counts: responses, tokens and groups of each label; how many responses were skipped and how many cut short.
+        inputs: site key → label → mean input [n·c], fp32; 0 for an expert that no token of the label reached.
+        outputs: block key → label → mean output [d], fp32. A block with one site has that site's key.
+        counts: responses, tokens and groups of each label; how many responses were skipped and how many cut short;
+            under "experts", for each expert's site, how many tokens of each label reached it.
         provenance: model, dtype, span and versions.
     """
 
@@ -47,13 +51,20 @@ class Probe:
 
     def vector(self, site: Site) -> Tensor:
         """The steering vector of the site's layer and block, v = δ̄_pos − δ̄_neg [d] (paper, equation 1)."""
-        means = self.outputs[site.key]
+        means = self.outputs[site.block_key]
         return means["positive"] - means["negative"]
 
     def mean_input(self, site: Site) -> Tensor:
-        """μ = ½(μ_pos + μ_neg) [n·c]: each set weighs one half."""
+        """μ = ½(μ_pos + μ_neg) [n·c]: each set weighs one half; of an expert that one set only reached, that one's."""
         means = self.inputs[site.key]
-        return (means["positive"] + means["negative"]) / 2
+        tokens = self.counts.get("experts", {}).get(site.key)
+        reached = [means[label] for label in LABELS if tokens is None or tokens[label]]
+        return torch.stack(reached).mean(dim=0) if reached else torch.zeros(site.inputs)
+
+    def tokens(self, site: Site) -> int | None:
+        """How many tokens reached an expert; None for a site that every token passes."""
+        tokens = self.counts.get("experts", {}).get(site.key)
+        return None if tokens is None else sum(tokens.values())
 
     def save(self, path: str | Path) -> None:
         tensors = {
@@ -77,14 +88,17 @@ class Probe:
         tensors, header = read_tensors(path, "probe")
         try:
             sites = tuple(Site.from_json(row) for row in header["sites"])
-            inputs, outputs = (
-                {site.key: {label: tensors[f"{site.key}.{side}.{label}"] for label in LABELS} for site in sites}
-                for side in ("input", "output")
-            )
+            inputs = {site.key: {label: tensors[f"{site.key}.input.{label}"] for label in LABELS} for site in sites}
+            blocks = dict.fromkeys(site.block_key for site in sites)
+            outputs = {key: {label: tensors[f"{key}.output.{label}"] for label in LABELS} for key in blocks}
             for site in sites:
                 for label in LABELS:
-                    if inputs[site.key][label].shape != (site.inputs,) or outputs[site.key][label].shape != (site.d,):
+                    shapes = inputs[site.key][label].shape, outputs[site.block_key][label].shape
+                    if shapes != ((site.inputs,), (site.d,)):
                         raise ValueError(f"shapes of {site.key}")
+            for key, tokens in header["counts"].get("experts", {}).items():
+                if set(tokens) != set(LABELS) or any(type(n) is not int or n < 0 for n in tokens.values()):
+                    raise ValueError(f"counts of {key}")
             return cls(sites, inputs, outputs, header["counts"], header["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it anew.") from None
@@ -112,43 +126,69 @@ class _Sum:
 
 
 class _Collector:
-    """Forward hooks that add up, for each group of responses, every site's input and output over the spans."""
+    """Hooks that add up, for each group of responses, every site's input and every block's output over the spans."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], groups: int):
         self.sites, self.groups = sites, groups
         self.weights = torch.empty(0)  # [groups, batch · time]: 1 / span length inside a span, 0 elsewhere
         self.sums: dict[tuple[str, str], _Sum] = {}
-        self.handles = [module_of(model, site).register_forward_hook(self._hook(site)) for site in sites]
+        self.reached: dict[str, Tensor] = {}  # expert's site → [groups], tokens that reached it
+        self.opened = contextlib.ExitStack()
+        experts: dict[str, dict[int, str]] = {}
+        for site in sites:
+            if site.expert is None:
+                self._listen(module_of(model, site), site.key, input=True, output=site.block_module == site.module)
+            else:
+                experts.setdefault(site.module, {})[site.expert] = site.key
+        blocks = {site.block_key: site.block_module for site in sites if site.block_module != site.module}
+        for key, module in blocks.items():
+            self._listen(model.get_submodule(module), key, input=False, output=True)
+        self.opened.enter_context(tapped(model, {module: self._tap(keys) for module, keys in experts.items()}))
 
-    def _hook(self, site: Site) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._add(site.key, "input", args[0])
-            self._add(site.key, "output", output)
+    def _listen(self, module: nn.Module, key: str, *, input: bool, output: bool) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+            if input:
+                self._add(key, "input", args[0])
+            if output:
+                self._add(key, "output", out if isinstance(out, Tensor) else out[0])
 
-        return hook
+        self.opened.callback(module.register_forward_hook(hook).remove)
+
+    def _tap(self, keys: Mapping[int, str]) -> Tap:
+        def tap(expert: int, tokens: Tensor, x: Tensor, out: Tensor) -> Tensor:
+            counted = (self.weights.to(x.device) > 0)[:, tokens]  # [groups, m]
+            here = counted.any(dim=0)  # a token that does not count may hold anything
+            self._total(keys[expert], "input", x).add(counted[:, here].float() @ x[here].float())
+            self.reached[keys[expert]] = self.reached.get(keys[expert], 0) + counted.sum(dim=1).cpu()
+            return out
+
+        return tap
+
+    def _total(self, key: str, side: str, x: Tensor) -> _Sum:
+        if (key, side) not in self.sums:
+            self.sums[key, side] = _Sum(self.groups, x.shape[-1], x.device)
+        return self.sums[key, side]
 
     def _add(self, key: str, side: str, x: Tensor) -> None:
         flat = x.detach().reshape(-1, x.shape[-1])
         weights = self.weights.to(flat.device)
-        total = self.sums.get((key, side))
-        if total is None:
-            total = self.sums[key, side] = _Sum(self.groups, flat.shape[-1], flat.device)
+        total = self._total(key, side, flat)
         for start in range(0, len(flat), CHUNK):
             total.add(weights[:, start : start + CHUNK] @ flat[start : start + CHUNK].float())
 
     def first_not_finite(self) -> str | None:
-        """The first site, in the model's order, whose sums hold a NaN or an infinity."""
+        """The first site or block, in the model's order, whose sums hold a NaN or an infinity."""
         finite = {k: torch.isfinite(s.total).all() for k, s in self.sums.items()}
         if all(finite.values()):
             return None
-        return next(s.key for s in self.sites if not (finite[s.key, "input"] and finite[s.key, "output"]))
+        places = [place for s in self.sites for place in ((s.key, "input"), (s.block_key, "output"))]
+        return next(key for key, side in places if not finite.get((key, side), True))
 
     def __enter__(self) -> _Collector:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.opened.close()
 
 
 def collect(
@@ -182,7 +222,9 @@ def collect(
     groups = sorted({(t.label, t.group) for t in traces})
     spans: list[Span] = []
     owners: list[Trace] = []
-    counts: dict[str, Any] = {label: {"responses": 0, "tokens": 0, "groups": {}} for label in LABELS}
+    counts: dict[str, Any] = {
+        label: {"responses": 0, "tokens": 0, "groups": {}, "group_tokens": {}} for label in LABELS
+    }
     skipped, cut = Counter[str](), Counter[str]()
     sites = find_sites(model)
     for trace in traces:
@@ -196,7 +238,8 @@ def collect(
         label = counts[trace.label]
         label["responses"] += 1
         label["tokens"] += span.last - span.first
-        label["groups"][trace.group] = label["groups"].get(trace.group, 0) + 1
+        for what, more in (("groups", 1), ("group_tokens", span.last - span.first)):
+            label[what][trace.group] = label[what].get(trace.group, 0) + more
     for name in LABELS:
         if not counts[name]["responses"]:
             raise TraceError(
@@ -220,18 +263,11 @@ def collect(
             if progress:
                 progress(done, len(spans))
 
-    responses = torch.tensor(
-        [counts[label]["groups"].get(group, 0) for label, group in groups], dtype=torch.float64
-    )  # [groups]
-    inputs: dict[str, dict[Label, Tensor]] = {}
-    outputs: dict[str, dict[Label, Tensor]] = {}
-    for site in sites:
-        for side, means in (("input", inputs), ("output", outputs)):
-            total = collector.sums[site.key, side].value()  # [groups, k]
-            means[site.key] = {}
-            for name in LABELS:
-                mine = torch.tensor([label == name for label, _ in groups]) & (responses > 0)
-                means[site.key][name] = (total[mine] / responses[mine, None]).mean(dim=0).float()
+    means = _Means(groups, counts, collector)
+    inputs = {site.key: means.of(site.key, "input", site.inputs) for site in sites}
+    blocks = {site.block_key: site.d for site in sites}
+    outputs = {key: means.of(key, "output", d) for key, d in blocks.items()}
+    counts["experts"] = {site.key: means.reached(site.key) for site in sites if site.expert is not None}
     config: Any = model.config
     provenance = {
         "model": getattr(config, "_name_or_path", ""),
@@ -244,6 +280,42 @@ def collect(
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     return Probe(sites, inputs, outputs, counts, provenance)
+
+
+class _Means:
+    """Sums of each group → means of each label."""
+
+    def __init__(self, groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], collector: _Collector):
+        self.labels, self.collector = [label for label, _ in groups], collector
+        self.responses, self.spans = (
+            torch.tensor([counts[label][what].get(group, 0) for label, group in groups], dtype=torch.float64)
+            for what in ("groups", "group_tokens")
+        )  # [groups]
+
+    def _mine(self, label: Label) -> Tensor:
+        return torch.tensor([other == label for other in self.labels]) & (self.responses > 0)
+
+    def reached(self, key: str) -> dict[str, int]:
+        """Tokens of each label that reached an expert."""
+        tokens = self.collector.reached.get(key, torch.zeros(len(self.labels), dtype=torch.long))
+        return {label: int(tokens[self._mine(label)].sum()) for label in LABELS}
+
+    def of(self, key: str, side: str, width: int) -> dict[Label, Tensor]:
+        found = self.collector.sums.get((key, side))
+        total = found.value() if found else torch.zeros(len(self.labels), width, dtype=torch.float64)  # [groups, k]
+        tokens = self.collector.reached.get(key)
+        means: dict[Label, Tensor] = {}
+        for label in LABELS:
+            mine = self._mine(label)
+            if found is None or tokens is not None:
+                # Of an expert: pooled, a group's tokens weighing 1 / the group's tokens in all, so that groups weigh
+                # alike although the router sends more of one than of another.
+                weight = 1 / self.spans[mine, None]
+                seen = (weight[:, 0] * (0 if tokens is None else tokens[mine])).sum()
+                means[label] = ((weight * total[mine]).sum(dim=0) / (seen if seen else 1)).float()
+            else:
+                means[label] = (total[mine] / self.responses[mine, None]).mean(dim=0).float()
+        return means
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ straight from a checkpoint's `safetensors` files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,55 @@ from .errors import FileError, ModelError, ProbeError
 from .files import read_json
 from .fingerprint import sketch
 from .probe import Probe
-from .sites import Site, find_sites, same_sites, weight_of
+from .sites import Site, find_sites, same_sites
+from .weights import STORED, read_weight
 
 Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
 
 
-def score(model: nn.Module | str | Path, probe: Probe, *, vectors: Vectors | None = None) -> Scores:
+# Fewer tokens than this say little of what drives an expert.
+EXPERT_TOKENS = 16
+
+
+def score(
+    model: nn.Module | str | Path,
+    probe: Probe,
+    *,
+    vectors: Vectors | None = None,
+    expert_tokens: int = EXPERT_TOKENS,
+) -> Scores:
     """Scores every site: v̂, k̂, g, with no (ρ, α) in it.
 
     Args:
         model: the model that the probe was made on, or its checkpoint's folder, of which only the sites' weights are
             then read.
         vectors: steering vectors in place of the probe's difference of means: one [d] for all sites, one a layer
-            {3: v}, or one a site {"3.attn": v, "3.mlp": v}. A site without one is left alone, and `provenance` says so.
+            {3: v}, one a block {"3.attn": v, "3.mlp": v}, or one a site. A site without one is left alone, and
+            `provenance` says so.
+        expert_tokens: an expert that fewer tokens reached is left alone, and `provenance` says so.
 
     Raises:
-        ModelError: the probe was made on another model, or a weight is quantised or not in memory.
+        ModelError: the probe was made on another model, or a weight was never loaded.
         ProbeError: a vector has the wrong shape or is not finite.
     """
     given = None if vectors is None else _by_site(vectors, probe.sites)
+    too_few = {s.key: n for s in probe.sites if (n := probe.tokens(s)) is not None and n < expert_tokens}
+    wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
     scores, fingerprint = {}, {}
     with torch.inference_mode():
-        for site, mapped in _weights(model, probe.sites):
+        for site, mapped in _weights(model, probe.sites, wanted):
             weight = mapped.clone()  # sums depend in the last bit on how memory is aligned, and a mapped file's is not
-            v = probe.vector(site) if given is None else given.get(site.key)
-            if v is None:
-                continue
+            v = probe.vector(site) if given is None else given[site.key]
             scores[site.key] = score_site(site, weight, v, probe.mean_input(site))
             fingerprint[site.key] = sketch(weight)
-    without = [site.key for site in probe.sites if site.key not in scores]
+    without = [s.key for s in probe.sites if s.key not in scores and s.key not in too_few]
     provenance = {
         "layers": 1 + max(site.layer for site in probe.sites),
         "probe": {"counts": dict(probe.counts), **probe.provenance},
         "vectors": "difference of means" if given is None else "given",
         "sites_without_vector": without,
+        "experts_left_alone": too_few,
+        "expert_tokens": expert_tokens,
         "sites_with_zero_vector": [key for key, s in scores.items() if s.v_norm == 0],
     }
     return Scores(scores, fingerprint, provenance)
@@ -67,8 +82,8 @@ def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:
             v = vectors
         else:
             named: Mapping[Any, Tensor] = vectors
-            names |= {site.key, site.layer}
-            v = named.get(site.key, named.get(site.layer))
+            names |= {site.key, site.block_key, site.layer}
+            v = named.get(site.key, named.get(site.block_key, named.get(site.layer)))
         if v is None:
             continue
         if v.shape != (site.d,) or not torch.isfinite(v).all():
@@ -88,22 +103,63 @@ def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:
     return found
 
 
-def _weights(model: nn.Module | str | Path, sites: tuple[Site, ...]) -> Iterator[tuple[Site, Tensor]]:
+def _weights(
+    model: nn.Module | str | Path, sites: tuple[Site, ...], wanted: tuple[Site, ...]
+) -> Iterator[tuple[Site, Tensor]]:
     if isinstance(model, nn.Module):
-        same_sites(find_sites(model), sites, "the probe")
-        for site in sites:
-            yield site, weight_of(model, site)
+        own = same_sites(find_sites(model), sites, "the probe")
+        for site in wanted:
+            yield site, read_weight(model, own[site.key])
         return
-    read = checkpoint_reader(Path(model))
-    for site in sites:
-        weight = read(site.tensor)
+    read = site_reader(Path(model))
+    for site in wanted:
+        yield site, read(site)
+
+
+def stored_name(site: Site, names: Collection[str]) -> str:
+    """What a checkpoint's files call the site's weight. Raises FileError if they have none of its names."""
+    for name in (site.tensor, *site.aliases):
+        if name in names:
+            return name
+    raise FileError(
+        f"the checkpoint has no tensor {site.tensor}", got=f"{len(names)} others", fix="Is it the right model?"
+    )
+
+
+def upright(site: Site, part: Tensor, fused: bool) -> Tensor:
+    """The site's weight [d, n·c] in the way it lies in a file: a view of the tensor, or of its expert's part."""
+    return part.T if site.transposed and (fused or site.expert is None) else part
+
+
+def site_reader(folder: Path) -> Callable[[Site], Tensor]:
+    """A function that reads one site's weight [d, n·c] from a checkpoint's files.
+
+    It raises ModelError for a weight of another shape, and FileError for one that is not there or not plain floating
+    point.
+    """
+    names = shards(folder)
+    read = checkpoint_reader(folder)
+
+    def read_site(site: Site) -> Tensor:
+        name = stored_name(site, names)
+        tensor = read(name, site.expert)
+        if tensor.dtype not in STORED:
+            raise FileError(
+                f"{name} is not plain floating point",
+                got=tensor.dtype,
+                fix="Use a checkpoint in F32, F16 or BF16, or give the loaded model: a quantised one is dequantised.",
+            )
+        fused = tensor.dim() == 3
+        weight = upright(site, tensor[0] if fused else tensor, fused)
         if weight.shape != (site.d, site.inputs):
             raise ModelError(
-                f"the probe was made on another model: {site.tensor} should be {site.d} × {site.inputs}",
+                f"the probe was made on another model: {name} should be {site.d} × {site.inputs}",
                 got=tuple(weight.shape),
                 fix="Give the folder of the model that the probe was made on.",
             )
-        yield site, weight
+        return weight
+
+    return read_site
 
 
 def shards(folder: Path) -> dict[str, str]:
@@ -140,13 +196,14 @@ def shards(folder: Path) -> dict[str, str]:
         raise FileError(f"{single} is not a whole safetensors file", got=error, fix="Copy it again.") from None
 
 
-def checkpoint_reader(folder: Path) -> Callable[[str], Tensor]:
-    """A function that reads one tensor of a checkpoint by its name."""
+def checkpoint_reader(folder: Path) -> Callable[..., Tensor]:
+    """A function that reads one tensor of a checkpoint by its name, or of a 3-D one [experts, ·, ·] the part [1, ·, ·] of
+    an expert."""
     from safetensors import SafetensorError, safe_open
 
     where = shards(folder)
 
-    def read(name: str) -> Tensor:
+    def read(name: str, expert: int | None = None) -> Tensor:
         if name not in where:
             raise FileError(
                 f"the checkpoint {folder} has no tensor {name}",
@@ -155,7 +212,10 @@ def checkpoint_reader(folder: Path) -> Callable[[str], Tensor]:
             )
         try:
             with safe_open(str(folder / where[name]), framework="pt") as file:
-                return file.get_tensor(name)
+                part = file.get_slice(name)
+                if expert is None or len(part.get_shape()) != 3:
+                    return file.get_tensor(name)
+                return part[expert : expert + 1]
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise FileError(f"{folder / where[name]} cannot be read", got=error, fix="Copy it again.") from None
 

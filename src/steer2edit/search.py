@@ -37,8 +37,8 @@ BASE = Candidate("base", "base", {})
 
 
 def steering_vectors(scores: Scores) -> dict[str, torch.Tensor]:
-    """v = ‖v‖ · v̂ of every site: the vectors that the edit was scored with also steer."""
-    return {key: s.v_norm * s.u for key, s in scores.sites.items()}
+    """v = ‖v‖ · v̂ of every block: the vectors that the edit was scored with also steer."""
+    return {s.site.block_key: s.v_norm * s.u for s in scores.sites.values()}
 
 
 def candidates(recipe: Recipe) -> list[Candidate]:

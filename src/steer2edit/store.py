@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .edit import Edit, Scores, SiteEdit, SiteScores
@@ -59,7 +60,13 @@ def _write(
     fingerprint: Mapping[str, Tensor],
     header: Mapping[str, Any],
 ) -> None:
-    tensors = {f"{key}.{name}": getattr(row, name).float() for key, row in sites.items() for name in fields}
+    tensors = {f"{key}.{name}": getattr(row, name).float() for key, row in sites.items() for name in fields[1:]}
+    # v is the block's, and so is u: kept once for all the experts of a block, where they have the same one.
+    for key, row in sites.items():
+        block = f"{row.site.block_key}.u"
+        if torch.equal(tensors.setdefault(block, row.u.float()), row.u.float()):
+            continue
+        tensors[f"{key}.u"] = row.u.float()
     tensors |= {f"{key}.sketch": value for key, value in fingerprint.items()}
     common = {"kind": kind, "format": FORMAT, "sites": [row.site.to_json() for row in sites.values()]}
     write_tensors(path, tensors, common | dict(header))
@@ -71,7 +78,9 @@ def _read(path: str | Path, kind: str, fields: tuple[str, ...]) -> tuple[dict, d
         rows: dict[str, Any] = {}
         for site in map(Site.from_json, header["sites"]):
             shapes = {"u": (site.d,), "k": (site.n, site.width), "g": (site.n,), "reach": (site.n,), "lam": (site.n,)}
-            rows[site.key] = {"site": site} | {name: tensors[f"{site.key}.{name}"] for name in fields}
+            own = {name: tensors[f"{site.key}.{name}"] for name in fields[1:]}
+            u = tensors.get(f"{site.key}.u", tensors[f"{site.block_key}.u"])
+            rows[site.key] = {"site": site, "u": u} | own
             for name in fields:
                 if rows[site.key][name].shape != shapes[name]:
                     raise ValueError(f"tensor {site.key}.{name} should have shape {shapes[name]}")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..edit import Edit
 from ..errors import EditError
 from ..files import replacing_folder
+from ..sites import Site
 
 _NOTE = "steer2edit.json"
 
@@ -16,13 +21,14 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
     """Writes `adapter_model.safetensors` and `adapter_config.json`, fp32, rank 1, scaling 1.
 
     Sites of an edited block type that the edit leaves alone get a zero row, so that PEFT finds every tensor it expects.
+    Experts that share one 3-D parameter become a LoRA of that parameter (PEFT's `target_parameters`).
 
     Args:
         base: the base model's name or path for `base_model_name_or_path`; the probe's model if None.
 
     Raises:
         FileError: `folder` holds something that is no adapter of ours.
-        EditError: every λ is 0, so that there is nothing to write.
+        EditError: every λ is 0, so that there is nothing to write, or PEFT cannot hold the edit.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -30,19 +36,25 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
     edited = edit.edited()
     if not edited:
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
+    if reason := obstacle(edit):
+        raise EditError("PEFT cannot hold this edit", got=reason, fix="Export a checkpoint instead (export_checkpoint).")
     blocks = {site.site.block for site in edited.values()}
     sites = {key: site for key, site in edit.sites.items() if site.site.block in blocks}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for site in sites.values():
-        name = f"base_model.model.{site.site.module}"
-        tensors[f"{name}.lora_A.weight"] = (edit.strength * site.row)[None, :].contiguous()  # [1, n·c]
-        tensors[f"{name}.lora_B.weight"] = site.u[:, None].contiguous()  # [d, 1]
+        name, at = f"base_model.model.{site.site.module}", site.site.expert
+        row = (edit.strength * site.row)[None, :]  # [1, n·c]
+        if at is None:
+            tensors[f"{name}.lora_A.weight"] = row.contiguous()
+            tensors[f"{name}.lora_B.weight"] = site.u[:, None].contiguous()  # [d, 1]
+            continue
+        # A fused parameter's LoRA of rank 1: row and column `at` are that expert's.
+        count = site.site.experts or 0
+        tensors.setdefault(f"{name}.lora_A.weight", torch.zeros(count, site.site.inputs))[at] = row
+        tensors.setdefault(f"{name}.lora_B.weight", torch.zeros(site.site.d, count))[:, at] = site.u
     if base is None:
         base = edit.provenance.get("probe", {}).get("model")
-    # By its last name where a block type is edited in every layer, else each module by its full name.
-    layers = {block: [s.site.layer for s in sites.values() if s.site.block == block] for block in blocks}
-    whole = all(sorted(found) == list(range(edit.layers)) for found in layers.values())
-    names = {s.site.module.rsplit(".", 1)[1] if whole else s.site.module for s in sites.values()}
+    modules, parameters = _targets(edit, [s.site for s in sites.values()])
     config = LoraConfig(
         r=1,
         lora_alpha=1,
@@ -51,7 +63,9 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
         task_type="CAUSAL_LM",
         inference_mode=True,
         base_model_name_or_path=base,
-        target_modules=sorted(names),
+        fan_in_fan_out=any(s.site.transposed and s.site.expert is None for s in sites.values()),
+        target_modules=modules,
+        target_parameters=parameters or None,
     )
     with replacing_folder(folder, ours=_NOTE) as temporary:
         save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -59,3 +73,26 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
         note = {"edit": edit.id, "config": dict(edit.config), "strength": edit.strength}
         (temporary / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def obstacle(edit: Edit) -> str | None:
+    """Why PEFT cannot hold the edit, or None."""
+    alone = [s.site.place for s in edit.edited().values() if s.site.experts == 1]
+    return f"a fused parameter of one expert ({alone[0]})" if alone else None
+
+
+def _targets(edit: Edit, sites: Sequence[Site]) -> tuple[list[str], list[str]]:
+    """LoraConfig's target_modules and target_parameters."""
+    # In a model with experts PEFT takes every module called down_proj for the experts' old name, so that all of the MLP
+    # sites are named as parameters there.
+    moe = any(site.experts is not None for site in sites)
+    by_parameter = [site for site in sites if moe and site.block == "mlp"]
+    by_module = [site for site in sites if site not in by_parameter]
+    # By its last name where a block type is edited in every layer and nothing else has that name, else by the full one.
+    others = {s.site.module.rsplit(".", 1)[-1] for s in edit.sites.values() if s.site not in by_module}
+    short = {site.module.rsplit(".", 1)[-1] for site in by_module}
+    layers = {block: [s.layer for s in by_module if s.block == block] for block in {s.block for s in by_module}}
+    whole = all(sorted(found) == list(range(edit.layers)) for found in layers.values())
+    towers = any("language_model" in site.module for site in by_module)  # a vision tower has projections of its own
+    names = short if whole and not towers and not short & others else {site.module for site in by_module}
+    return sorted(names), sorted({f"{site.module}.{site.parameter}" for site in by_parameter})

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..bake import check_weights, patched
-from ..edit import Edit
+from ..edit import Edit, SiteEdit
 from ..errors import EditError, FileError
 from ..files import replacing_folder
-from ..scoring import checkpoint_reader, shards
-from ..sites import Site
+from ..scoring import shards, site_reader, stored_name, upright
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -40,40 +40,35 @@ def export_checkpoint(base: str | Path, edit: Edit, out: str | Path) -> Path:
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError("the output folder lies inside the base", got=out, fix="Give a folder elsewhere.")
     where = shards(base)
-    read = checkpoint_reader(base)
-
-    def weight_of(site: Site) -> Tensor:
-        weight = read(site.tensor)
-        if weight.dtype not in _DTYPES.values():
-            raise FileError(
-                f"{site.tensor} is not plain floating point",
-                got=weight.dtype,
-                fix="Export from a checkpoint in F32, F16 or BF16, or serve the edit as an adapter.",
-            )
-        return weight
-
-    check_weights(edit, weight_of)
+    check_weights(edit, site_reader(base))
     with replacing_folder(out, ours="config.json") as temporary:
         shutil.copytree(base, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
-        for key, site in edited.items():
+        for site in edited.values():
             chosen = torch.nonzero(site.row).flatten()
 
-            def change(weight: Tensor, key: str = key, chosen: Tensor = chosen) -> None:
-                weight[:, chosen] = patched(weight[:, chosen], edited[key], chosen, edit.strength)
+            def change(part: Tensor, fused: bool, site: SiteEdit = site, chosen: Tensor = chosen) -> None:
+                weight = upright(site.site, part, fused)
+                weight[:, chosen] = patched(weight[:, chosen], site, chosen, edit.strength)
 
-            _rewrite(temporary / where[site.site.tensor], site.site.tensor, change)
+            name = stored_name(site.site, where)
+            _rewrite(temporary / where[name], name, site.site.expert, change)
     return out
 
 
-def _rewrite(path: Path, name: str, change) -> None:
-    """Changes one tensor of a `safetensors` file in place, at its own offset; not another byte moves."""
+def _rewrite(path: Path, name: str, expert: int | None, change: Callable[[Tensor, bool], None]) -> None:
+    """Changes one tensor of a `safetensors` file, or one expert's part of it, in place at its own offset; not another byte
+    moves."""
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entry = json.loads(file.read(length))[name]
-        dtype = _DTYPES[entry["dtype"]]
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
         start, end = (8 + length + offset for offset in entry["data_offsets"])
+        fused = len(shape) == 3
+        if fused and expert is not None:
+            size = (end - start) // shape[0]
+            start, end, shape = start + expert * size, start + (expert + 1) * size, shape[1:]
         file.seek(start)
-        weight = torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype).view(entry["shape"])
-        change(weight)
+        part = torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype).view(shape)
+        change(part, fused)
         file.seek(start)
-        file.write(weight.view(torch.uint8).numpy().tobytes())
+        file.write(part.view(torch.uint8).numpy().tobytes())

@@ -71,9 +71,10 @@ def heat_map(edit: Edit, path: Path) -> list[Path]:
     for axis, block in zip(axes, blocks, strict=True):
         sites = [s for s in edit.sites.values() if s.site.block == block]
         layers = [s.site.layer for s in sites]
-        lam = np.full((max(layers) + 1, max(s.site.n for s in sites)), np.nan)
-        for s in sites:
-            lam[s.site.layer, : s.site.n] = s.lam.numpy()
+        rows = {layer: [s.lam.numpy() for s in sites if s.site.layer == layer] for layer in layers}
+        lam = np.full((max(layers) + 1, max(sum(map(len, row)) for row in rows.values())), np.nan)
+        for number, row in rows.items():  # the experts of a layer side by side
+            lam[number, : sum(map(len, row))] = np.concatenate(row)
         top = float(np.nanmax(np.abs(lam)))
         unit = "head" if block == "attn" else "neuron"
         edited = int(np.nansum(lam != 0))
