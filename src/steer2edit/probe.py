@@ -23,6 +23,7 @@ from .experts import Tap, tapped
 from .files import read_tensors, write_tensors
 from .sites import Site, find_sites, module_of
 from .traces import LABELS, Label, Positions, Span, Trace, response_span
+from .weights import device_of
 
 FORMAT = 1
 # Positions that one step sums at once: what the probe holds beside the model's own activations does not grow with
@@ -251,7 +252,7 @@ def collect(
 
     row_of = {group: i for i, group in enumerate(groups)}
     rows = [row_of[t.label, t.group] for t in owners]
-    device = next(model.parameters()).device
+    device = device_of(model)
     with _Collector(model, sites, len(groups)) as collector, torch.inference_mode():
         done = 0
         for batch in batches_by_length([len(s.ids) for s in spans], batch_tokens):
@@ -272,7 +273,7 @@ def collect(
     provenance = {
         "model": getattr(config, "_name_or_path", ""),
         "model_type": config.model_type,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
         "positions": positions,
         "plain": plain,
         "max_tokens": max_tokens,

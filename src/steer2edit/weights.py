@@ -95,3 +95,8 @@ def _by_its_action(model: nn.Module, module: Any, site: Site) -> Tensor:
             units[torch.arange(len(units)), start + torch.arange(len(units))] = 1
             columns.append(module(units).float() - zero)
     return torch.cat(columns).T
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: the device of its first weight that is in memory."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import Steer2EditError
 from ..intervention import NOTHING, Intervention, Interventions
+from ..sites import ARCHITECTURES
 from ..traces import prompt_tokens
+from ..weights import device_of
 from . import Answer, Losses, Progress, Request
 from .slots import SlotCache
 
@@ -23,6 +25,8 @@ from .slots import SlotCache
 LOGITS = 64_000_000
 # Tokens of prompts that are run at once: enough to fill the cores, few enough to stay in a CPU's cache.
 PREFILL = 2048
+# Layers whose state is keys and values, a position each: what the slots can hold.
+ATTENTION = {"full_attention", "sliding_attention"}
 
 
 class TransformersEngine:
@@ -35,8 +39,12 @@ class TransformersEngine:
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, rows: int = 64, plain: bool = False):
         self.model, self.tokenizer, self.slots, self.plain = model, tokenizer, rows, plain
-        self.config: Any = model.config
-        self.device = next(model.parameters()).device
+        whole: Any = model.config
+        self.config: Any = whole.get_text_config()
+        self.device = device_of(model)
+        known = any(whole.model_type in a.model_types for a in ARCHITECTURES)
+        # Other layers keep a state of their own (linear attention), and of unknown families it is not known.
+        self.slotted = known and set(getattr(self.config, "layer_types", None) or ATTENTION) <= ATTENTION
         self.stops = _stop_ids(model, tokenizer)
         self.forward_passes = 0
 
@@ -63,6 +71,8 @@ class TransformersEngine:
             return []
         longest = max(len(r.ids) for r in requests)
         self._check_length(longest + max_new_tokens)
+        if not self.slotted:
+            return self._generate_in_step(requests, table, max_new_tokens, progress)
         prefix = _common_prefix([r.ids for r in requests])
         made: list[list[int]] = [[] for _ in requests]
         ended = [False] * len(requests)
@@ -112,8 +122,43 @@ class TransformersEngine:
                     under_way = [len(made[i]) for i in slots if i is not None]
                     whole = len(requests) - len(waiting) - len(under_way)
                     progress(whole + sum(under_way) // max_new_tokens, len(requests))
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
-        return [Answer(tuple(ids), text, end) for ids, text, end in zip(made, texts, ended, strict=True)]
+        return [self._answer(ids, end) for ids, end in zip(made, ended, strict=True)]
+
+    def _answer(self, ids: Sequence[int], ended: bool) -> Answer:
+        return Answer(tuple(ids), self.tokenizer.decode(ids, skip_special_tokens=True), ended)
+
+    def _generate_in_step(
+        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Progress | None
+    ) -> list[Answer]:
+        """As `generate`, by transformers' own loop: the rows of a batch go on until the last one ends."""
+        from transformers import GenerationConfig
+
+        model: Any = self.model
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=sorted(self.stops) or None,
+            pad_token_id=min(self.stops, default=0),
+        )
+        answers: list[Answer] = []
+        with Interventions(self.model, table) as running:
+            for some in _chunks(list(range(len(requests))), self.slots):
+                width = max(len(requests[i].ids) for i in some)
+                ids = torch.zeros(len(some), width, dtype=torch.long)
+                mask = torch.zeros_like(ids)
+                for row, i in enumerate(some):  # padding on the left, so that all rows write at the end
+                    ids[row, width - len(requests[i].ids) :] = torch.tensor(requests[i].ids)
+                    mask[row, width - len(requests[i].ids) :] = 1
+                running.rows([requests[i].row for i in some])
+                out = model.generate(ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
+                self.forward_passes += out.shape[1] - width
+                for row in out[:, width:].tolist():
+                    end = next((i for i, token in enumerate(row) if token in self.stops), len(row))
+                    answers.append(self._answer(row[:end], end < len(row)))
+                if progress:
+                    progress(len(answers), len(requests))
+        return answers
 
     @torch.inference_mode()
     def losses(
@@ -135,7 +180,7 @@ class TransformersEngine:
             return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
         longest = max(len(p) + len(a) for p, a in pairs)
         self._check_length(longest)
-        prefix = _common_prefix([p for p, _ in pairs])
+        prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
         vocabulary = self.config.vocab_size
         rows_at_once = max(2, LOGITS // (vocabulary * max(len(a) for _, a in pairs)))
         with Interventions(self.model, full) as running:
@@ -143,7 +188,7 @@ class TransformersEngine:
                 rows = list(range(first, min(first + rows_at_once, len(full))))
                 rows = rows if first == 0 else [0, *rows]  # the base model's row leads every batch
                 cache = self._prefix_cache(prefix, running, rows, capacity=longest)
-                if cache is None:
+                if cache is None and self.slotted:
                     cache = SlotCache(self.config.num_hidden_layers, len(rows), longest)
                 running.rows(rows)
                 for i, (prompt, answer) in enumerate(pairs):
@@ -210,8 +255,11 @@ class TransformersEngine:
         if start + width:
             cache.copy(staged, everyone, torch.tensor(list(into)), start + width)
 
-    def _run(self, ids: Tensor, cache: SlotCache, start: int, head: int = 0) -> Tensor:
+    def _run(self, ids: Tensor, cache: SlotCache | None, start: int, head: int = 0) -> Tensor:
         """Runs tokens [rows, time] from position `start` on; the logits of the last `head` positions if asked."""
+        if cache is None:
+            self.forward_passes += 1
+            return self.model(ids.to(self.device), use_cache=False, logits_to_keep=head).logits
         time = ids.shape[1]
         cache.write_from(start, time)
         positions = torch.arange(start, start + time, device=self.device)
@@ -257,17 +305,22 @@ class TransformersEngine:
         window = getattr(self.config, "sliding_window", None)
         types = set(getattr(self.config, "layer_types", None) or [])
         masks = {"full_attention": keys <= positions}
-        if window and types != {"full_attention"}:
-            masks["sliding_attention"] = masks["full_attention"] & (keys > positions - window)
+        if types != {"full_attention"}:
+            near = keys > positions - window if window else torch.ones_like(keys, dtype=torch.bool)
+            masks["sliding_attention"] = masks["full_attention"] & near
         if self.config._attn_implementation != "sdpa":
-            dtype = next(self.model.parameters()).dtype
+            dtype: Any = self.model.dtype
             masks = {name: torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) for name, seen in masks.items()}
         return masks if len(types) > 1 else masks.get("sliding_attention", masks["full_attention"])
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
     found: set[int] = set()
-    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
         found |= set(value) if isinstance(value, list | tuple) else {value}
     return {i for i in found if i is not None}
 
