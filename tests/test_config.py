@@ -68,7 +68,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, near: st
 
 def test_an_unknown_key_like_no_other_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(
-        RecipeError, match=r"unknown key probe\.zzz .* Known keys there: positions, max_tokens, batch_tok"
+        RecipeError, match=r"unknown key probe\.zzz .* Known keys there: positions, part, max_tokens, batch_tok"
     ):
         parse_recipe(_with("probe.zzz", 1))
 

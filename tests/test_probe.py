@@ -296,7 +296,7 @@ def test_a_probe_comes_back_from_a_file_as_it_went(pico: Any, tokenizer: Any, tr
         here, there = means(back, label), means(probe, label)
         assert here.keys() == there.keys()
         assert all(torch.equal(here[name], there[name]) for name in here)
-    told = {"model_type": "llama", "dtype": "float32", "positions": "response", "plain": False, "max_tokens": 60}
+    told = {"model_type": "llama", "dtype": "float32", "positions": "response", "part": "both", "max_tokens": 60}
     assert told.items() <= back.provenance.items()
 
 

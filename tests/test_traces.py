@@ -10,7 +10,7 @@ import pytest
 from tokenizers import pre_tokenizers, processors
 
 from steer2edit.errors import FileError, ModelError, TraceError
-from steer2edit.traces import Span, Trace, prompt_tokens, read_traces, render, response_span, write_traces
+from steer2edit.traces import Chat, Span, Trace, prompt_tokens, read_traces, render, response_span, write_traces
 
 BYTES = set(pre_tokenizers.ByteLevel.alphabet())
 RESPONSES = [
@@ -70,7 +70,7 @@ def test_a_token_over_the_boundary_belongs_to_the_response(
     assert merging_tokenizer.convert_ids_to_tokens(ids[start]) == first
     assert (ids[:start] != merging_tokenizer(prompt)["input_ids"]) == merges
     trace = Trace(prompt, response, "positive")
-    span, cut = response_span(merging_tokenizer, trace, plain=True, positions="response")
+    span, cut = response_span(merging_tokenizer, trace, chat=Chat(plain=True), positions="response")
     assert (span, cut) == (Span(tuple(ids), start, len(ids)), False)
 
 
@@ -122,8 +122,8 @@ def test_max_tokens_cuts_on_the_right_and_says_so(tokenizer: Any) -> None:
 def test_a_response_after_nothing_has_no_predicting_position(tokenizer: Any) -> None:
     trace = Trace("", "I am sorry.", "positive")
     with pytest.raises(TraceError, match="no position predicts"):
-        response_span(tokenizer, trace, plain=True)
-    span, _ = response_span(tokenizer, trace, plain=True, positions="response")
+        response_span(tokenizer, trace, chat=Chat(plain=True))
+    span, _ = response_span(tokenizer, trace, chat=Chat(plain=True), positions="response")
     assert span is not None
     assert (span.first, tokenizer.decode(span.ids)) == (0, "I am sorry.")
 
@@ -132,28 +132,28 @@ def test_bos_stands_once_whether_the_template_or_the_tokenizer_writes_it(metaspa
     bos = metaspace_tokenizer.bos_token_id
     trace = Trace("What is it?", "I am sorry.", "positive")
     for plain in (False, True):
-        ids = prompt_tokens(metaspace_tokenizer, trace.messages(), plain)
-        span, _ = response_span(metaspace_tokenizer, trace, plain=plain)
+        ids = prompt_tokens(metaspace_tokenizer, trace.messages(), Chat(plain))
+        span, _ = response_span(metaspace_tokenizer, trace, chat=Chat(plain))
         assert span is not None
         assert ids[0] == span.ids[0] == bos
         assert ids.count(bos) == span.ids.count(bos) == 1
 
 
 def test_an_eos_that_the_tokenizer_appends_is_no_part_of_a_response(tokenizer: Any) -> None:
-    bare = response_span(tokenizer, Trace("Hello", " there", "positive"), plain=True)
+    bare = response_span(tokenizer, Trace("Hello", " there", "positive"), chat=Chat(plain=True))
     end = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)]
     )
     assert tokenizer("Hello there")["input_ids"][-1] == end
-    assert response_span(tokenizer, Trace("Hello", " there", "positive"), plain=True) == bare
+    assert response_span(tokenizer, Trace("Hello", " there", "positive"), chat=Chat(plain=True)) == bare
 
 
 def test_a_tokenizer_without_a_chat_template_needs_plain(merging_tokenizer: Any) -> None:
     trace = Trace("The answer", " is short.", "positive")
     with pytest.raises(ModelError, match="no chat template"):
         response_span(merging_tokenizer, trace)
-    assert render(merging_tokenizer, trace.messages(), plain=True) == "The answer"
+    assert render(merging_tokenizer, trace.messages(), chat=Chat(plain=True)) == "The answer"
 
 
 def test_a_tokenizer_without_offsets_is_refused(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -13,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .errors import FileError, RecipeError
 from .files import read_text
+from .sites import Architecture
+from .traces import CHAT, Chat
 
 
 def _off(value: Any) -> Any:
@@ -31,6 +34,11 @@ def _with_harmful(counts: dict[Any, int]) -> dict[Any, int]:
     if "harmful" not in counts:
         raise ValueError("The refusal rate needs harmful prompts")
     return counts
+
+
+def _date(value: str) -> str:
+    datetime.date.fromisoformat(value)
+    return value
 
 
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
@@ -53,8 +61,18 @@ class Model(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    max_memory: dict[str, str] | None = None
+    offload_folder: str | None = None
     plain: bool = False
+    enable_thinking: bool | None = None
+    date: Annotated[str, AfterValidator(_date)] = CHAT.date
+    architecture: Architecture | None = None
     trust_remote_code: bool = False
+
+    @property
+    def chat(self) -> Chat:
+        return Chat(self.plain, self.enable_thinking, self.date)
 
 
 class Behaviour(Section):
@@ -80,8 +98,10 @@ class ProbePass(Section):
     """The pass over the traces."""
 
     positions: Literal["predicting", "response"] = "predicting"
+    part: Literal["both", "thinking", "answer"] = "both"
     max_tokens: Many = 4096
     batch_tokens: Many = 1024
+    expert_tokens: Count = 16
 
 
 class Limits(Section):

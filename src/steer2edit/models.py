@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
 from .files import replacing_folder
 from .progress import say
+from .sites import Architecture, describe_as
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,10 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[str, str] | None = None,
+    offload_folder: str | None = None,
+    architecture: Architecture | None = None,
 ) -> tuple[nn.Module, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -34,33 +41,87 @@ def load_model(
         name: a Hub id, a folder that `save_pretrained` wrote, a `.gguf` file, or EMBEDDED.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator; on a CPU bf16 where
             the CPU computes in it, else fp32 (emulated bf16 is several times slower).
-        device: "cpu", "cuda", "cuda:1", "mps", or "auto": the best there is.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto": the best there is. Not used with `device_map`.
+        device_map: "auto", "balanced" or "sequential" spread the model over the devices there are, and what does not fit
+            over memory and `offload_folder` (accelerate); a mapping says which module goes where.
+        max_memory: how much of each device may be used, {"0": "20GiB", "cpu": "60GiB"}.
+        architecture: where the model writes into the residual stream, for one that the table of families does not have.
 
     Raises:
         ModelError: there is no such model, it cannot be loaded, or there is no such device here.
     """
     from torch import nn
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     name = str(name)
     place = _place(device)
+    source, where = _source(name, revision, trust_remote_code)
+    spread: dict[str, Any] = {}
+    if device_map is not None:
+        spread = {"device_map": device_map, "offload_folder": offload_folder}
+        if max_memory is not None:  # accelerate names accelerators by number
+            spread["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in max_memory.items()}
+    with _loading(name):
+        loader = _auto_class(load_config(name, revision=revision, trust_remote_code=trust_remote_code))
+        model = loader.from_pretrained(source, dtype=_dtype(dtype, place), **spread, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    model.config._name_or_path = name
+    _plain_weights(model)
+    if architecture is not None:
+        describe_as(model, architecture)
+    # A quantised or spread model stays where it was put.
+    stays = device_map is not None or getattr(model, "is_quantized", False)
+    return (model if stays else nn.Module.to(model, place)).eval(), tokenizer
+
+
+def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A model's configuration, without its weights. Raises ModelError if there is none."""
+    from transformers import AutoConfig
+
+    source, where = _source(str(name), revision, trust_remote_code)
+    with _loading(str(name)):
+        return AutoConfig.from_pretrained(source, **where)
+
+
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model that a configuration describes, on the `meta` device: names and shapes, no weights."""
+    import torch
+
+    with torch.device("meta"), _loading(getattr(config, "_name_or_path", "") or config.model_type):
+        return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+
+
+def _source(name: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name == EMBEDDED:
-        source = str(embedded_checkpoint())
-    elif name.endswith(".gguf"):
+        return str(embedded_checkpoint()), where
+    if name.endswith(".gguf"):
         file = Path(name)
         if not file.is_file():
             raise ModelError("no such GGUF file", got=name, fix="Check the path.")
-        source, where["gguf_file"] = str(file.parent), file.name
-    else:
-        source = name
-        if revision is not None:
-            where["revision"] = revision
+        return str(file.parent), where | {"gguf_file": file.name}
+    return name, where if revision is None else where | {"revision": revision}
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if with_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, place), **where)
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -68,9 +129,6 @@ def load_model(
             got=first,
             fix="Give a Hub id, a folder that save_pretrained wrote, a .gguf file, or " + EMBEDDED + ".",
         ) from None
-    model.config._name_or_path = name
-    _plain_weights(model)
-    return nn.Module.to(model, place).eval(), tokenizer
 
 
 def _plain_weights(model: Any) -> None:

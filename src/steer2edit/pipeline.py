@@ -51,9 +51,17 @@ class Run:
         m = self.recipe.model
         say(f"loading {m.name}")
         model, tokenizer = load_model(
-            m.name, dtype=m.dtype, device=m.device, revision=m.revision, trust_remote_code=m.trust_remote_code
+            m.name,
+            dtype=m.dtype,
+            device=m.device,
+            revision=m.revision,
+            trust_remote_code=m.trust_remote_code,
+            device_map=m.device_map,
+            max_memory=m.max_memory,
+            offload_folder=m.offload_folder,
+            architecture=m.architecture,
         )
-        return TransformersEngine(model, tokenizer, rows=self.recipe.evaluation.rows, plain=m.plain)
+        return TransformersEngine(model, tokenizer, rows=self.recipe.evaluation.rows, chat=m.chat)
 
     @cached_property
     def scores(self) -> Scores:
@@ -101,8 +109,8 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     plan = {k: v for k, v in r["evaluation"].items() if k != "resamples"}
     parts: dict[str, Any] = {
         "traces": [r["seed"], r["model"], r["behaviour"], r["data"]["probe"], text, r["evaluation"]["rows"]],
-        "probe": r["probe"],
-        "score": None,
+        "probe": {k: v for k, v in r["probe"].items() if k != "expert_tokens"},
+        "score": r["probe"]["expert_tokens"],
         "search": [{k: v for k, v in search.items() if k != "limits"}, r["data"]["validation"], plan],
         "edit": search["limits"],
         "export": r["exports"],
@@ -149,7 +157,8 @@ def _probe(run: Run) -> list[str]:
             engine.model,
             engine.tokenizer,
             read_traces(run.path("traces.jsonl")),
-            plain=engine.plain,
+            chat=engine.chat,
+            part=p.part,
             positions=p.positions,
             max_tokens=p.max_tokens,
             batch_tokens=p.batch_tokens,
@@ -167,7 +176,11 @@ def _score(run: Run) -> list[str]:
     from .probe import Probe
     from .scoring import score
 
-    scores = score(run.engine.model, Probe.load(run.path("probe.safetensors")))
+    scores = score(
+        run.engine.model, Probe.load(run.path("probe.safetensors")), expert_tokens=run.recipe.probe.expert_tokens
+    )
+    if few := scores.provenance["experts_left_alone"]:
+        say(f"  {len(few)} experts were reached by fewer than {run.recipe.probe.expert_tokens} tokens and are left alone")
     scores.save(run.path("scores.safetensors"))
     run.__dict__.pop("scores", None)
     return ["scores.safetensors"]

@@ -8,10 +8,12 @@ and groups weigh alike. Sums are held in fp64 (compensated fp32 where a device h
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from .errors import FileError, ProbeError, TraceError
 from .experts import Tap, tapped
 from .files import read_tensors, write_tensors
 from .sites import Site, find_sites, module_of
-from .traces import LABELS, Label, Positions, Span, Trace, response_span
+from .traces import CHAT, LABELS, Chat, Label, Part, Positions, Span, Trace, response_span
 from .weights import device_of
 
 FORMAT = 1
@@ -199,6 +201,8 @@ def collect(
     negative: Iterable[Trace] = (),
     *,
     plain: bool = False,
+    chat: Chat = CHAT,
+    part: Part = "both",
     positions: Positions = "predicting",
     max_tokens: int = 4096,
     batch_tokens: int = 1024,
@@ -208,7 +212,10 @@ def collect(
 
     Args:
         positive, negative: the traces; their own labels count, so one mixed list will do.
-        plain: no chat template, for base models: a trace's text is prompt + response.
+        plain: no chat template, for base models: a trace's text is prompt + response. Short for Chat(plain=True).
+        chat: what the chat template is told.
+        part: of a thinking model's responses the thinking, the answer, or both; a response without that part is counted
+            as empty.
         positions: "predicting", the positions whose outputs predict the response's tokens, or "response", its own.
         max_tokens: longer texts are cut on the right, and counted.
         batch_tokens: at most so many tokens, padding included, go through the model at once.
@@ -220,6 +227,7 @@ def collect(
         ModelError: the model is not supported, or has no chat template while `plain` is off.
     """
     traces = [*positive, *negative]
+    chat = replace(chat, plain=plain or chat.plain)
     groups = sorted({(t.label, t.group) for t in traces})
     spans: list[Span] = []
     owners: list[Trace] = []
@@ -229,7 +237,9 @@ def collect(
     skipped, cut = Counter[str](), Counter[str]()
     sites = find_sites(model)
     for trace in traces:
-        span, was_cut = response_span(tokenizer, trace, plain=plain, positions=positions, max_tokens=max_tokens)
+        span, was_cut = response_span(
+            tokenizer, trace, chat=chat, part=part, positions=positions, max_tokens=max_tokens
+        )
         cut[trace.label] += was_cut
         if span is None:
             skipped[trace.label] += 1
@@ -245,7 +255,8 @@ def collect(
         if not counts[name]["responses"]:
             raise TraceError(
                 f"there is no {name} trace with a response",
-                got=f"{sum(t.label == name for t in traces)} {name} traces, {skipped[name]} of them without a response",
+                got=f"{sum(t.label == name for t in traces)} {name} traces, {skipped[name]} of them without "
+                + ("a response" if part == "both" else f"the part {part!r}"),
                 fix="Give both sides: responses that show the behaviour, and responses that don't.",
             )
     counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
@@ -275,12 +286,18 @@ def collect(
         "model_type": config.model_type,
         "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
         "positions": positions,
-        "plain": plain,
+        "part": part,
+        "chat": dataclasses.asdict(chat) | {"template": _digest(getattr(tokenizer, "chat_template", None))},
         "max_tokens": max_tokens,
         "batch_tokens": batch_tokens,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     return Probe(sites, inputs, outputs, counts, provenance)
+
+
+def _digest(template: Any) -> str | None:
+    # By which a template of another revision is known, whatever system prompt it brings.
+    return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None
 
 
 class _Means:

@@ -94,7 +94,7 @@ def run_trials(
     done = {(row["what"], row["batch"]): row for row in read_journal(journal)}
     steps = len(work) + utility * len(tried)  # what progress counts
 
-    answers: dict[tuple[int, int], str] = {}
+    answers: dict[tuple[int, int], tuple[str, int]] = {}  # text, and where its answer starts
     for number, batch in enumerate(batches):
         row = done.get(("answers", number))
         if row is None:
@@ -105,8 +105,9 @@ def run_trials(
                 _shifted(progress, number * plan.batch, steps),
             )
             row = {"what": "answers", "batch": number, "texts": [a.text for a in made]}
+            row["starts"] = [a.start for a in made]
             append_jsonl(journal, row)
-        answers |= dict(zip(batch, row["texts"], strict=True))
+        answers |= dict(zip(batch, zip(row["texts"], row["starts"], strict=True), strict=True))
 
     row = done.get(("own", 0))
     if row is None:
@@ -135,12 +136,12 @@ def run_trials(
 
     rows = []
     for c, candidate in enumerate(tried):
-        texts = [answers[c, p] for p in range(len(prompts))]
+        said = [answers[c, p] for p in range(len(prompts))]
         losses_of = {
             "kl": [0.0 if c == 0 else answer[c - 1] for answer in kl],
             "nll_rise": [0.0 if c == 0 else answer[c - 1] - b for answer, b in zip(nll, base_nll, strict=True)],
         }
-        rows.append(_trial(candidate, prompts, texts, losses_of, len(benign) - len(own)))
+        rows.append(_trial(candidate, prompts, said, losses_of, len(benign) - len(own)))
     return rows
 
 
@@ -150,10 +151,15 @@ def _shifted(progress: Progress | None, start: int, steps: int) -> Progress | No
 
 
 def _trial(
-    candidate: Candidate, prompts: Sequence[Prompt], texts: Sequence[str], losses: Mapping[str, list[float]], empty: int
+    candidate: Candidate,
+    prompts: Sequence[Prompt],
+    said: Sequence[tuple[str, int]],
+    losses: Mapping[str, list[float]],
+    empty: int,
 ) -> dict[str, Any]:
-    bad = [degenerate(text) for text in texts]
-    refused = [declines(text) and not b for text, b in zip(texts, bad, strict=True)]
+    judged = [text[start:] for text, start in said]  # what a model thinks is not what it answers
+    bad = [degenerate(text) for text in judged]
+    refused = [declines(text) and not b for text, b in zip(judged, bad, strict=True)]
     by_kind = {kind: [r for r, p in zip(refused, prompts, strict=True) if p.kind == kind] for kind in KINDS}
     return {
         "id": candidate.id,
@@ -169,7 +175,7 @@ def _trial(
         | {"utility": len(losses["kl"]), "empty": empty},
         "flags": {**by_kind, "degenerate": bad},
         "losses": dict(losses),
-        "texts": list(texts),
+        "texts": [text for text, _ in said],
     }
 
 

@@ -285,7 +285,9 @@ class Site:
     def from_json(cls, row: Mapping[str, Any]) -> Site:
         site = cls(**{**row, "aliases": tuple(row.get("aliases", ()))})
         integers = [site.layer, site.d, site.n, site.width]
-        integers += [] if site.expert is None else [site.expert, site.experts or -1, (site.experts or 0) - site.expert - 1]
+        integers += (
+            [] if site.expert is None else [site.expert, site.experts or -1, (site.experts or 0) - site.expert - 1]
+        )
         texts = (site.module, site.tensor, site.parameter, site.output, *site.aliases)
         if (
             site.block not in BLOCKS

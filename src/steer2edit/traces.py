@@ -6,6 +6,7 @@ apart from its response can merge differently at the boundary.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,34 @@ from .files import numbered_jsonl, write_jsonl
 Label = Literal["positive", "negative"]
 LABELS: tuple[Label, ...] = get_args(Label)
 Positions = Literal["predicting", "response"]
+# Which part of a thinking model's response counts.
+Part = Literal["both", "thinking", "answer"]
+# What ends a model's thinking, and begins it (where the prompt's template does not).
+_THOUGHT, _THINK = "</think>", "<think>"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How messages become the text that a model sees: the same today and next year.
+
+    Attributes:
+        plain: no chat template, for base models: the contents, one after the other, are the text that a response goes on.
+        enable_thinking: what the template is told, if it asks; None leaves the model's own default.
+        date: what a template that writes today's date is told, as YYYY-MM-DD.
+    """
+
+    plain: bool = False
+    enable_thinking: bool | None = None
+    date: str = "2026-01-01"
+
+    def variables(self) -> dict[str, Any]:
+        """What a template is told."""
+        day = datetime.date.fromisoformat(self.date)
+        told: dict[str, Any] = {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
+        return told if self.enable_thinking is None else told | {"enable_thinking": self.enable_thinking}
+
+
+CHAT = Chat()
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,7 @@ class Trace:
         system: a system prompt, if any.
         group: the part of its label's set that the trace belongs to.
         source: where the trace came from, for people.
+        answer_start: the character of the response at which the answer starts, after a model's thinking; 0 without any.
     """
 
     prompt: str | Sequence[Mapping[str, str]]
@@ -41,6 +71,7 @@ class Trace:
     system: str | None = None
     group: str = ""
     source: str = ""
+    answer_start: int = 0
 
     def messages(self) -> list[dict[str, str]]:
         given = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else map(dict, self.prompt)
@@ -49,7 +80,7 @@ class Trace:
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     """JSON Lines, one trace a line; fields that hold their default are left out."""
-    defaults = {"system": None, "group": "", "source": ""}
+    defaults = {"system": None, "group": "", "source": "", "answer_start": 0}
     write_jsonl(path, ({k: v for k, v in vars(t).items() if (k, v) not in defaults.items()} for t in traces))
 
 
@@ -70,11 +101,14 @@ def read_traces(path: str | Path) -> list[Trace]:
                 f"line {number} of {path} has an unknown label", got=repr(row["label"]), fix=f"Use one of {LABELS}."
             )
         texts = [row["response"], row.get("group", ""), row.get("source", ""), row.get("system") or ""]
-        if not all(isinstance(text, str) for text in texts) or not _is_prompt(row["prompt"]):
+        start = row.get("answer_start", 0)
+        fits = type(start) is int and isinstance(row["response"], str) and 0 <= start <= len(row["response"])
+        if not all(isinstance(text, str) for text in texts) or not _is_prompt(row["prompt"]) or not fits:
             raise TraceError(
                 f"line {number} of {path} holds a value of the wrong type",
                 got=repr({k: type(v).__name__ for k, v in row.items()}),
-                fix="A prompt is a text or a list of {role, content} messages; everything else is a text.",
+                fix="A prompt is a text or a list of {role, content} messages, answer_start a character of the response; "
+                "everything else is a text.",
             )
         traces.append(Trace(**row))
     return traces
@@ -87,17 +121,31 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and len(value) > 0 and all(map(is_message, value)))
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], plain: bool = False) -> str:
+def answer_start(response: str, thinking: bool = False) -> int:
+    """Where the answer starts in what a model said: after its thinking, at the end if that never ended, else at 0.
+
+    Args:
+        thinking: the prompt has begun the thinking already, as some templates do.
+    """
+    if _THOUGHT in response:
+        after = response.index(_THOUGHT) + len(_THOUGHT)
+        return after + len(response[after:]) - len(response[after:].lstrip())
+    return len(response) if thinking or response.lstrip().startswith(_THINK) else 0
+
+
+def begins_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside the model's thinking."""
+    return prompt.rstrip().endswith(_THINK)
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> str:
     """The prompt as the model sees it, up to where its answer begins, to the last character (templates often end in
     a newline, which is part of it).
 
-    Args:
-        plain: no template: the contents, one after the other, are the text that the response continues.
-
     Raises:
-        ModelError: if the tokenizer has no chat template and `plain` is off.
+        ModelError: if the tokenizer has no chat template and `chat.plain` is off.
     """
-    if plain:
+    if chat.plain:
         return "\n".join(m["content"] for m in messages)
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
@@ -105,12 +153,12 @@ def render(tokenizer: Any, messages: list[dict[str, str]], plain: bool = False) 
             got=getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
             fix="Give the chat model's tokenizer, or set plain=True (in a recipe: model.plain: true).",
         )
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **chat.variables())
 
 
-def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]], plain: bool = False) -> list[int]:
+def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> list[int]:
     """Token ids of a rendered prompt. A template writes the special tokens itself, so that none is added twice."""
-    return list(tokenizer(render(tokenizer, messages, plain), add_special_tokens=plain)["input_ids"])
+    return list(tokenizer(render(tokenizer, messages, chat), add_special_tokens=chat.plain)["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -123,7 +171,13 @@ class Span:
 
 
 def response_span(
-    tokenizer: Any, trace: Trace, *, plain: bool = False, positions: Positions = "predicting", max_tokens: int = 4096
+    tokenizer: Any,
+    trace: Trace,
+    *,
+    chat: Chat = CHAT,
+    part: Part = "both",
+    positions: Positions = "predicting",
+    max_tokens: int = 4096,
 ) -> tuple[Span | None, bool]:
     """The span of a trace's response, and whether `max_tokens` cut something off its right.
 
@@ -131,10 +185,18 @@ def response_span(
     [start − 1, end − 1), those whose outputs predict the response's tokens (as in the published code of
     arXiv 2602.09870); with "response" [start, end). An end-of-turn token is not part of a response.
 
+    Args:
+        part: "thinking" is the response up to `trace.answer_start`, "answer" from there on.
+
     Returns:
-        (None, …) where there is no token of the response, since the response is empty or was cut off whole.
+        (None, …) where there is no token of the part, since it is empty or was cut off whole.
     """
-    if not trace.response.strip():
+    first, last = {
+        "both": (0, len(trace.response)),
+        "thinking": (0, trace.answer_start),
+        "answer": (trace.answer_start, len(trace.response)),
+    }[part]
+    if not trace.response[first:last].strip():
         return None, False
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -142,10 +204,11 @@ def response_span(
             got=type(tokenizer).__name__,
             fix="Load a fast tokenizer (AutoTokenizer.from_pretrained(…, use_fast=True)).",
         )
-    prompt = render(tokenizer, trace.messages(), plain)
-    encoded = tokenizer(prompt + trace.response, add_special_tokens=plain, return_offsets_mapping=True)
+    prompt = render(tokenizer, trace.messages(), chat)
+    encoded = tokenizer(prompt + trace.response, add_special_tokens=chat.plain, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    holds = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt)]
+    first, last = len(prompt) + first, len(prompt) + last
+    holds = [i for i, (start, end) in enumerate(encoded["offset_mapping"]) if end > first and start < last]
     special = set(tokenizer.all_special_ids)
     while holds and ids[holds[-1]] in special:
         holds.pop()

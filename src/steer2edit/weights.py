@@ -1,5 +1,4 @@
-"""The weights of a model's sites: as they are in memory, to be changed, or as numbers, wherever and however they are kept.
-"""
+"""The weights of a model's sites: as they are in memory, to be changed, or as numbers, wherever and however they are kept."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ..engines import Engine, Progress, Request
 from ..errors import FileError, RecipeError
 from ..files import numbered_jsonl, read_jsonl
 from ..intervention import NOTHING
-from ..traces import Trace
+from ..traces import Label, Trace
 
 Kind = Literal["harmful", "benign", "borderline"]
 Split = Literal["probe", "validation", "test"]
@@ -157,21 +157,26 @@ def make_traces(
     benign = [p.text for p in prompts if p.kind == "benign"]
     ask = (benign if "benign" in negative else []) + (harmful if positive == "own" or "harmful" in negative else [])
     requests = [Request(engine.tokens(messages(text, system))) for text in ask]
-    answers = {
-        text: a.text for text, a in zip(ask, engine.generate(requests, [NOTHING], new_tokens, progress), strict=True)
-    }
+    answers = dict(zip(ask, engine.generate(requests, [NOTHING], new_tokens, progress), strict=True))
+
+    def own(text: str, label: Label, group: str, source: str) -> Trace:
+        return Trace(text, answers[text].text, label, system, group, source, answers[text].start)
+
     refusals = written_refusals()
     traces = []
     for i, text in enumerate(harmful):
-        response = refusals[i % len(refusals)] if positive == "written" else answers[text]
-        traces.append(Trace(text, response, "positive", system, "harmful", f"harmful {i}, {positive}"))
+        if positive == "written":
+            refusal = refusals[i % len(refusals)]
+            traces.append(Trace(text, refusal, "positive", system, "harmful", f"harmful {i}, written"))
+        else:
+            traces.append(own(text, "positive", "harmful", f"harmful {i}, own"))
     left_out = 0
     if "benign" in negative:
-        traces += [Trace(t, answers[t], "negative", system, "benign", f"benign {i}, own") for i, t in enumerate(benign)]
+        traces += [own(text, "negative", "benign", f"benign {i}, own") for i, text in enumerate(benign)]
     if "harmful" in negative:
         for i, text in enumerate(harmful):
-            if declines(answers[text]):
+            if declines(answers[text].text[answers[text].start :]):
                 left_out += 1
             else:
-                traces.append(Trace(text, answers[text], "negative", system, "harmful", f"harmful {i}, own"))
+                traces.append(own(text, "negative", "harmful", f"harmful {i}, own"))
     return traces, left_out

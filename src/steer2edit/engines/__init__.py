@@ -23,11 +23,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated: token ids without the end-of-turn token, the text, and whether the model ended its turn."""
+    """What was generated: token ids without the end-of-turn token, the text, whether the model ended its turn, and where
+    in the text its answer starts, after its thinking."""
 
     ids: tuple[int, ...]
     text: str
     ended: bool
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import Steer2EditError
 from ..intervention import NOTHING, Intervention, Interventions
 from ..sites import ARCHITECTURES
-from ..traces import prompt_tokens
+from ..traces import CHAT, Chat, answer_start, begins_thinking, prompt_tokens
 from ..weights import device_of
 from . import Answer, Losses, Progress, Request
 from .slots import SlotCache
@@ -34,11 +34,11 @@ class TransformersEngine:
 
     Args:
         rows: slots of the decode batch. Part of the batch plan: bf16 results depend on it, fp32 ones in the last bits.
-        plain: prompts are plain text, not chat.
+        chat: what the chat template is told; plain text for base models.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, rows: int = 64, plain: bool = False):
-        self.model, self.tokenizer, self.slots, self.plain = model, tokenizer, rows, plain
+    def __init__(self, model: nn.Module, tokenizer: Any, *, rows: int = 64, chat: Chat = CHAT):
+        self.model, self.tokenizer, self.slots, self.chat = model, tokenizer, rows, chat
         whole: Any = model.config
         self.config: Any = whole.get_text_config()
         self.device = device_of(model)
@@ -49,7 +49,7 @@ class TransformersEngine:
         self.forward_passes = 0
 
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        return tuple(prompt_tokens(self.tokenizer, messages, self.plain))
+        return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
 
     @torch.inference_mode()
     def generate(
@@ -122,10 +122,12 @@ class TransformersEngine:
                     under_way = [len(made[i]) for i in slots if i is not None]
                     whole = len(requests) - len(waiting) - len(under_way)
                     progress(whole + sum(under_way) // max_new_tokens, len(requests))
-        return [self._answer(ids, end) for ids, end in zip(made, ended, strict=True)]
+        return [self._answer(*one) for one in zip(requests, made, ended, strict=True)]
 
-    def _answer(self, ids: Sequence[int], ended: bool) -> Answer:
-        return Answer(tuple(ids), self.tokenizer.decode(ids, skip_special_tokens=True), ended)
+    def _answer(self, request: Request, ids: Sequence[int], ended: bool) -> Answer:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        thinking = begins_thinking(self.tokenizer.decode(request.ids[-8:]))
+        return Answer(tuple(ids), text, ended, answer_start(text, thinking))
 
     def _generate_in_step(
         self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Progress | None
@@ -153,9 +155,9 @@ class TransformersEngine:
                 running.rows([requests[i].row for i in some])
                 out = model.generate(ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
                 self.forward_passes += out.shape[1] - width
-                for row in out[:, width:].tolist():
-                    end = next((i for i, token in enumerate(row) if token in self.stops), len(row))
-                    answers.append(self._answer(row[:end], end < len(row)))
+                for i, made in zip(some, out[:, width:].tolist(), strict=True):
+                    end = next((i for i, token in enumerate(made) if token in self.stops), len(made))
+                    answers.append(self._answer(requests[i], made[:end], end < len(made)))
                 if progress:
                     progress(len(answers), len(requests))
         return answers
@@ -315,7 +317,7 @@ class TransformersEngine:
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    found: set[int] = set()
+    found: set[Any] = set()
     for value in (
         getattr(model.generation_config, "eos_token_id", None),
         getattr(model.config.get_text_config(), "eos_token_id", None),

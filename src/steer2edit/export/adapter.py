@@ -37,7 +37,9 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
     if not edited:
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
     if reason := obstacle(edit):
-        raise EditError("PEFT cannot hold this edit", got=reason, fix="Export a checkpoint instead (export_checkpoint).")
+        raise EditError(
+            "PEFT cannot hold this edit", got=reason, fix="Export a checkpoint instead (export_checkpoint)."
+        )
     blocks = {site.site.block for site in edited.values()}
     sites = {key: site for key, site in edit.sites.items() if site.site.block in blocks}
     tensors: dict[str, Tensor] = {}
