@@ -11,6 +11,7 @@ from steer2edit.engines import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
 from steer2edit.intervention import NOTHING
+from steer2edit.traces import Chat
 
 Prompts = list[tuple[int, ...]]
 
@@ -225,5 +226,5 @@ def test_a_chat_prompt_is_the_rendered_template(pico: Any, tokenizer: Any, mergi
     engine = TransformersEngine(pico(), tokenizer)
     told = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(engine.tokens([{"role": "user", "content": "Hello"}])) == told
-    plain = TransformersEngine(pico(), merging_tokenizer, plain=True)
+    plain = TransformersEngine(pico(), merging_tokenizer, chat=Chat(plain=True))
     assert merging_tokenizer.decode(plain.tokens([{"role": "user", "content": "Hello"}])) == "Hello"

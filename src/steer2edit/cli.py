@@ -164,6 +164,48 @@ def inspect(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a recipe whose model section counts.")],
+    weights: Annotated[bool, typer.Option("--weights", help="Load the weights and run the self-check.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="The model's revision on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say whether a model is supported, what would be edited, what not and why, and what each stage needs."""
+    from .config import Model, load_recipe, shipped_recipes
+
+    if model in shipped_recipes() or Path(model).suffix in (".yaml", ".yml"):
+        section = load_recipe(model).model
+    else:
+        section = Model.model_validate({"name": model, "revision": revision, "trust_remote_code": trust_remote_code})
+        section = section.model_copy(update={"dtype": dtype, "device": device})
+    from .doctor import examine, self_check, show
+    from .models import empty_model, load_config, load_section
+    from .sites import describe_as
+
+    if weights:
+        loaded, _ = load_section(section)
+        found = examine(loaded, self_check(loaded, thorough=True))
+    else:
+        where: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+        empty = empty_model(load_config(section.name, revision=section.revision, **where), **where)
+        if section.architecture is not None:
+            describe_as(empty, section.architecture)
+        found = examine(empty)
+    found["model"] = section.name
+    if json:
+        _print_json(found)
+        return
+    from rich.console import Console
+
+    show(Console(width=None if sys.stdout.isatty() else 120), found)
+
+
+@app.command()
 def recipes(
     copy: Annotated[str | None, typer.Option(help="Copy this recipe.")] = None,
     to: Annotated[Path | None, typer.Option(help="Where to; NAME.yaml by default.")] = None,

@@ -120,8 +120,8 @@ class Interventions:
     """Hooks that let each row of a batch run under an intervention of its own.
 
     Used as a context. `rows` says which intervention each row of the coming forward passes carries; one index alone
-    serves a batch of any size. `calls` counts the modules that were seen to run, so that hooked modules × forward passes
-    can be proved to have run.
+    serves a batch of any size. `calls` counts the modules that were seen to run, so that hooked modules × forward
+    passes can be proved to have run.
 
     Args:
         table: their terms name sites, or whole blocks ("3.mlp", where the block is a mixture of experts), to which only

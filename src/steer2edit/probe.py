@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .doctor import self_check
 from .errors import FileError, ProbeError, TraceError
 from .experts import Tap, tapped
 from .files import read_tensors, write_tensors
@@ -206,6 +207,7 @@ def collect(
     positions: Positions = "predicting",
     max_tokens: int = 4096,
     batch_tokens: int = 1024,
+    check: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Probe:
     """Runs the traces through the model once, forward only and without the language-model head.
@@ -219,12 +221,13 @@ def collect(
         positions: "predicting", the positions whose outputs predict the response's tokens, or "response", its own.
         max_tokens: longer texts are cut on the right, and counted.
         batch_tokens: at most so many tokens, padding included, go through the model at once.
+        check: run doctor's self-check first, if this model has not passed it yet.
         progress: called with (responses done, responses in all).
 
     Raises:
         TraceError: a label has no trace, or none with a response.
         ProbeError: an activation is not finite; names the site and the trace.
-        ModelError: the model is not supported, or has no chat template while `plain` is off.
+        ModelError: the model is not supported or fails the self-check, or has no chat template while `plain` is off.
     """
     traces = [*positive, *negative]
     chat = replace(chat, plain=plain or chat.plain)
@@ -261,6 +264,8 @@ def collect(
             )
     counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
 
+    if check:
+        self_check(model)
     row_of = {group: i for i, group in enumerate(groups)}
     rows = [row_of[t.label, t.group] for t in owners]
     device = device_of(model)

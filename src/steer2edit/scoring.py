@@ -197,8 +197,8 @@ def shards(folder: Path) -> dict[str, str]:
 
 
 def checkpoint_reader(folder: Path) -> Callable[..., Tensor]:
-    """A function that reads one tensor of a checkpoint by its name, or of a 3-D one [experts, ·, ·] the part [1, ·, ·] of
-    an expert."""
+    """A function that reads one tensor of a checkpoint by its name, or of a 3-D one [experts, ·, ·] the part [1, ·, ·]
+    of an expert."""
     from safetensors import SafetensorError, safe_open
 
     where = shards(folder)

@@ -1,11 +1,12 @@
 """Where a decoder writes into the residual stream.
 
-A `Site` is one linear map that does so: an attention block's output projection, an MLP's or an expert's down projection.
-Everything that the mathematics needs of it is one view of its weight, W.view(d, n, c): n components of width c.
+A `Site` is one linear map that does so: an attention block's output projection, an MLP's or an expert's down
+projection. Everything that the mathematics needs of it is one view of its weight, W.view(d, n, c): n components of
+width c.
 
-`ARCHITECTURES` is the table of families; to support a further one, add a record (docs/add_a_family.md). A family that is
-not in it is recognised by the common shapes, or described by the user in the recipe. Every weight matrix of a layer must
-be a site or a map that is known to work inside a block: anything else is refused by its name, never passed over.
+`ARCHITECTURES` is the table of families; to support a further one, add a record (docs/add_a_family.md). A family that
+is not in it is recognised by the common shapes, or described by the user in the recipe. Every weight matrix of a layer
+must be a site or a map that is known to work inside a block: anything else is refused by its name, never passed over.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ BLOCKS: tuple[Block, ...] = ("attn", "mlp")
 
 # Maps that read the residual stream, or work inside a block, and never write into the stream themselves.
 INSIDE = frozenset(
-    "q_proj k_proj v_proj qkv_proj c_attn query_key_value Wqkv q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj"
-    " gate_proj up_proj gate_up_proj gate_up_proj_bias down_proj_bias c_fc dense_h_to_4h fc1 w1 w3"
-    " gate router shared_expert_gate g_proj"
-    " conv1d in_proj_qkvz in_proj_ba in_proj_qkv in_proj_z in_proj_b in_proj_a"
-    " q_norm k_norm q_layernorm k_layernorm".split()
+    (
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv"),
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "g_proj"),
+        *("q_norm", "k_norm", "q_layernorm", "k_layernorm"),
+        *("gate_proj", "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "w1", "w3"),
+        *("gate", "router", "shared_expert_gate", "gate_up_proj_bias", "down_proj_bias"),
+        *("conv1d", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    )
 )
 
 
@@ -194,20 +198,19 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )
 
 # Families that would load and be misread.
-REFUSED: dict[str, str] = {
-    name: "Llama 4 runs its experts on every token, outside the experts functions of transformers"
-    for name in ("llama4", "llama4_text")
-}
+REFUSED: dict[str, str] = dict.fromkeys(
+    ("llama4", "llama4_text"), "Llama 4 runs its experts on every token, outside the experts functions of transformers"
+)
 
 # The common shapes, for families that are not in the table.
 _ATTN = (
-    "self_attn.o_proj self_attn.out_proj self_attn.dense attn.c_proj attn.o_proj attn.out_proj attention.dense"
-    " attention.o_proj attention.wo self_attention.dense"
-).split()
+    *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "self_attention.dense", "attn.c_proj"),
+    *("attn.o_proj", "attn.out_proj", "attention.dense", "attention.o_proj", "attention.wo"),
+)
 _MLP = (
-    "mlp.down_proj mlp.c_proj mlp.fc2 mlp.dense_4h_to_h mlp.fc_out mlp.w2 feed_forward.down_proj feed_forward.w2"
-    " ffn.down_proj fc2"
-).split()
+    *("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.w2"),
+    *("feed_forward.down_proj", "feed_forward.w2", "ffn.down_proj", "fc2"),
+)
 _SHARED = ("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -363,7 +366,8 @@ def by_structure(model: nn.Module) -> Architecture:
     raise ModelError(
         "this model's architecture is not supported",
         got=f"model_type {config.model_type!r}, whose layers have none of the common shapes",
-        fix=f"Describe it in the recipe (model.architecture, see docs/add_a_family.md). Supported model types: {known}.",
+        fix="Describe it in the recipe (model.architecture, see docs/add_a_family.md). "
+        f"Supported model types: {known}.",
     )
 
 
@@ -477,7 +481,7 @@ def _site(
     if _is_conv1d(module) != architecture.transposed:
         raise ModelError(
             f"the weight of {name} does not lie as the family's do",
-            got=f"{type(module).__name__}, expected weights {'[inputs, d]' if architecture.transposed else '[d, inputs]'}",
+            got=f"{type(module).__name__}, expected {'[inputs, d]' if architecture.transposed else '[d, inputs]'}",
             fix="Load the model as transformers defines it.",
         )
     shape = shape_of(module)
@@ -505,7 +509,7 @@ def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site]) -> None:
     for path, parameter in layer.named_parameters():
         owner, _, leaf = path.rpartition(".")
         full = f"{name}.{path}"
-        if full in held or f"{name}.{owner}" in held and leaf.startswith(("weight", "bias")):
+        if full in held or (f"{name}.{owner}" in held and leaf.startswith(("weight", "bias"))):
             continue
         told = owner.rpartition(".")[2] if leaf.startswith(("weight", "bias")) else leaf
         if parameter.dim() < 2 or told in INSIDE or owner.rpartition(".")[2] in INSIDE:

@@ -29,7 +29,8 @@ class Chat:
     """How messages become the text that a model sees: the same today and next year.
 
     Attributes:
-        plain: no chat template, for base models: the contents, one after the other, are the text that a response goes on.
+        plain: no chat template, for base models: the contents, one after the other, are the text that a response goes
+            on.
         enable_thinking: what the template is told, if it asks; None leaves the model's own default.
         date: what a template that writes today's date is told, as YYYY-MM-DD.
     """
@@ -107,8 +108,8 @@ def read_traces(path: str | Path) -> list[Trace]:
             raise TraceError(
                 f"line {number} of {path} holds a value of the wrong type",
                 got=repr({k: type(v).__name__ for k, v in row.items()}),
-                fix="A prompt is a text or a list of {role, content} messages, answer_start a character of the response; "
-                "everything else is a text.",
+                fix="A prompt is a text or a list of {role, content} messages, answer_start one of the response's "
+                "characters; everything else is a text.",
             )
         traces.append(Trace(**row))
     return traces

@@ -1,4 +1,6 @@
-"""The weights of a model's sites: as they are in memory, to be changed, or as numbers, wherever and however they are kept."""
+"""The weights of a model's sites: as they are in memory, to be changed, or as numbers, wherever and however they are
+kept.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
 
 
 def read_weight(model: nn.Module, site: Site) -> Tensor:
-    """The site's weight [d, n·c] as numbers: offloaded ones are fetched, quantised ones dequantised, one site at a time.
+    """The site's weight [d, n·c] as numbers: offloaded ones are fetched, quantised ones dequantised, one site at a
+    time.
 
     Raises:
         ModelError: the weight was never loaded.
@@ -78,7 +81,9 @@ def _in_memory(model: nn.Module, module: Any, site: Site) -> Tensor:
 
 
 def _by_its_action(model: nn.Module, module: Any, site: Site) -> Tensor:
-    """A quantised map's weight from what it does to unit vectors: whatever the scheme, that is what the model computes."""
+    """A quantised map's weight from what it does to unit vectors: whatever the scheme, that is what the model
+    computes.
+    """
     dtype = getattr(model, "dtype", torch.float32)
     dtype = dtype if dtype in PLAIN else torch.float32
     device = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))

@@ -23,8 +23,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated: token ids without the end-of-turn token, the text, whether the model ended its turn, and where
-    in the text its answer starts, after its thinking."""
+    """What was generated: token ids without the end-of-turn token, the text, whether the model ended its turn, and
+    where in the text its answer starts, after its thinking."""
 
     ids: tuple[int, ...]
     text: str

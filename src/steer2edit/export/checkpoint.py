@@ -56,8 +56,8 @@ def export_checkpoint(base: str | Path, edit: Edit, out: str | Path) -> Path:
 
 
 def _rewrite(path: Path, name: str, expert: int | None, change: Callable[[Tensor, bool], None]) -> None:
-    """Changes one tensor of a `safetensors` file, or one expert's part of it, in place at its own offset; not another byte
-    moves."""
+    """Changes one tensor of a `safetensors` file, or one expert's part of it, in place at its own offset; not another
+    byte moves."""
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entry = json.loads(file.read(length))[name]
