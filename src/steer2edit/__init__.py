@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .doctor import self_check
     from .edit import Edit, Scores
     from .errors import Steer2EditError
     from .export.adapter import save_adapter
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from .models import load_model
     from .probe import Probe, collect
     from .scoring import score
-    from .sites import Site, find_sites
-    from .traces import Trace, read_traces, write_traces
+    from .sites import Architecture, Experts, Heads, Site, describe_as, find_sites
+    from .traces import Chat, Trace, read_traces, write_traces
 
 _WHERE = {
+    "self_check": "doctor",
     "Edit": "edit", "Scores": "edit",
     "Steer2EditError": "errors",
     "save_adapter": "export.adapter", "export_checkpoint": "export.checkpoint",
@@ -26,14 +28,15 @@ _WHERE = {
     "load_model": "models",
     "Probe": "probe", "collect": "probe",
     "score": "scoring",
-    "Site": "sites", "find_sites": "sites",
-    "Trace": "traces", "read_traces": "traces", "write_traces": "traces",
+    "Architecture": "sites", "Experts": "sites", "Heads": "sites", "Site": "sites",
+    "describe_as": "sites", "find_sites": "sites",
+    "Chat": "traces", "Trace": "traces", "read_traces": "traces", "write_traces": "traces",
 }  # fmt: skip
 
 __all__ = [
-    "NOTHING", "Edit", "Intervention", "Interventions", "Probe", "Scores", "Site", "Steer2EditError", "Trace",
-    "collect", "export_checkpoint", "find_sites", "intervening", "load_model", "read_traces", "save_adapter", "score",
-    "steering", "write_traces",
+    "NOTHING", "Architecture", "Chat", "Edit", "Experts", "Heads", "Intervention", "Interventions", "Probe", "Scores",
+    "Site", "Steer2EditError", "Trace", "collect", "describe_as", "export_checkpoint", "find_sites", "intervening",
+    "load_model", "read_traces", "save_adapter", "score", "self_check", "steering", "write_traces",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

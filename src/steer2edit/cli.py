@@ -165,7 +165,10 @@ def inspect(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or a recipe whose model section counts.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder, .gguf file, or a recipe whose model section counts.")
+    ] = None,
+    families: Annotated[bool, typer.Option("--families", help="Only list the families in the table.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Load the weights and run the self-check.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
@@ -177,7 +180,15 @@ def doctor(
 ) -> None:
     """Say whether a model is supported, what would be edited, what not and why, and what each stage needs."""
     from .config import Model, load_recipe, shipped_recipes
+    from .errors import ModelError
 
+    if families:
+        from .doctor import families as table
+
+        print(table())
+        return
+    if model is None:
+        raise ModelError("no model is given", got="nothing", fix="Give a Hub id, a folder, a .gguf file or a recipe.")
     if model in shipped_recipes() or Path(model).suffix in (".yaml", ".yml"):
         section = load_recipe(model).model
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import ModelError, ProbeError
 from .experts import tapped
 from .intervention import Intervention, Interventions, Term
-from .sites import Architecture, Site, architecture_of, find_sites, module_of
+from .sites import ARCHITECTURES, Architecture, Site, architecture_of, find_sites, module_of
 from .weights import device_of, is_plain, quantised, read_weight
 
 # Tokens of the text that a model is checked on, and interventions that are tried in one batch.
@@ -390,6 +390,31 @@ def memory(model: nn.Module, sites: Sequence[Site], *, groups: int = 4, configur
         "an edit, on disk or in memory": 4 * (2 * inputs + 3 * sum(s.n for s in sites) + streams),
         "apply, the columns it keeps, at most": each * sum(s.d * s.inputs for s in sites),
     }
+
+
+def families() -> str:
+    """The table of families as Markdown, from the records."""
+    header = ("family", "`model_type`", "attention writes through", "MLP, or experts, write through", "remarks")
+    rows = [header, ("---",) * len(header)]
+    for a in ARCHITECTURES:
+        heads = " or ".join(f"`{h.path}`" for h in a.attn)
+        experts = a.experts
+        places = [f"`{a.mlp}`"] if a.mlp else []
+        if experts:
+            places.append(f"`{experts.path}.{experts.parameter}[i]`")
+            places += [f"`{experts.shared}`"] if experts.shared else []
+        remarks = []
+        if a.attn_norm or a.mlp_norm:
+            remarks.append("norm after the block")
+        if a.factor:
+            remarks.append(f"factor `{a.factor}`")
+        if a.transposed or (experts and experts.transposed):
+            remarks.append("transposed weights" if a.transposed else "transposed experts")
+        if not a.tested:
+            remarks.append("not tested")
+        types = ", ".join(f"`{t}`" for t in a.model_types)
+        rows.append((a.family, types, heads, ", ".join(places), "; ".join(remarks)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def show(console: Any, found: Mapping[str, Any]) -> None:

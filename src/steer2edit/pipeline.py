@@ -222,14 +222,22 @@ def _edit(run: Run) -> list[str]:
 
 
 def _export(run: Run) -> list[str]:
+    from .export.adapter import obstacle
+
     edit = Edit.load(run.path("edit.safetensors"))
     files: list[str] = []
     for old in ("adapter", "checkpoint"):
         remove(run.path(old))
-    if "adapter" in run.recipe.exports:
+    wanted: set[str] = set(run.recipe.exports)
+    if "adapter" in wanted and (reason := obstacle(edit)):
+        say(f"  PEFT cannot hold this edit ({reason}): a checkpoint is written in the adapter's place")
+        wanted = {"checkpoint"}
+    if "adapter" in wanted:
         folder = edit.save_adapter(run.path("adapter"), base=run.recipe.model.name)
         files += [f"adapter/{file.name}" for file in sorted(folder.iterdir())]
-    if "checkpoint" in run.recipe.exports:
+        if any(site.site.expert is not None for site in edit.edited().values()):
+            say("  the experts' edits are LoRAs of fused parameters (target_parameters); PEFT mixes none in a batch")
+    if "checkpoint" in wanted:
         from .export.checkpoint import export_checkpoint
         from .models import local_folder
 
@@ -288,17 +296,24 @@ def _evaluate(run: Run) -> list[str]:
 
 
 def _agreement(run: Run, prompt: str) -> dict[str, Any]:
-    """Largest difference of logits between the edit as an intervention and baked into the weights, on one prompt."""
+    """Largest difference of logits between the edit as an intervention and baked into the weights, on one prompt.
+
+    Not measured, and said so, where the weights cannot be written: quantised or offloaded ones.
+    """
     import torch
 
     from .behaviours.safety import messages
+    from .errors import ModelError
 
     edit, engine = Edit.load(run.path("edit.safetensors")), run.engine
     ids = torch.tensor([engine.tokens(messages(prompt, run.recipe.behaviour.system))], device=engine.device)
     with torch.inference_mode():
         with edit.applied(engine.model):
             hooked = engine.model(ids).logits.float()
-        report = edit.apply(engine.model)
+        try:
+            report = edit.apply(engine.model)
+        except ModelError as error:  # the intervention has just run, so that it is the edit's base
+            return {"not_measured": str(error)}
         baked = engine.model(ids).logits.float()
         edit.revert(engine.model)
     return {"largest_logit_difference": float((hooked - baked).abs().max()), "rounding_loss": report.rounding_loss}

@@ -80,7 +80,7 @@ class Architecture:
         family: its name for people; `model_types`: what configs call it.
         layers: the list of decoder layers, from the model.
         attn: the output projections that an attention block may have; a layer has one of them.
-        mlp: the down projection of a layer that has no experts.
+        mlp: the down projection of a layer that has no experts; None if every layer has them.
         experts: the experts of a layer that has them.
         transposed: weights are [inputs, d], as in transformers' Conv1D.
         attn_norm, mlp_norm: the norm between the block's output and the stream (post-norm), in a layer.
@@ -93,7 +93,7 @@ class Architecture:
     model_types: tuple[str, ...] = ()
     layers: str = "model.layers"
     attn: tuple[Heads, ...] = (Heads(),)
-    mlp: str = "mlp.down_proj"
+    mlp: str | None = "mlp.down_proj"
     experts: Experts | None = None
     transposed: bool = False
     attn_norm: str | None = None
@@ -113,6 +113,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         "Mixtral",
         ("mixtral",),
+        mlp=None,
         experts=Experts(count="num_local_experts", stored="block_sparse_moe.experts.{expert}.w2.weight"),
         tested=True,
     ),
@@ -153,7 +154,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         mlp_norm="post_feedforward_layernorm",
         tested=True,
     ),
-    Architecture("OLMoE", ("olmoe",), experts=Experts(), tested=True),
+    Architecture("OLMoE", ("olmoe",), mlp=None, experts=Experts(), tested=True),
     Architecture("SmolLM3", ("smollm3",), tested=True),
     Architecture("Granite 3", ("granite",), factor="residual_multiplier", tested=True),
     Architecture("StableLM", ("stablelm",), tested=True),
@@ -192,6 +193,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         "gpt-oss",
         ("gpt_oss",),
+        mlp=None,
         experts=Experts(count="num_local_experts", transposed=True, stored=None),
         tested=True,
     ),
@@ -358,7 +360,7 @@ def by_structure(model: nn.Module) -> Architecture:
             (config.model_type,),
             layers=name,
             attn=tuple(Heads(p, "linear_num_value_heads" if "linear" in p else "num_attention_heads") for p in attn),
-            mlp=mlp[0] if mlp else "mlp.down_proj",
+            mlp=mlp[0] if mlp else None,
             experts=experts,
             transposed=_is_conv1d(layers[0].get_submodule(attn[0])) if attn[0] in paths[0] else False,
         )
@@ -414,12 +416,13 @@ def _attn_sites(architecture: Architecture, number: int, layer: nn.Module, confi
 
 def _mlp_sites(architecture: Architecture, number: int, layer: nn.Module, config: Any) -> Iterator[Site]:
     experts = architecture.experts
-    dense = _find(layer, architecture.mlp) is not None
+    dense = architecture.mlp is not None and _find(layer, architecture.mlp) is not None
     fused: Any = _find(layer, experts.path) if experts else None
     if dense == (fused is not None):
-        wanted = [architecture.mlp, *([experts.path] if experts else [])]
+        wanted = [path for path in (architecture.mlp, experts.path if experts else None) if path]
         raise _no_map(architecture, number, wanted, wanted if dense else [])
     if dense or experts is None:
+        assert architecture.mlp is not None
         yield _site(architecture, number, layer, config, "mlp", architecture.mlp, None)
         return
     module = f"{architecture.layers}.{number}.{experts.path}"

@@ -55,9 +55,12 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     for name, d in results["refusal_differences"].items():
         lines.append(f"- Refusal, {name}: {d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], same {d['n']} prompts.")
     a = results["agreement"]
+    agreement = a.get("not_measured") or (
+        f"logits differ by at most {a['largest_logit_difference']:.1e}; rounding to the weights' dtype lost "
+        f"{a['rounding_loss']:.1e} of it."
+    )
     lines += [
-        "- The edit as an intervention and baked into the weights: logits differ by at most"
-        f" {a['largest_logit_difference']:.1e}; rounding to the weights' dtype lost {a['rounding_loss']:.1e} of it.",
+        f"- The edit as an intervention and baked into the weights: {agreement}",
         "",
         "## How it was chosen",
         "",

@@ -1,0 +1,93 @@
+"""What the documentation says of the code: the table of families, the page on adding one, the recipe's keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from families import FAMILIES
+from pydantic import TypeAdapter
+
+import steer2edit as s2e
+from steer2edit.config import Recipe, Section
+from steer2edit.doctor import families
+from steer2edit.sites import ARCHITECTURES, Architecture
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "add_a_family.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def test_the_readme_has_the_table_of_families_as_the_records_have_it() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert families() in readme, "run `steer2edit doctor --families` and put its output into the README"
+
+
+def test_every_record_that_says_so_is_tested() -> None:
+    tested = {name for record in ARCHITECTURES if record.tested for name in record.model_types}
+    assert tested <= {model_type_of(name) for name in FAMILIES}
+    assert all(record.tested for record in ARCHITECTURES)
+
+
+def model_type_of(name: str) -> str:
+    return FAMILIES[name].model_type
+
+
+@pytest.fixture
+def page() -> dict[str, Any]:
+    """The names that the page's code leaves behind."""
+    names: dict[str, Any] = {}
+    exec(block("python"), names)
+    return names
+
+
+def test_the_code_on_adding_a_family_runs_and_finds_the_sites(page: dict[str, Any]) -> None:
+    told = [("0.attn", "self_attn.o_proj", 4, 8), ("0.mlp", "mlp.c_proj", 64, 1)]
+    told += [(key.replace("0", "1"), *rest) for key, *rest in told]
+    sites = s2e.find_sites(page["model"])
+    assert [(s.key, s.module.split(".", 3)[3], s.n, s.width) for s in sites] == told
+
+
+def test_the_recipe_on_that_page_says_the_same(page: dict[str, Any]) -> None:
+    section = yaml.safe_load(block("yaml"))["model"]
+    described = TypeAdapter(Architecture).validate_python(section["architecture"])
+    assert dataclasses.replace(described, model_types=("starcoder2",)) == page["starcoder2"]
+
+
+def test_that_page_lists_every_field_of_a_record() -> None:
+    listed = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE))))
+    said_elsewhere = {"family", "model_types", "tested"}
+    assert listed | said_elsewhere == {field.name for field in dataclasses.fields(Architecture)}
+    experts = {field.name for field in dataclasses.fields(s2e.Experts)}
+    assert experts <= set(re.findall(r"`(\w+)`", PAGE))
+
+
+def keys(section: type[Section], before: str = "") -> list[str]:
+    found = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found += keys(kind, f"{before}{name}.")
+        else:
+            found.append(before + name)
+    return found
+
+
+def test_every_key_of_a_recipe_is_documented() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[a-z_.]+`.*?) \|", page, re.MULTILINE)
+    documented: set[str] = set()
+    for row in rows:
+        names = re.findall(r"`([\w.]+)`", row)
+        parent = names[0].rpartition(".")[0]
+        documented |= {parent + name if name.startswith(".") else name for name in names}
+    assert set(keys(Recipe)) <= documented
