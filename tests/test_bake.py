@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
-from steer2edit.bake import Presence
+from steer2edit.bake import Presence, read_for
 from steer2edit.errors import EditError, ModelError
 from steer2edit.fingerprint import differing, sketch
 from steer2edit.sites import find_sites
@@ -38,7 +38,7 @@ def site_weights(model: Any) -> dict[str, torch.Tensor]:
 def share_present(edit: s2e.Edit, model: Any) -> float:
     presence = Presence()
     for key, weight in site_weights(model).items():
-        presence.add(edit.sites[key], weight)
+        presence.add(edit.sites[key], read_for(edit.sites[key], weight))
     return presence.share
 
 

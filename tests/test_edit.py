@@ -20,7 +20,7 @@ from torch import Tensor
 
 import oracle
 import steer2edit as s2e
-from steer2edit.edit import Scores, SiteEdit, importance, input_direction, magnitudes, output_direction, score_site
+from steer2edit.edit import Scores, SiteEdit, input_direction, magnitudes, output_direction, read, score_site
 from steer2edit.errors import EditError, FileError
 from steer2edit.files import read_tensors, write_tensors
 from steer2edit.sites import Site
@@ -105,7 +105,7 @@ def correlation(k: np.ndarray, q: np.ndarray, covariance: np.ndarray) -> float:
 @given(seeds)
 def test_theorem_2_no_input_direction_correlates_more_with_the_alignment_score(seed: int) -> None:
     site, W, v, _ = draw(seed)
-    k_hat, reach = input_direction(W, v, site.n)
+    k_hat, reach = input_direction((output_direction(v) @ W).view(site.n, 3))
     random = np.random.default_rng(seed)
     for i in range(site.n):
         mixing = random.normal(size=(3, 3)) * [[3.0], [1.0], [0.3]]
@@ -261,11 +261,20 @@ def test_a_zero_vector_gives_no_edit_and_no_nan() -> None:
     assert output_direction(torch.zeros(4)).tolist() == [0.0] * 4
 
 
-def test_many_components_are_scored_in_steps_as_at_once(monkeypatch: Any) -> None:
-    _, W, v, mu = draw(6, n=7)
-    at_once = importance(W, mu, v, 7)
-    monkeypatch.setattr("steer2edit.edit._step", lambda W, n: 2)
-    torch.testing.assert_close(importance(W, mu, v, 7), at_once, rtol=0, atol=1e-7)
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_read_in_blocks_as_at_once(width: int, dtype: torch.dtype) -> None:
+    n, d = 700 // width, 4096  # several blocks of a CPU
+    W, L, mu = torch.randn(d, n * width).to(dtype), torch.randn(3, d), torch.randn(n, width)
+    reading = read(W, L, mu)
+    w = W.double().view(d, n, width)
+    torch.testing.assert_close(reading.along.double(), L.double() @ W.double(), rtol=1e-5, atol=1e-3)
+    told = torch.stack([torch.linalg.vector_norm(w[:, i] @ mu[i].double()) for i in range(n)])
+    torch.testing.assert_close(reading.size.double(), told, rtol=1e-5, atol=1e-6)
+    assert math.isclose(reading.power, float(w.square().sum()), rel_tol=1e-5)
+    turned = read(W.T.contiguous().T, L, mu)  # the same weight, lying the other way in memory
+    assert torch.equal(turned.along, reading.along)
+    assert torch.equal(turned.size, reading.size)
 
 
 def test_a_strength_scales_the_edit_and_leaves_lambda_alone() -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .edit import Edit, SiteEdit
+from .edit import Edit, Reading, SiteEdit, read
 from .errors import EditError, ModelError
-from .fingerprint import QUANTISED_TOLERANCE, TOLERANCE, differing, sketch
+from .fingerprint import QUANTISED_TOLERANCE, TOLERANCE, differing, from_reading, signs
 from .sites import Site, find_sites, same_sites
 from .weights import quantised, read_weight, weight_of
 
@@ -91,9 +91,16 @@ def check_weights(edit: Edit, read: Callable[[Site], Tensor], tolerance: float =
                 got=tuple(weight.shape),
                 fix="Use the model that the probe was made on.",
             )
+        reading = read_for(site, weight)
         if key in edit.fingerprint:
-            other += differing({key: edit.fingerprint[key]}, {key: sketch(weight)}, tolerance)
-        presence.add(site, weight)
+            found = from_reading(reading, *weight.shape)
+            other += differing({key: edit.fingerprint[key]}, {key: found}, tolerance)
+        presence.add(site, reading)
+    decide(edit, presence, other)
+
+
+def decide(edit: Edit, presence: Presence, other: Sequence[str]) -> None:
+    """Raises EditError if the edit is in the weights already, ModelError if `other` sites have another base's."""
     if presence.of(edit.strength):
         raise _twice()
     if other:
@@ -102,6 +109,16 @@ def check_weights(edit: Edit, read: Callable[[Site], Tensor], tolerance: float =
             got=f"other weights at {len(other)} of {len(edit.fingerprint)} sites, first {other[0]}",
             fix="Use the model, and the revision, that the probe was made on.",
         )
+
+
+def lines_for(site: SiteEdit) -> tuple[Tensor, Tensor]:
+    """L and μ for a reading that says whether a weight is the base's, and whether it has the edit in it."""
+    left, _ = signs(site.site.d, site.site.inputs)
+    return torch.cat([site.u[None], left]), torch.ones(site.site.inputs, 1)
+
+
+def read_for(site: SiteEdit, weight: Tensor) -> Reading:
+    return read(weight, *lines_for(site))
 
 
 class Presence:
@@ -114,15 +131,13 @@ class Presence:
     def __init__(self) -> None:
         self.moved = self.power = self.size = 0.0
 
-    def add(self, site: SiteEdit, weight: Tensor) -> None:
+    def add(self, site: SiteEdit, reading: Reading) -> None:
         if not bool((site.lam != 0).any()):
             return
-        w = weight.float()
-        k = site.k.to(w.device)
-        along = ((site.u.to(w.device) @ w).view_as(k) * k).sum(dim=1).cpu()  # [n]
+        along = (reading.along[0].cpu().view_as(site.k) * site.k).sum(dim=1)  # [n]
         self.moved += float((site.lam.double() * (along - site.reach).double()).sum())
         self.power += float(site.lam.double().square().sum())
-        self.size = max(self.size, float(w.square().mean().sqrt()))
+        self.size = max(self.size, (reading.power / (site.site.d * site.site.inputs)) ** 0.5)
 
     @property
     def share(self) -> float:

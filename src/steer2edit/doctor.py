@@ -209,20 +209,34 @@ def _moved(model: nn.Module, ids: Tensor, base: Tensor, spread: float, table: Se
 
 def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: float, thorough: bool) -> Iterator[float]:
     """How far a change of one component's input is from acting through its own columns alone, for each one tried."""
+    device = device_of(model)
     for site in sites:
         module: Any = module_of(model, site)
         costly = quantised(model, site) or hasattr(module, "_hf_hook")
-        if site.expert is not None or (costly and site.layer and not thorough):
+        if site.key not in seen.x or (costly and site.layer and not thorough):
             continue
-        weight = read_weight(model, site).float()
-        x = seen.x[site.key].to(weight.device)
+        weight = read_weight(model, site).float().cpu()
+        x = seen.x[site.key]
+        if site.expert is not None:  # it cannot be run alone: what it gave is compared
+            bias = getattr(module, f"{site.parameter}_bias", None)
+            told = weight @ x if bias is None else weight @ x + bias[site.expert].float().cpu()
+            error = float((seen.out[site.key] - told).norm() / (told.norm() + 1e-30))
+            if error > tolerance:
+                raise ModelError(
+                    f"the output of {site.place} is not its weight times its input",
+                    got=f"a difference of {error:.2g}",
+                    fix="The weight is transposed, or not laid out as the architecture says.",
+                )
+            yield error
+            continue
         some = range(site.n) if thorough and site.block == "attn" else [site.layer % site.n]
         for i in some:
             columns = slice(i * site.width, (i + 1) * site.width)
             other = x.clone()
             other[columns] = x[columns].roll(1) if site.width > 1 else -x[columns]
-            both = torch.stack([x, other]).to(getattr(model, "dtype", x.dtype))
-            out = module(both).float().to(weight.device)
+            both = torch.stack([x, other]).to(device, getattr(model, "dtype", x.dtype))
+            out = module(both).float().cpu()
+            both = both.cpu()
             got = out[1] - out[0]
             told = weight[:, columns] @ (both[1] - both[0]).float()[columns]
             size = max(float(told.norm()), tolerance * float(out[0].norm()), 1e-30)

@@ -41,39 +41,29 @@ def output_direction(v: Tensor) -> Tensor:
 # Step 2 ------------------------------------------------------------------------------------------------------------
 
 
-def input_direction(W: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """k̂_i = W_iᵀv/‖W_iᵀv‖ [n, c] (Theorem 3.2: the change that correlates most with the alignment score v·W_i h).
+def input_direction(along: Tensor) -> tuple[Tensor, Tensor]:
+    """k̂_i = W_iᵀv̂/‖W_iᵀv̂‖ (Theorem 3.2: the change that correlates most with the alignment score v·W_i h).
 
     Args:
-        W: [d, n·c] fp32.
-        v: [d] fp32, of any length above 0.
+        along: W_iᵀv̂ [n, c] fp32.
 
     Returns:
-        k̂ [n, c], a row of zeros where W_iᵀv = 0; and the norms ‖W_iᵀv̂‖ [n].
+        k̂ [n, c], a row of zeros where W_iᵀv̂ = 0; and the norms ‖W_iᵀv̂‖ [n].
     """
-    k = (output_direction(v) @ W).view(n, -1)  # [n, c]
-    norm = torch.linalg.vector_norm(k, dim=1)  # [n]
-    return torch.where(norm[:, None] > 0, k / norm[:, None], 0.0), norm
+    norm = torch.linalg.vector_norm(along, dim=1)  # [n]
+    return torch.where(norm[:, None] > 0, along / norm[:, None], 0.0), norm
 
 
 # Step 3 ------------------------------------------------------------------------------------------------------------
 
 
-def importance(W: Tensor, mu: Tensor, v: Tensor, n: int) -> Tensor:
-    """g_i = cos(v, W_i μ_i) [n], 0 where W_i μ_i = 0.
+def importance(along: Tensor, mu: Tensor, size: Tensor) -> Tensor:
+    """g_i = cos(v, W_i μ_i) = (W_iᵀv̂)·μ_i / ‖W_i μ_i‖ [n], 0 where W_i μ_i = 0.
 
     Args:
-        W: [d, n·c] fp32.
-        mu: mean input [n·c] fp32.
-        v: [d] fp32.
+        along: W_iᵀv̂ [n, c]. mu: μ_i [n, c]. size: ‖W_i μ_i‖ [n]. All fp32.
     """
-    u = output_direction(v)
-    g = []
-    for w, m in zip(_components(W, n), mu.view(n, -1).split(_step(W, n)), strict=True):
-        out = torch.einsum("dnc,nc->nd", w, m)  # [step, d], each component's mean output
-        norm = torch.linalg.vector_norm(out, dim=1)
-        g.append(torch.where(norm > 0, (out @ u) / norm, 0.0))
-    return torch.cat(g)
+    return torch.where(size > 0, (along * mu).sum(dim=1) / size, 0.0)
 
 
 def magnitudes(g: Tensor, rho: float | None, alpha: float) -> Tensor:
@@ -101,13 +91,72 @@ def check_budget(rho: float | None, alpha: float) -> None:
         raise EditError("the mixing weight α must be in [0, 1)", got=alpha, fix="α = 0 is dense, towards 1 is sparse.")
 
 
-def _step(W: Tensor, n: int) -> int:
-    # Components at once: a temporary of [step, d] stays at about 64 MB whatever the model.
-    return max(1, min(n, 16_000_000 // W.shape[0]))
+@dataclass(frozen=True)
+class Reading:
+    """All that the method needs of a weight, from one pass over it.
+
+    Attributes:
+        along: L W [r, n·c] for the rows of L. size: ‖W_i μ_i‖ [n]. power: ‖W‖_F².
+    """
+
+    along: Tensor
+    size: Tensor
+    power: float
 
 
-def _components(W: Tensor, n: int) -> tuple[Tensor, ...]:
-    return W.view(W.shape[0], n, -1).split(_step(W, n), dim=1)
+class Sums:
+    """What a reading adds up over a weight's blocks of rows, in fp32.
+
+    Args:
+        columns: n·c. L: [r, d]. mu: [n, c].
+
+    Attributes:
+        rows: how many rows a block has; the last one may have fewer.
+    """
+
+    def __init__(self, columns: int, L: Tensor, mu: Tensor):
+        self.L, self.mu = L, mu
+        device = L.device
+        # On a CPU a block of 4 MB stays in the cache; elsewhere few steps count.
+        self.rows = max(1, 2 ** (20 if device.type == "cpu" else 26) // columns)
+        self.along = torch.zeros(len(L), columns, device=device)
+        self.squares, self.power = torch.zeros(len(mu), device=device), torch.zeros((), device=device)
+        self.scratch = torch.empty(min(self.rows, L.shape[1]), columns, device=device)
+
+    def add(self, start: int, block: Tensor) -> None:
+        """block [≤ rows, n·c] fp32, the weight's rows from `start` on."""
+        count, (n, c) = len(block), self.mu.shape
+        self.along += self.L[:, start : start + count] @ block
+        columns = torch.mul(block, block, out=self.scratch[:count]).sum(dim=0)
+        self.power += columns.sum()
+        if c == 1:  # ‖W_i μ_i‖ = |μ_i| ‖W_i‖
+            self.squares += columns
+        else:
+            out = (
+                torch.mul(block, self.mu.flatten(), out=self.scratch[:count]).view(count, n, c).sum(dim=2)
+            )  # [rows, n]
+            self.squares += out.square().sum(dim=0)
+
+    def reading(self) -> Reading:
+        size = self.squares.sqrt() * (self.mu[:, 0].abs() if self.mu.shape[1] == 1 else 1.0)
+        return Reading(self.along, size, float(self.power))
+
+
+def read(W: Tensor, L: Tensor, mu: Tensor) -> Reading:
+    """One pass over a weight, a block of rows at a time, so that nothing of its size is made.
+
+    Args:
+        W: [d, n·c], any floating dtype. L: [r, d]. mu: [n, c].
+    """
+    W = W.detach().contiguous()
+    sums = Sums(W.shape[1], L.to(W.device, torch.float32), mu.to(W.device, torch.float32))
+    # The same memory for every block, even where W is fp32 already: sums depend in the last bit on how memory is
+    # aligned, and a mapped file's is not.
+    buffer = torch.empty_like(sums.scratch)
+    for start in range(0, W.shape[0], sums.rows):
+        block = W[start : start + sums.rows]
+        sums.add(start, buffer[: len(block)].copy_(block))
+    return sums.reading()
 
 
 @dataclass(frozen=True)
@@ -134,12 +183,23 @@ def score_site(site: Site, W: Tensor, v: Tensor, mu: Tensor) -> SiteScores:
     Args:
         W: [d, n·c], any floating dtype. v: [d]. mu: [n·c].
     """
-    w = W.detach().float()
-    v, mu = v.to(w.device, torch.float32), mu.to(w.device, torch.float32)
-    k, reach = input_direction(w, v, site.n)
-    g = importance(w, mu, v, site.n)
-    u = output_direction(v)
-    return SiteScores(site, u.cpu(), k.cpu(), g.cpu(), reach.cpu(), float(torch.linalg.vector_norm(v)))
+    return scores_from(site, v, mu, read(W, output_direction(v.float())[None], unit(mu, site.n)))
+
+
+def scores_from(site: Site, v: Tensor, mu: Tensor, reading: Reading) -> SiteScores:
+    """As `score_site`, from a reading of the weight with v̂ as the first row of L, and with `unit(mu)`."""
+    u = output_direction(v.float())
+    along = reading.along[0].cpu().view(site.n, site.width)
+    k, reach = input_direction(along)
+    g = importance(along, unit(mu, site.n).cpu(), reading.size.cpu())
+    return SiteScores(site, u.cpu(), k, g, reach, float(torch.linalg.vector_norm(v.float())))
+
+
+def unit(mu: Tensor, n: int) -> Tensor:
+    """μ_i/‖μ_i‖ [n, c]: g_i does not depend on the length of μ_i, whose square may leave fp32's range. 0 stays 0."""
+    m = mu.float().view(n, -1)
+    norm = torch.linalg.vector_norm(m, dim=1, keepdim=True)
+    return torch.where(norm > 0, m / norm, 0.0)
 
 
 @dataclass(frozen=True)

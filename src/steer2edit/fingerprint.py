@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .edit import Reading, read
+
 SKETCHES = 4
 # Rounding fp32 to bf16 moves a sketch by about 0.001 ‖W‖_F; another model's weight moves it by about ‖W‖_F.
 TOLERANCE = 0.02
@@ -20,7 +22,7 @@ QUANTISED_TOLERANCE = 0.4
 
 
 @lru_cache(maxsize=16)
-def _signs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def signs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     # RandomState's stream is frozen by NumPy's own policy, so that a file made today is understood in ten years.
     random = np.random.RandomState(20260209)
     left = random.randint(0, 2, size=(SKETCHES, rows)) * 2.0 - 1.0
@@ -30,10 +32,15 @@ def _signs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 def sketch(weight: Tensor) -> Tensor:
     """[SKETCHES + 1] fp32: lᵢᵀ W rᵢ for fixed random signs lᵢ and rᵢ, each of variance ‖W‖_F², then ‖W‖_F itself."""
-    left, right = (signs.to(weight.device) for signs in _signs(*weight.shape))
-    w = weight.detach().float()
-    projections = ((w @ right.T).T * left).sum(dim=1)
-    return torch.cat([projections, torch.linalg.vector_norm(w)[None]]).cpu()
+    left, _ = signs(*weight.shape)
+    return from_reading(read(weight, left, torch.ones(weight.shape[1], 1)), *weight.shape)
+
+
+def from_reading(reading: Reading, rows: int, columns: int) -> Tensor:
+    """The sketch, from a reading of the weight with the left signs as the last rows of L."""
+    _, right = signs(rows, columns)
+    projections = (reading.along[-SKETCHES:].cpu() * right).sum(dim=1)
+    return torch.cat([projections, torch.tensor([reading.power**0.5])])
 
 
 def differing(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> list[str]:

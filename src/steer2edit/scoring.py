@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edit import Scores, score_site
+from .edit import Scores, output_direction, read, scores_from, unit
 from .errors import FileError, ModelError, ProbeError
 from .files import read_json
-from .fingerprint import sketch
+from .fingerprint import from_reading, signs
 from .probe import Probe
 from .sites import Site, find_sites, same_sites
 from .weights import STORED, read_weight
@@ -55,11 +55,13 @@ def score(
     wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
     scores, fingerprint = {}, {}
     with torch.inference_mode():
-        for site, mapped in _weights(model, probe.sites, wanted):
-            weight = mapped.clone()  # sums depend in the last bit on how memory is aligned, and a mapped file's is not
+        for site, weight in _weights(model, probe.sites, wanted):
             v = probe.vector(site) if given is None else given[site.key]
-            scores[site.key] = score_site(site, weight, v, probe.mean_input(site))
-            fingerprint[site.key] = sketch(weight)
+            mu = probe.mean_input(site)
+            left, _ = signs(*weight.shape)
+            reading = read(weight, torch.cat([output_direction(v)[None], left]), unit(mu, site.n))
+            scores[site.key] = scores_from(site, v, mu, reading)
+            fingerprint[site.key] = from_reading(reading, *weight.shape)
     without = [s.key for s in probe.sites if s.key not in scores and s.key not in too_few]
     provenance = {
         "layers": 1 + max(site.layer for site in probe.sites),
