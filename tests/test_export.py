@@ -171,8 +171,10 @@ def test_an_exported_checkpoint_is_apply_and_save_pretrained_bit_for_bit(
     edit.apply(model)
     told = contents(saved(model, tmp_path / "told", shard_size))
     out = contents(tmp_path / "out")
+    manifest = json.loads(out.pop("manifest.json"))
     assert contents(base) == before
     assert out.keys() == before.keys()
+    assert set(manifest["tensors"]) == {s.site.tensor for s in edit.edited().values()}
     for name, data in out.items():
         assert data == (told if name.endswith(".safetensors") else before)[name], name
     assert {name for name in out if out[name] != before[name]} == changed_files(base, edit)
@@ -213,8 +215,8 @@ def test_a_base_of_links_into_a_cache_is_copied_and_the_cache_left_alone(
     model = pico()
     edit = make_edit(model)
     blobs = saved(model, tmp_path / "blobs")
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
     before = contents(blobs)
@@ -260,7 +262,7 @@ def test_a_dtype_that_is_not_plain_floating_point_is_refused_and_leaves_nothing(
     model = pico()
     edit = make_edit(model)
     base = saved(model.double(), tmp_path / "base")
-    with pytest.raises(FileError, match=r"self_attn\.o_proj\.weight is not .*got: torch\.float64"):
+    with pytest.raises(FileError, match=r"self_attn\.o_proj\.weight is not .*got: F64"):
         s2e.export_checkpoint(base, edit, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [base]
 

@@ -45,15 +45,23 @@ class _Kept:
     bytes: Mapping[str, Tensor]  # [d, m], as they were
 
 
-def patched(columns: Tensor, site: SiteEdit, chosen: Tensor, strength: float) -> Tensor:
+def patched(columns: Tensor, site: SiteEdit, chosen: Tensor, strength: float, rows: slice = slice(None)) -> Tensor:
     """W + ΔW for some of a weight's columns: added in fp32, rounded once.
 
     Args:
-        columns: [d, m] of the weight, in its own dtype.
+        columns: [d, m] of the weight, in its own dtype; or only its `rows`.
         chosen: [m], their numbers.
     """
     row = (strength * site.row[chosen.cpu()]).to(columns.device)
-    return (columns.float() + torch.outer(site.u.to(columns.device), row)).to(columns.dtype)
+    return (columns.float() + torch.outer(site.u[rows].to(columns.device), row)).to(columns.dtype)
+
+
+def not_finite(site: SiteEdit, strength: float, dtype: torch.dtype) -> EditError:
+    return EditError(
+        f"the edited weight of {site.site.place} is not finite in {dtype}",
+        got=f"strength {strength:g}, largest |λ| {float(site.lam.abs().max()):g}",
+        fix="Lower the strength, or use bf16 or fp32.",
+    )
 
 
 def check_base(edit: Edit, model: nn.Module) -> dict[str, Site]:
@@ -182,11 +190,7 @@ def apply(edit: Edit, model: nn.Module) -> Applied:
             columns[key], before[key] = chosen, weight[:, chosen].clone()
             after[key] = patched(before[key], site, chosen, edit.strength)
             if not torch.isfinite(after[key]).all():
-                raise EditError(
-                    f"the edited weight of {site.site.place} is not finite in {weight.dtype}",
-                    got=f"strength {edit.strength:g}, largest |λ| {float(site.lam.abs().max()):g}",
-                    fix="Lower the strength, or load the model in bf16 or fp32.",
-                )
+                raise not_finite(site, edit.strength, weight.dtype)
             told = torch.outer(site.u, edit.strength * site.row[chosen.cpu()]).to(weight.device)
             error = (after[key].float() - before[key].float()) - told
             lost[key] = (float(error.square().sum()), float(told.square().sum()))

@@ -7,7 +7,9 @@ straight from a checkpoint's `safetensors` files.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from .weights import STORED, read_weight
 Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
 
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Fewer tokens than this say little of what drives an expert.
 EXPERT_TOKENS = 16
 
@@ -116,6 +119,58 @@ def _weights(
     read = site_reader(Path(model))
     for site in wanted:
         yield site, read(site)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a `safetensors` file: where its bytes are.
+
+    Attributes:
+        dtype: None if it is not a plain floating-point one; `dtype_name` is the file's own word.
+    """
+
+    name: str
+    dtype: torch.dtype | None
+    dtype_name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def open_shards(folder: Path) -> dict[str, dict[str, Stored]]:
+    """File → its tensors, for each of a checkpoint's files. Raises FileError if one is not whole, or the index lies."""
+    from safetensors import SafetensorError, safe_open
+
+    names = shards(folder)
+    found: dict[str, dict[str, Stored]] = {}
+    for file in sorted(set(names.values())):
+        try:
+            with safe_open(str(folder / file), framework="pt"):  # it checks the header against the file
+                pass
+            with open(folder / file, "rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FileError(
+                f"{folder / file} is not a whole safetensors file", got=error, fix="Copy it again."
+            ) from None
+        found[file] = {
+            name: Stored(
+                name,
+                _DTYPES.get(entry["dtype"]),
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(8 + length + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    for name, file in names.items():
+        if name not in found[file]:
+            raise FileError(
+                f"{folder / file} has no tensor {name}", got="an index that says so", fix="Download it again."
+            )
+    return found
 
 
 def stored_name(site: Site, names: Collection[str]) -> str:

@@ -1,74 +1,398 @@
-"""An edited checkpoint, written from the base's files: the edited tensors are patched, every other byte is copied."""
+"""An edited checkpoint, written from the base's files: the edited tensors are patched, every other byte is copied.
+
+No model is built and no file is held in memory. Copying, patching and syncing overlap. What is under way stands in a
+hidden folder beside the output, with a journal of the shards that are whole: a killed export goes on from there.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
 import json
+import os
 import shutil
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..bake import check_weights, patched
-from ..edit import Edit, SiteEdit
-from ..errors import EditError, FileError
-from ..files import replacing_folder
-from ..scoring import shards, site_reader, stored_name, upright
+from ..bake import Presence, decide, lines_for, not_finite, patched
+from ..edit import Edit, SiteEdit, Sums
+from ..errors import EditError, FileError, ModelError
+from ..files import append_jsonl, read_journal, sync, write_json
+from ..fingerprint import differing, from_reading
+from ..progress import say
+from ..scoring import Stored, open_shards
+from ..weights import STORED
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+JOURNAL = "steer2edit-export.jsonl"
+MANIFEST = "manifest.json"
+# Weights in other formats, which would stay the base's.
+_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+_CHUNK = 32 * 2**20
+_SYNC_EVERY = 256 * 2**20
+
+Progress = Callable[[int, int], None]
 
 
-def export_checkpoint(base: str | Path, edit: Edit, out: str | Path) -> Path:
+@dataclass(frozen=True)
+class _Piece:
+    """One site's bytes in a file."""
+
+    site: SiteEdit
+    name: str
+    dtype: torch.dtype
+    start: int
+    end: int
+    shape: tuple[int, int]  # as it lies in the file: [d, n·c], or [n·c, d] if `turned`
+    turned: bool
+
+    @property
+    def edited(self) -> bool:
+        return bool((self.site.lam != 0).any())
+
+
+def export_checkpoint(
+    base: str | Path, edit: Edit, out: str | Path, *, hashes: bool = True, progress: Progress | None = None
+) -> Path:
     """Writes `out`, a copy of the checkpoint folder `base` with the edit in it; no model is built.
 
-    The result is bit for bit what `apply` and `save_pretrained` would give in the files' own dtype. The folder appears
-    whole or not at all.
+    The edited tensors are bit for bit what `apply` and `save_pretrained` would give in the files' own dtype. The folder
+    appears whole or not at all; the same call after a kill goes on from the last whole shard.
+
+    Args:
+        hashes: put the SHA-256 of each edited tensor, before and after, into `out/manifest.json`.
+        progress: called with (bytes done, bytes in all).
 
     Raises:
-        FileError: `base` is not a `safetensors` checkpoint, `out` exists already, or a tensor's dtype is not F32, F16
-            or BF16.
+        FileError: `base` is not a `safetensors` checkpoint, `out` exists already, a tensor's dtype is not F32, F16 or
+            BF16, or the disk is too small.
         ModelError: `base` is another model. EditError: the edit is in it already, or changes nothing.
     """
     base, out = Path(base), Path(out)
     if out.exists():
         raise FileError("the output folder exists already", got=out, fix="Give a new folder, or remove that one.")
-    edited = edit.edited()
-    if not edited:
+    if not edit.edited():
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError("the output folder lies inside the base", got=out, fix="Give a folder elsewhere.")
-    where = shards(base)
-    check_weights(edit, site_reader(base))
-    with replacing_folder(out, ours="config.json") as temporary:
-        shutil.copytree(base, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
-        for site in edited.values():
-            chosen = torch.nonzero(site.row).flatten()
+    shards = open_shards(base)
+    pieces = _pieces(edit, shards)
+    files = _files(base)
+    rest = [name for name in files if name not in shards and Path(name).suffix not in _OTHER_WEIGHTS]
+    left_out = sorted(set(files) - set(rest) - set(shards))
 
-            def change(part: Tensor, fused: bool, site: SiteEdit = site, chosen: Tensor = chosen) -> None:
-                weight = upright(site.site, part, fused)
-                weight[:, chosen] = patched(weight[:, chosen], site, chosen, edit.strength)
-
-            name = stored_name(site.site, where)
-            _rewrite(temporary / where[name], name, site.site.expert, change)
+    partial = out.with_name(f".{out.name}.partial")
+    done = _resume(partial, _key(edit, base, files))
+    try:
+        _room(partial, sum(files[name] for name in (*rest, *shards) if name not in done))
+        work = _Work(edit, base, partial, hashes, progress, sum(files[name] for name in shards))
+        work.checked(done)
+        work.run({name: pieces.get(name, []) for name in shards if name not in done})
+        decide(edit, work.presence, work.other)
+    except (EditError, ModelError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        raise FileError(
+            f"the disk is full: {out} was not written",
+            got="no space left",
+            fix=f"Free some space and run it again, or remove {partial} to give it up.",
+        ) from None
+    for name in rest:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / name, partial / name)
+        sync(partial / name)
+    write_json(partial / MANIFEST, _manifest(edit, base, work, left_out))
+    (partial / JOURNAL).unlink()
+    partial.rename(out)
+    sync(out.parent)
+    if left_out:
+        say(f"  not copied, since they hold the base's weights in another form: {', '.join(left_out)}")
     return out
 
 
-def _rewrite(path: Path, name: str, expert: int | None, change: Callable[[Tensor, bool], None]) -> None:
-    """Changes one tensor of a `safetensors` file, or one expert's part of it, in place at its own offset; not another
-    byte moves."""
-    with open(path, "r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entry = json.loads(file.read(length))[name]
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
+def _pieces(edit: Edit, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[_Piece]]:
+    """File → the bytes of each of the edit's sites in it. All of them are looked at, the edited ones changed."""
+    tensors = {name: (file, stored) for file, held in shards.items() for name, stored in held.items()}
+    found: dict[str, list[_Piece]] = {}
+    for site in edit.sites.values():
+        name = next((n for n in (site.site.tensor, *site.site.aliases) if n in tensors), None)
+        if name is None:
+            raise FileError(
+                f"the checkpoint has no tensor {site.site.tensor}", got=f"{len(tensors)} others", fix="Is it the base?"
+            )
+        file, stored = tensors[name]
+        if stored.dtype not in STORED:
+            raise FileError(
+                f"{name} is not plain floating point",
+                got=stored.dtype or stored.dtype_name,
+                fix="Export from a checkpoint in F32, F16 or BF16, or serve the edit as an adapter.",
+            )
+        start, end, shape, expert = stored.start, stored.end, stored.shape, site.site.expert
         fused = len(shape) == 3
-        if fused and expert is not None:
+        if fused and expert is not None and shape[0] == site.site.experts:
             size = (end - start) // shape[0]
-            start, end, shape = start + expert * size, start + (expert + 1) * size, shape[1:]
-        file.seek(start)
-        part = torch.frombuffer(bytearray(file.read(end - start)), dtype=dtype).view(shape)
-        change(part, fused)
-        file.seek(start)
-        file.write(part.view(torch.uint8).numpy().tobytes())
+            start, shape, name = start + expert * size, shape[1:], f"{name}[{expert}]"
+            end = start + size
+        turned = site.site.transposed and (fused or expert is None)
+        if (shape[::-1] if turned else shape) != (site.site.d, site.site.inputs):
+            raise ModelError(
+                f"the edit was made for another model: {name} should be {site.site.d} × {site.site.inputs}",
+                got=stored.shape,
+                fix="Use the model that the probe was made on.",
+            )
+        piece = _Piece(site, name, stored.dtype, start, end, (shape[0], shape[1]), turned)
+        found.setdefault(file, []).append(piece)
+    return found
+
+
+def _files(base: Path) -> dict[str, int]:
+    """Name → size of every file of the checkpoint. Raises FileError for a link that leads away."""
+    root = base.resolve()
+    homes = (root, root.parent.parent / "blobs")  # where the Hub's cache keeps what its snapshots link to
+    found: dict[str, int] = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in (".git", ".cache"))
+        for name in (*sorted(names), *(f for f in folders if (Path(folder) / f).is_symlink())):
+            path = Path(folder) / name
+            if not path.is_file() or not any(path.resolve().is_relative_to(home) for home in homes):
+                raise FileError(
+                    f"{path.relative_to(root)} in the checkpoint is no file of its own",
+                    got=f"a link to {path.resolve()}" if path.is_symlink() else "not a file",
+                    fix="Replace it by a copy.",
+                )
+            found[str(path.relative_to(root))] = path.stat().st_size
+    return found
+
+
+def _key(edit: Edit, base: Path, files: Mapping[str, int]) -> str:
+    """What the output depends on: the edit and the base's files, by their sizes and times."""
+    told: list[Any] = [edit.id, importlib.metadata.version("steer2edit"), str(base.resolve())]
+    told += [[name, size, (base / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _resume(partial: Path, key: str) -> dict[str, Any]:
+    """The journal's lines of the shards that are whole, by name; none of another export's."""
+    lines = read_journal(partial / JOURNAL)
+    if not lines or lines[0].get("key") != key:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        append_jsonl(partial / JOURNAL, {"key": key})
+        return {}
+    whole = {line["file"]: line for line in lines[1:]}
+    if whole:
+        say(f"  going on with an export that was stopped: {len(whole)} shards are there")
+    return whole
+
+
+def _room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed + 2**20:
+        folder_is_new = len(list(folder.iterdir())) <= 1
+        if folder_is_new:
+            shutil.rmtree(folder)
+        raise FileError(
+            "the disk has too little room for the edited checkpoint",
+            got=f"{free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB needed",
+            fix="Free some space, or give an output folder on another disk.",
+        )
+
+
+class _Work:
+    """Copies and patches shards in a few threads: the kernel copies, torch adds, the disk syncs, all at once."""
+
+    def __init__(self, edit: Edit, base: Path, partial: Path, hashes: bool, progress: Progress | None, total: int):
+        self.edit, self.base, self.partial, self.hashes = edit, base, partial, hashes
+        self.progress, self.total, self.bytes = progress, total, 0
+        self.presence = Presence()
+        self.other: list[str] = []
+        self.tensors: dict[str, dict[str, str]] = {}
+
+    def checked(self, done: Mapping[str, Any]) -> None:
+        """Takes over what an export that was stopped had found in its whole shards."""
+        for line in done.values():
+            self._take(line)
+            self.bytes += line["size"]
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        self.other += line["other"]
+        self.tensors |= line["tensors"]
+        self.presence.moved += line["moved"]
+        self.presence.power += line["power"]
+        self.presence.size = max(self.presence.size, line["rms"])
+
+    def run(self, shards: Mapping[str, Sequence[_Piece]]) -> None:
+        # One thread each: the copies, the patches, the syncs of what is half done, the ends of the shards.
+        pools = [ThreadPoolExecutor(1) for _ in range(4)]
+        with contextlib.ExitStack() as opened:
+            for pool in pools:
+                opened.enter_context(pool)
+            finished = [self._shard(name, pieces, pools, opened) for name, pieces in shards.items()]
+            try:
+                for future in finished:
+                    future.result()
+            except BaseException:
+                for pool in pools:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _shard(
+        self, name: str, pieces: Sequence[_Piece], pools: Sequence[ThreadPoolExecutor], opened: contextlib.ExitStack
+    ) -> Future[None]:
+        copying, patching, syncing, ending = pools
+        size = (self.base / name).stat().st_size
+        source = os.open(self.base / name, os.O_RDONLY)
+        opened.callback(os.close, source)
+        copy = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        opened.callback(os.close, copy)
+
+        def verbatim() -> None:
+            unsynced = 0
+            for start, end in _gaps([(p.start, p.end) for p in pieces if p.edited], size):
+                for at in range(start, end, _CHUNK):
+                    count = min(_CHUNK, end - at)
+                    _copy(source, copy, at, count)
+                    self._told(count)
+                    unsynced += count
+                    if unsynced >= _SYNC_EVERY:
+                        syncing.submit(os.fdatasync, copy)
+                        unsynced = 0
+
+        copied = copying.submit(verbatim)
+        patched_all = patching.submit(lambda: [self._patch(piece, source, copy) for piece in pieces])
+
+        def end() -> None:
+            copied.result()
+            found = patched_all.result()
+            os.fsync(copy)
+            line = {
+                "file": name,
+                "size": size,
+                "other": [key for _, other, _ in found for key in other],
+                "tensors": {k: v for _, _, tensors in found for k, v in tensors.items()},
+                "moved": sum(presence.moved for presence, _, _ in found),
+                "power": sum(presence.power for presence, _, _ in found),
+                "rms": max((presence.size for presence, _, _ in found), default=0.0),
+            }
+            append_jsonl(self.partial / JOURNAL, line)
+            self._take(line)
+
+        return ending.submit(end)
+
+    def _told(self, count: int) -> None:
+        self.bytes += count
+        if self.progress:
+            self.progress(min(self.bytes, self.total), self.total)
+
+    def _patch(self, piece: _Piece, source: int, copy: int) -> tuple[Presence, list[str], dict[str, dict[str, str]]]:
+        """Looks at one site's weight and, where it is edited, writes it patched, a block of rows at a time.
+
+        Returns:
+            Whether the edit is in it; its key if it is another base's; its hashes before and after.
+        """
+        site, dtype = piece.site, piece.dtype
+        before, after = hashlib.sha256(), hashlib.sha256()
+        chosen = torch.nonzero(site.row).flatten()
+        sums = Sums(site.site.inputs, *lines_for(site))
+        buffer = torch.empty_like(sums.scratch)
+        height, width = piece.shape
+        # A weight that lies the other way is taken at once, else a block of rows.
+        rows = height if piece.turned else sums.rows
+        for start in range(0, height, rows):
+            offset = piece.start + start * width * dtype.itemsize
+            raw = _read(source, offset, min(rows, height - start) * width * dtype.itemsize)
+            stored = torch.frombuffer(raw, dtype=dtype).view(-1, width)
+            part = stored.T.contiguous() if piece.turned else stored  # [rows of the weight, n·c]
+            for at in range(0, len(part), sums.rows):
+                block = part[at : at + sums.rows]
+                sums.add(start + at, buffer[: len(block)].copy_(block))
+            if not piece.edited:
+                continue
+            span = slice(start, start + len(part))
+            if len(chosen) == part.shape[1]:
+                new = patched(part, site, chosen, self.edit.strength, span)
+            else:
+                new = part.clone()
+                new[:, chosen] = patched(part[:, chosen], site, chosen, self.edit.strength, span)
+            if dtype is torch.float16 and not torch.isfinite(new).all():
+                raise not_finite(site, self.edit.strength, dtype)
+            data = memoryview((new.T.contiguous() if piece.turned else new).view(torch.uint8).numpy().data).cast("B")
+            _write(copy, offset, data)
+            self._told(len(data))
+            if self.hashes:
+                before.update(raw)
+                after.update(data)
+        reading = sums.reading()
+        if not reading.power < float("inf"):
+            raise not_finite(site, self.edit.strength, dtype)
+        presence, key = Presence(), site.site.key
+        presence.add(site, reading)
+        known = {key: self.edit.fingerprint[key]} if key in self.edit.fingerprint else {}
+        other = differing(known, {key: from_reading(reading, site.site.d, site.site.inputs)})
+        hashed = {"before": before.hexdigest(), "after": after.hexdigest()}
+        return presence, other, {piece.name: hashed} if self.hashes and piece.edited else {}
+
+
+def _gaps(changed: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The ranges of a file of `size` bytes that lie between those that are changed."""
+    at = 0
+    for start, end in sorted(changed):
+        if start > at:
+            yield at, start
+        at = end
+    if size > at:
+        yield at, size
+
+
+def _copy(source: int, copy: int, offset: int, count: int) -> None:
+    """Bytes of one file to the same place of another, inside the kernel where it can."""
+    while count:
+        try:
+            copied = os.copy_file_range(source, copy, count, offset, offset)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno == 28:
+                raise
+            copied = 0  # another file system, or none of this kernel's
+        if not copied:
+            for at in range(offset, offset + count, 2**23):
+                _write(copy, at, _read(source, at, min(2**23, offset + count - at)))
+            return
+        offset, count = offset + copied, count - copied
+
+
+def _read(file: int, offset: int, count: int) -> bytearray:
+    raw = bytearray(count)
+    view, got = memoryview(raw), 0
+    while got < count:
+        more = os.preadv(file, [view[got:]], offset + got)
+        if not more:
+            raise FileError(
+                "the base became shorter while it was read", got=f"{got} of {count} bytes", fix="Try again."
+            )
+        got += more
+    return raw
+
+
+def _write(file: int, offset: int, data: bytearray | memoryview) -> None:
+    view, put = memoryview(data), 0
+    while put < len(view):
+        put += os.pwrite(file, view[put:], offset + put)
+
+
+def _manifest(edit: Edit, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:
+    return {
+        "kind": "export",
+        "base": base.resolve().name,
+        "edit": {"id": edit.id, "config": dict(edit.config), "strength": edit.strength},
+        "tensors": dict(sorted(work.tensors.items())),
+        "left_out": list(left_out),
+        "versions": {name: importlib.metadata.version(name) for name in ("steer2edit", "torch", "safetensors")},
+    }
