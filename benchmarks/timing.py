@@ -14,10 +14,19 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def ratio(
-    ours: Callable[[], object], other: Callable[[], object], rounds: int, allowed: tuple[str, float], label: str
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    rounds: int,
+    allowed: tuple[str, float],
+    label: str,
+    after: Callable[[], object] = lambda: None,
 ) -> float:
-    """Prints and returns the median over rounds of time(ours) / time(other), after one round that does not count."""
-    ours(), other()
+    """Prints and returns the median over rounds of time(ours) / time(other), after one round that does not count.
+
+    Args:
+        after: run after every round, and not counted.
+    """
+    ours(), other(), after()
     ratios = []
     for i in range(rounds):
         # Who goes first changes, so that what the first leaves in the caches helps neither.
@@ -26,6 +35,7 @@ def ratio(
         else:
             a, b = seconds(ours), seconds(other)
         ratios.append(a / b)
+        after()
     middle = statistics.median(ratios)
     report(label, middle, allowed, f"rounds {', '.join(f'{r:.3f}' for r in ratios)}")
     return middle

@@ -59,7 +59,7 @@ def runs_of(tokenizer: Any, traces: Any, predicting: bool = True) -> list[Run]:
     return runs
 
 
-def keeping(seen: dict[tuple[int, str], tuple[Any, Any]], where: tuple[int, str]) -> Any:
+def keeping(seen: dict[Any, tuple[Any, Any]], where: Any) -> Any:
     def keep(module: Any, args: Any, out: Any) -> None:
         seen[where] = (args[0], out)
 
@@ -111,9 +111,14 @@ def read_site(responses: list[Response], weight: Array, n: int, rho: float | Non
     Args:
         weight: [d, n · width]; component i is the columns i · width up to (i + 1) · width.
     """
-    d, width = weight.shape[0], weight.shape[1] // n
     v = label_mean(responses, "positive", "outputs") - label_mean(responses, "negative", "outputs")
     mu = (label_mean(responses, "positive", "inputs") + label_mean(responses, "negative", "inputs")) / 2
+    return edit_of(v, mu, weight, n, rho, alpha)
+
+
+def edit_of(v: Array, mu: Array, weight: Array, n: int, rho: float | None, alpha: float) -> Reading:
+    """Steps 1 to 3 for one projection of n components, from its block's v [d] and its own mean input [n · width]."""
+    d, width = weight.shape[0], weight.shape[1] // n
     size = math.sqrt(dot(v, v))
     u = np.array([x / size for x in v])
     k, g, lam = np.zeros((n, width)), np.zeros(n), np.zeros(n)
@@ -147,3 +152,146 @@ def read(model: Any, runs: list[Run], rho: dict[str, float | None], alpha: float
             n = model.config.num_attention_heads if block == "attn" else weight.shape[1]
             found[number, block] = read_site(kept[number, block], weight, n, rho[block], alpha)
     return found
+
+
+# Any family: sites are told by rows written by hand (families.py), experts are computed anew --------------------------
+
+
+@dataclass
+class Routed:
+    """The down projection's inputs of the tokens that one response sent to one expert."""
+
+    label: str
+    group: str
+    tokens: int  # of the response that count, whether or not they came to this expert
+    inputs: list[Array]  # [neurons] each
+
+
+@dataclass
+class Seen:
+    """Everything that the texts left: dense sites' inputs, blocks' outputs, and what came to each expert."""
+
+    inputs: dict[str, list[Response]]  # by site key
+    outputs: dict[str, list[Response]]  # by block module
+    routed: dict[str, list[Routed]]  # by site key
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def array(tensor: Any) -> Array:
+    return tensor.detach().double().numpy()
+
+
+def expert_input(experts: Any, expert: int, x: Array, transposed: bool) -> Array:
+    """What one expert's down projection gets of one token [d]: act(gate · x) ∘ (up · x), [neurons].
+
+    As gpt-oss has it (`transposed`): [d, 2 · neurons] with gates and ups in turn, biases, a limit, and up + 1; as all
+    others have it: [2 · neurons, d], first the gates, then the ups, and SiLU.
+    """
+    weight = array(experts.gate_up_proj[expert])
+    if not transposed:
+        both = np.array([dot(row, x) for row in weight])
+        half = len(both) // 2
+        return silu(both[:half]) * both[half:]
+    both = np.array([dot(column, x) for column in weight.T]) + array(experts.gate_up_proj_bias[expert])
+    gate, up = np.minimum(both[0::2], experts.limit), np.clip(both[1::2], -experts.limit, experts.limit)
+    return (up + 1) * gate / (1 + np.exp(-experts.alpha * gate))
+
+
+def keeping_arguments(sent: dict[str, list[Any]], name: str) -> Any:
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        sent[name] = [*args, *kwargs.values()]
+
+    return keep
+
+
+def capture_rows(model: Any, runs: list[Run], rows: Any) -> Seen:
+    """Runs texts one by one: inputs and outputs by hooks, the experts' inputs from what the router sent them."""
+    dense = {row.key: row.module for row in rows if row.expert is None}
+    blocks = {row.block for row in rows}
+    mixtures = {row.module for row in rows if row.expert is not None}
+    found = Seen({}, {}, {})
+    for label, group, ids, first, last in runs:
+        seen: dict[Any, tuple[Any, Any]] = {}
+        sent: dict[str, list[Any]] = {}
+        handles = []
+        for name in {*dense.values(), *blocks}:
+            handles.append(model.get_submodule(name).register_forward_hook(keeping(seen, name)))
+        for name in mixtures:
+            hook = keeping_arguments(sent, name)
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        none = np.zeros((last - first, 0))
+        for key, name in dense.items():
+            x = seen[name][0].reshape(len(ids), -1)[first:last]
+            found.inputs.setdefault(key, []).append(Response(label, group, array(x), none))
+        for name in blocks:
+            out = seen[name][1]
+            out = (out if isinstance(out, torch.Tensor) else out[0]).reshape(len(ids), -1)[first:last]
+            found.outputs.setdefault(name, []).append(Response(label, group, none, array(out)))
+        for row in rows:
+            if row.expert is None:
+                continue
+            hidden, chosen = sent[row.module][:2]
+            experts = model.get_submodule(row.module)
+            inputs = [
+                expert_input(experts, row.expert, array(hidden[token]), row.transposed)
+                for token in range(first, last)
+                for choice in chosen[token].tolist()
+                if choice == row.expert
+            ]
+            found.routed.setdefault(row.key, []).append(Routed(label, group, last - first, inputs))
+    return found
+
+
+def reached(routed: list[Routed], label: str) -> int:
+    return sum(len(r.inputs) for r in routed if r.label == label)
+
+
+def routed_mean(routed: list[Routed], label: str, neurons: int) -> Array:
+    """Over the tokens that came to the expert, each weighing one over the tokens of its group; 0 if none came."""
+    of_group: dict[str, int] = {}
+    for r in routed:
+        if r.label == label:
+            of_group[r.group] = of_group.get(r.group, 0) + r.tokens
+    total, weights = np.zeros(neurons), 0.0
+    for r in routed:
+        for x in r.inputs if r.label == label else ():
+            total = total + x / of_group[r.group]
+            weights += 1 / of_group[r.group]
+    return total / weights if weights else total
+
+
+def mean_inputs(seen: Seen, row: Any) -> dict[str, Array]:
+    """A site's mean input for each label."""
+    if row.expert is None:
+        return {label: label_mean(seen.inputs[row.key], label, "inputs") for label in ("positive", "negative")}
+    return {label: routed_mean(seen.routed[row.key], label, row.n) for label in ("positive", "negative")}
+
+
+def mean_outputs(seen: Seen, row: Any) -> dict[str, Array]:
+    """The mean output of a site's block for each label."""
+    return {label: label_mean(seen.outputs[row.block], label, "outputs") for label in ("positive", "negative")}
+
+
+def weight_of_row(model: Any, row: Any) -> Array:
+    """[d, n · width]"""
+    weight = array(getattr(model.get_submodule(row.module), row.parameter))
+    if row.expert is not None:
+        weight = weight[row.expert]
+    return weight.T if row.transposed else weight
+
+
+def read_row(model: Any, seen: Seen, row: Any, rho: float | None, alpha: float) -> Reading:
+    """What the paper says of one site, with the block's v; an expert that one label never reached has the other's
+    mean.
+    """
+    inputs, outputs = mean_inputs(seen, row), mean_outputs(seen, row)
+    labels = [l for l in inputs if row.expert is None or reached(seen.routed[row.key], l)]
+    mu = mean([inputs[label] for label in labels])
+    return edit_of(outputs["positive"] - outputs["negative"], mu, weight_of_row(model, row), row.n, rho, alpha)

@@ -32,6 +32,9 @@ class FakeEngine:
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return tuple(map(ord, "\n".join(m["content"] for m in messages)))
 
+    def begins_thinking(self, ids: Sequence[int]) -> bool:
+        return False
+
     def generate(
         self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Any = None
     ) -> list[Answer]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from families import FAMILIES
 from pydantic import TypeAdapter
 
 import steer2edit as s2e
+from families import FAMILIES
 from steer2edit.config import Recipe, Section
 from steer2edit.doctor import families
 from steer2edit.sites import ARCHITECTURES, Architecture

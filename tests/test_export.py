@@ -98,7 +98,8 @@ def test_a_layer_that_a_sparse_edit_leaves_alone_gets_a_zero_row(
         row = tensors[f"base_model.model.{site.module}.lora_A.weight"]
         assert row.shape == (1, site.inputs)
         assert bool((row != 0).any()) == (site.key == key)
-        assert torch.equal(tensors[f"base_model.model.{site.module}.lora_B.weight"][:, 0], sparse.sites[site.key].u)
+        column = tensors[f"base_model.model.{site.module}.lora_B.weight"][:, 0]
+        assert torch.equal(column, sparse.sites[site.key].u if site.key == key else torch.zeros(32))
 
 
 def test_an_edit_of_some_layers_alone_loads_whole_through_peft(
@@ -124,10 +125,11 @@ def test_an_adapter_says_where_it_came_from(pico: Any, make_edit: MakeEdit, tmp_
     edit.save_adapter(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "pico/llama"
-    told = {"edit": edit.id, "config": {"rho_attn": 0.3, "rho_mlp": 0.3, "alpha": 0.3}, "strength": 0.5}
+    part = {"id": edit.id, "config": {"rho_attn": 0.3, "rho_mlp": 0.3, "alpha": 0.3}, "strength": 0.5}
+    told = {"edit": edit.id, "parts": [part]}
     assert json.loads((tmp_path / "adapter" / "steer2edit.json").read_text()) == told
     edit.with_strength(0.25).save_adapter(tmp_path / "adapter")  # an adapter is written over the old one
-    assert json.loads((tmp_path / "adapter" / "steer2edit.json").read_text())["strength"] == 0.25
+    assert json.loads((tmp_path / "adapter" / "steer2edit.json").read_text())["parts"][0]["strength"] == 0.25
     assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
 
 

@@ -18,8 +18,8 @@ from steer2edit.errors import FileError, ProbeError, TraceError
 from steer2edit.files import read_tensors, write_tensors
 from steer2edit.probe import Probe, _Sum, batches_by_length, collect
 from steer2edit.sites import find_sites
-from steer2edit.weights import weight_of
 from steer2edit.traces import Trace
+from steer2edit.weights import weight_of
 
 
 def same_means(here: Probe, there: Probe, tolerance: float = 1e-5) -> None:

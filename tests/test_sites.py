@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
+from families import make_family, make_model
 from steer2edit.errors import ModelError
 from steer2edit.sites import Site, find_sites, module_of, same_sites
 from steer2edit.weights import weight_of
@@ -30,11 +32,18 @@ def test_each_family_has_its_output_and_down_projections(
 ) -> None:
     model = pico(model_type, num_hidden_layers=2, **overrides)
     attn, mlp = "self_attn.o_proj", "mlp.down_proj"
+
+    def site(layer: int, block: Any, path: str, n: int, width: int) -> Site:
+        name = f"layers.{layer}.{path}"  # and so it is called in files that were written of the body alone
+        return Site(
+            layer, block, f"model.{name}", f"model.{name}.weight", 32, n, width, aliases=(f"{name}.weight",)
+        )  # fmt: skip
+
     assert find_sites(model) == (
-        Site(0, "attn", f"model.layers.0.{attn}", f"model.layers.0.{attn}.weight", 32, heads, head_dim),
-        Site(0, "mlp", f"model.layers.0.{mlp}", f"model.layers.0.{mlp}.weight", 32, 48, 1),
-        Site(1, "attn", f"model.layers.1.{attn}", f"model.layers.1.{attn}.weight", 32, heads, head_dim),
-        Site(1, "mlp", f"model.layers.1.{mlp}", f"model.layers.1.{mlp}.weight", 32, 48, 1),
+        site(0, "attn", attn, heads, head_dim),
+        site(0, "mlp", mlp, 48, 1),
+        site(1, "attn", attn, heads, head_dim),
+        site(1, "mlp", mlp, 48, 1),
     )
 
 
@@ -47,6 +56,42 @@ def test_a_component_is_its_own_columns(pico: Any) -> None:
     assert torch.equal(weight_of(model, attn).view(attn.d, attn.n, attn.width)[:, 2], o_proj[:, 32:48])
     assert torch.equal(weight_of(model, mlp).view(mlp.d, mlp.n, mlp.width)[:, 2, 0], down_proj[:, 2])
     assert (attn.key, attn.inputs, mlp.key, mlp.inputs) == ("0.attn", 64, "0.mlp", 48)
+    for site in (attn, mlp):
+        assert (site.block_key, site.block_module, site.place) == (site.key, site.module, site.module)
+
+
+def test_an_experts_weight_is_its_own_part_upright_and_in_place() -> None:
+    for name in ("mixtral", "gpt_oss"):
+        model = make_family(name)
+        sites = {site.key: site for site in find_sites(model)}
+        site, down = sites["1.mlp.2"], model.model.layers[1].mlp.experts.down_proj
+        assert (site.block_key, site.block_module) == ("1.mlp", "model.layers.1.mlp")
+        assert site.place == "model.layers.1.mlp.experts.down_proj[2]"
+        weight = weight_of(model, site)
+        assert weight.shape == (24, 40)
+        assert torch.equal(weight, down[2].T if name == "gpt_oss" else down[2])
+        before = down.detach().clone()
+        with torch.no_grad():
+            weight[:, 7] += 1
+        before[2, 7, :] += name == "gpt_oss"
+        before[2, :, 7] += name != "gpt_oss"
+        assert torch.equal(down, before)
+
+
+def test_a_shared_expert_is_a_site_of_its_own_in_its_experts_block() -> None:
+    site = find_sites(make_family("qwen2_moe"))[-1]
+    assert (site.key, site.expert, site.shared) == ("1.mlp.shared", None, True)
+    assert (site.block_key, site.block_module) == ("1.mlp", "model.layers.1.mlp")
+    assert site.place == "model.layers.1.mlp.shared_expert.down_proj"
+
+
+def test_weights_that_lie_the_other_way_are_read_upright() -> None:
+    model = make_family("gpt2")
+    attn, mlp = find_sites(model)[:2]
+    layer = model.transformer.h[0]
+    assert torch.equal(weight_of(model, attn), layer.attn.c_proj.weight.T)
+    assert weight_of(model, mlp).shape == (24, 40)
+    assert weight_of(model, mlp).data_ptr() == layer.mlp.c_proj.weight.data_ptr()
 
 
 @pytest.mark.parametrize(("model_type", "overrides", "heads", "head_dim"), SITES)
@@ -78,9 +123,9 @@ def test_a_quantised_weight_is_refused(pico: Any) -> None:
 
 
 def test_an_unsupported_family_is_refused_by_name() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16))
-    with pytest.raises(ModelError, match=r"not supported \(got: model_type 'gpt2'\).*llama, mistral, qwen2, qwen3"):
-        find_sites(model)
+    told = r"not supported \(got: model_type 'mamba', whose layers .*Supported model types: llama, mistral, mixtral, "
+    with pytest.raises(ModelError, match=told):
+        find_sites(make_model("mamba"))
 
 
 @pytest.mark.parametrize("missing", ["self_attn.o_proj", "mlp.down_proj", "mlp"])
@@ -126,11 +171,43 @@ def test_a_site_comes_back_from_json_and_no_other_row_does(pico: Any) -> None:
     assert row == {
         "layer": 1, "block": "mlp", "module": "model.layers.1.mlp.down_proj",
         "tensor": "model.layers.1.mlp.down_proj.weight", "d": 32, "n": 48, "width": 1,
+        "aliases": ("layers.1.mlp.down_proj.weight",),
     }  # fmt: skip
     assert Site.from_json(row) == site
-    for bad in ({"block": "moe"}, {"layer": -1}, {"n": 1.5}, {"d": True}):
+    assert Site.from_json(json.loads(json.dumps(row))) == site
+    assert "aliases" not in replace(site, aliases=()).to_json()
+    bad_rows: list[dict[str, Any]] = [
+        {"block": "moe"}, {"layer": -1}, {"n": 1.5}, {"d": True}, {"tensor": 3}, {"aliases": [1]}, {"output": None},
+        {"expert": 0}, {"expert": 4, "experts": 4}, {"expert": -1, "experts": 4}, {"expert": 0, "experts": 0},
+    ]  # fmt: skip
+    for bad in bad_rows:
         with pytest.raises(ValueError, match="no site"):
             Site.from_json(row | bad)
+
+
+def test_an_experts_row_says_where_it_lies_and_a_shared_ones_that_it_is_shared() -> None:
+    sites = {site.key: site for site in find_sites(make_family("gpt_oss"))}
+    row = sites["0.mlp.3"].to_json()
+    fused = "model.layers.0.mlp.experts"
+    assert row == {
+        "layer": 0, "block": "mlp", "module": fused, "tensor": f"{fused}.down_proj", "d": 24, "n": 40, "width": 1,
+        "parameter": "down_proj", "expert": 3, "experts": 4, "transposed": True, "output": "model.layers.0.mlp",
+        "aliases": ("layers.0.mlp.experts.down_proj",),
+    }  # fmt: skip
+    assert Site.from_json(json.loads(json.dumps(row))) == sites["0.mlp.3"]
+    shared = find_sites(make_family("deepseek_v3"))[-1]
+    assert shared.to_json()["shared"] is True
+    assert Site.from_json(json.loads(json.dumps(shared.to_json()))) == shared
+
+
+def test_files_may_call_an_expert_by_any_of_its_names() -> None:
+    site = {site.key: site for site in find_sites(make_family("mixtral"))}["1.mlp.2"]
+    assert (site.tensor, *site.aliases) == (
+        "model.layers.1.block_sparse_moe.experts.2.w2.weight",
+        "layers.1.block_sparse_moe.experts.2.w2.weight",
+        "model.layers.1.mlp.experts.down_proj",
+        "layers.1.mlp.experts.down_proj",
+    )
 
 
 def test_another_models_sites_are_not_the_same(pico: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edit import Edit, Reading, SiteEdit, read
+from .edit import Change, Edit, Reading, SiteEdit, Verbs, read
 from .errors import EditError, ModelError
 from .fingerprint import QUANTISED_TOLERANCE, TOLERANCE, differing, from_reading, signs
 from .sites import Site, find_sites, same_sites
@@ -45,41 +45,45 @@ class _Kept:
     bytes: Mapping[str, Tensor]  # [d, m], as they were
 
 
-def patched(columns: Tensor, site: SiteEdit, chosen: Tensor, strength: float, rows: slice = slice(None)) -> Tensor:
+def patched(part: Tensor, change: Change, columns: Tensor, rows: slice = slice(None)) -> Tensor:
     """W + ΔW for some of a weight's columns: added in fp32, rounded once.
 
     Args:
-        columns: [d, m] of the weight, in its own dtype; or only its `rows`.
-        chosen: [m], their numbers.
+        part: [d, m] of the weight, in its own dtype; or only its `rows`.
+        columns: [m], their numbers.
     """
-    row = (strength * site.row[chosen.cpu()]).to(columns.device)
-    return (columns.float() + torch.outer(site.u[rows].to(columns.device), row)).to(columns.dtype)
+    return (part.float() + change.delta(rows, columns.cpu()).to(part.device)).to(part.dtype)
 
 
-def not_finite(site: SiteEdit, strength: float, dtype: torch.dtype) -> EditError:
+def not_finite(change: Change, dtype: torch.dtype) -> EditError:
     return EditError(
-        f"the edited weight of {site.site.place} is not finite in {dtype}",
-        got=f"strength {strength:g}, largest |λ| {float(site.lam.abs().max()):g}",
+        f"the edited weight of {change.site.place} is not finite in {dtype}",
+        got=f"a change of up to {float(change.delta().abs().max()):g}",
         fix="Lower the strength, or use bf16 or fp32.",
     )
 
 
-def check_base(edit: Edit, model: nn.Module) -> dict[str, Site]:
+def check_base(edit: Verbs, model: nn.Module) -> dict[str, Site]:
     """The model's own sites, by key, of the edit's.
 
     Raises:
         ModelError, EditError: the model is not the edit's base, or has the edit in it.
     """
-    sites = [s.site for s in edit.sites.values()]
-    own = same_sites(find_sites(model), sites, "the edit")
+    own = own_sites(edit, model)
     if any(kept.report.edit_id == edit.id for kept in getattr(model, _MARK, [])):
         raise _twice()
     coarse = any(quantised(model, site) for site in own.values())
     with torch.inference_mode():
-        check_weights(
-            edit, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
-        )
+        for part in edit.parts:
+            check_weights(
+                part, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
+            )
     return own
+
+
+def own_sites(edit: Verbs, model: nn.Module) -> dict[str, Site]:
+    """The model's own sites, by key, of the edit's. Raises ModelError if it has not each of them in the same shape."""
+    return same_sites(find_sites(model), [s.site for part in edit.parts for s in part.sites.values()], "the edit")
 
 
 def check_weights(edit: Edit, read: Callable[[Site], Tensor], tolerance: float = TOLERANCE) -> None:
@@ -167,31 +171,30 @@ def _twice() -> EditError:
     )
 
 
-def apply(edit: Edit, model: nn.Module) -> Applied:
+def apply(edit: Verbs, model: nn.Module) -> Applied:
     """Adds ΔW to the weights: in fp32, rounded once to the weights' dtype. All or nothing.
 
     Raises:
         ModelError: another base, or weights that are quantised or not in memory.
         EditError: the edit is in the model already.
     """
-    own = same_sites(find_sites(model), [s.site for s in edit.sites.values()], "the edit")
-    with torch.no_grad():
-        for key in edit.edited():
-            weight_of(model, own[key])  # refuses what cannot be written before anything is read
+    own, changes = own_sites(edit, model), edit.changes()
+    for key in changes:
+        weight_of(model, own[key])  # refuses what cannot be written before anything is read
     check_base(edit, model)
     columns: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     lost: dict[str, tuple[float, float]] = {}
     with torch.no_grad():
-        for key, site in edit.edited().items():
+        for key, change in changes.items():
             weight = weight_of(model, own[key])
-            chosen = torch.nonzero(site.row).flatten().to(weight.device)
+            chosen = change.columns().to(weight.device)
             columns[key], before[key] = chosen, weight[:, chosen].clone()
-            after[key] = patched(before[key], site, chosen, edit.strength)
+            after[key] = patched(before[key], change, chosen)
             if not torch.isfinite(after[key]).all():
-                raise not_finite(site, edit.strength, weight.dtype)
-            told = torch.outer(site.u, edit.strength * site.row[chosen.cpu()]).to(weight.device)
+                raise not_finite(change, weight.dtype)
+            told = change.delta(columns=chosen.cpu()).to(weight.device)
             error = (after[key].float() - before[key].float()) - told
             lost[key] = (float(error.square().sum()), float(told.square().sum()))
         for key in columns:
@@ -212,7 +215,7 @@ def _share(error: float, told: float) -> float:
     return (error / told) ** 0.5 if told else 0.0
 
 
-def revert(edit: Edit, model: nn.Module) -> None:
+def revert(edit: Verbs, model: nn.Module) -> None:
     """Puts back the columns that `apply` kept.
 
     Raises:

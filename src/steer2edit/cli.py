@@ -179,7 +179,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say whether a model is supported, what would be edited, what not and why, and what each stage needs."""
-    from .config import Model, load_recipe, shipped_recipes
+    from .config import Model, load_recipe, parse, shipped_recipes
     from .errors import ModelError
 
     if families:
@@ -192,8 +192,8 @@ def doctor(
     if model in shipped_recipes() or Path(model).suffix in (".yaml", ".yml"):
         section = load_recipe(model).model
     else:
-        section = Model.model_validate({"name": model, "revision": revision, "trust_remote_code": trust_remote_code})
-        section = section.model_copy(update={"dtype": dtype, "device": device})
+        options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype, "device": device}
+        section = parse(Model, {"name": model, **options})
     from .doctor import examine, self_check, show
     from .models import empty_model, load_config, load_section
     from .sites import describe_as

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -36,9 +37,17 @@ def _with_harmful(counts: dict[Any, int]) -> dict[Any, int]:
     return counts
 
 
-def _date(value: str) -> str:
-    datetime.date.fromisoformat(value)
-    return value
+def _date(value: Any) -> Any:
+    # YAML reads an unquoted date as one.
+    value = value.isoformat() if type(value) is datetime.date else value
+    if not isinstance(value, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        raise ValueError("Write it as YYYY-MM-DD")
+    return datetime.date.fromisoformat(value).isoformat()
+
+
+def _named(value: Any) -> Any:
+    # accelerate numbers its accelerators, and YAML reads those as numbers.
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
@@ -54,6 +63,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class Model(Section):
     """Which model, and how it is loaded."""
 
@@ -62,11 +74,11 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     device_map: Literal["auto", "balanced", "sequential"] | None = None
-    max_memory: dict[str, str] | None = None
+    max_memory: Annotated[dict[str, str] | None, BeforeValidator(_named)] = None
     offload_folder: str | None = None
     plain: bool = False
     enable_thinking: bool | None = None
-    date: Annotated[str, AfterValidator(_date)] = CHAT.date
+    date: Annotated[str, BeforeValidator(_date)] = CHAT.date
     architecture: Architecture | None = None
     trust_remote_code: bool = False
 
@@ -212,14 +224,19 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def parse_recipe(raw: dict[str, Any]) -> Recipe:
     """Raises RecipeError for the first key or value that is wrong."""
+    return parse(Recipe, raw)
+
+
+def parse(section: type[S], raw: dict[str, Any]) -> S:
+    """A recipe, or one of its sections. Raises RecipeError for the first key or value that is wrong."""
     try:
-        return Recipe.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
         key = ".".join(path)
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(path[:-1])
+            known = _known_keys(section, path[:-1])
             near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
             fix = f"Did you mean {near[0]!r}?" if near else f"Known keys there: {', '.join(known)}."
             raise RecipeError(f"the recipe has an unknown key {key}", got=path[-1], fix=fix) from None
@@ -229,8 +246,7 @@ def parse_recipe(raw: dict[str, Any]) -> Recipe:
         raise RecipeError(f"the recipe's {key} cannot be used", got=repr(problem["input"]), fix=f"{message}.") from None
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:
     for part in path:
         kind = section.model_fields[part].annotation if part in section.model_fields else None
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):

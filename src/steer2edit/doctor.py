@@ -17,7 +17,7 @@ from .errors import ModelError, ProbeError
 from .experts import tapped
 from .intervention import Intervention, Interventions, Term
 from .sites import ARCHITECTURES, Architecture, Site, architecture_of, find_sites, module_of
-from .weights import device_of, is_plain, quantised, read_weight
+from .weights import device_of, is_plain, quantised, read_bias, read_weight
 
 # Tokens of the text that a model is checked on, and interventions that are tried in one batch.
 TOKENS, ROWS = 3, 32
@@ -34,8 +34,7 @@ class Health:
         least_moved: the smallest change of the logits under one of them, in standard deviations of the logits.
         moved_by_nothing: the largest change under an intervention of zeros at every site.
         heads: how far a component's share in its site's output is from its own columns times its own input.
-        unaccounted: how far what a layer adds is from what its sites write; not 0 where a norm or a factor stands
-            between.
+        unaccounted: how far what a layer adds is from what its sites write; not 0 where a norm stands between.
         norms: what a post-norm does to a small edit's size: block type → median over the layers of size after / before.
     """
 
@@ -73,15 +72,14 @@ class _Seen:
 
     def _keep(self, key: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
-            self.x[key] = args[0].detach().reshape(-1, args[0].shape[-1])[-1].float().cpu()
-            out = out if isinstance(out, Tensor) else out[0]
-            self.out[key] = out.detach().reshape(-1, out.shape[-1])[-1].float().cpu()
+            self.x[key] = _last(args[0])
+            self.out[key] = _last(out if isinstance(out, Tensor) else out[0])
 
         return hook
 
     def _tap(self, keys: Mapping[int, str]) -> Callable[..., Tensor]:
         def tap(expert: int, tokens: Tensor, x: Tensor, out: Tensor) -> Tensor:
-            self.x[keys[expert]], self.out[keys[expert]] = x[-1].float().cpu(), out[-1].float().cpu()
+            self.x[keys[expert]], self.out[keys[expert]] = _last(x), _last(out)
             return out
 
         return tap
@@ -99,6 +97,11 @@ class _Seen:
 
     def __exit__(self, *_: object) -> None:
         self.opened.close()
+
+
+def _last(x: Tensor) -> Tensor:
+    """The last token's row, a copy of its own: some models add to their activations in place."""
+    return x.detach().reshape(-1, x.shape[-1])[-1].to("cpu", torch.float32, copy=True)
 
 
 def self_check(model: nn.Module, *, thorough: bool = False) -> Health:
@@ -160,9 +163,10 @@ def self_check(model: nn.Module, *, thorough: bool = False) -> Health:
                     "says.",
                 )
         heads = max(_heads(model, sites, seen, is_equal, thorough), default=0.0)
-    unaccounted = max(_unaccounted(sites, seen), default=0.0)
-    changed = architecture.attn_norm or architecture.mlp_norm or architecture.factor
-    if not architecture.tested and not changed and unaccounted > is_equal:
+    factor = getattr(config.get_text_config(), architecture.factor, 1.0) if architecture.factor else 1.0
+    unaccounted = max(_unaccounted(sites, seen, factor), default=0.0)
+    normed = architecture.attn_norm or architecture.mlp_norm
+    if not architecture.tested and not normed and unaccounted > is_equal:
         raise ModelError(
             "a layer adds something else to the residual stream than its sites write",
             got=f"{architecture.family}: a difference of {unaccounted:.2g} of what it adds",
@@ -218,8 +222,7 @@ def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: floa
         weight = read_weight(model, site).float().cpu()
         x = seen.x[site.key]
         if site.expert is not None:  # it cannot be run alone: what it gave is compared
-            bias = getattr(module, f"{site.parameter}_bias", None)
-            told = weight @ x if bias is None else weight @ x + bias[site.expert].float().cpu()
+            told = weight @ x + read_bias(model, site)
             error = float((seen.out[site.key] - told).norm() / (told.norm() + 1e-30))
             if error > tolerance:
                 raise ModelError(
@@ -251,12 +254,12 @@ def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: floa
             yield error
 
 
-def _unaccounted(sites: Sequence[Site], seen: _Seen) -> Iterator[float]:
+def _unaccounted(sites: Sequence[Site], seen: _Seen, factor: float) -> Iterator[float]:
     blocks: dict[int, set[str]] = {}
     for site in sites:
         blocks.setdefault(site.layer, set()).add(site.block_key)
     for layer, keys in blocks.items():
-        written = torch.stack([seen.out[key] for key in sorted(keys)]).sum(dim=0)
+        written = factor * torch.stack([seen.out[key] for key in sorted(keys)]).sum(dim=0)
         yield float((seen.added[layer] - written).norm() / (seen.added[layer].norm() + 1e-30))
 
 
@@ -395,15 +398,20 @@ def memory(model: nn.Module, sites: Sequence[Site], *, groups: int = 4, configur
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     keys_and_values = 2 * heads * width * text.num_hidden_layers * each  # of one token
-    return {
-        "the model": sum(p.numel() * p.element_size() for p in model.parameters()),
+    packed = getattr(config, "quantization_config", None) is not None
+    on_meta = any(p.is_meta for p in model.parameters())
+    found = {
+        "the model, before it is quantised" if packed and on_meta else "the model": sum(
+            p.numel() * p.element_size() for p in model.parameters()
+        ),
         f"probe, sums of {groups} groups": 8 * groups * (inputs + streams),
         "score, the largest weight": 3 * 4 * max(s.d * s.inputs for s in sites),
         f"search, {configurations} configurations": configurations * each * (inputs + sum(s.d for s in sites)),
         "search, keys and values of 128 rows of 256 tokens": 128 * 256 * keys_and_values,
         "an edit, on disk or in memory": 4 * (2 * inputs + 3 * sum(s.n for s in sites) + streams),
-        "apply, the columns it keeps, at most": each * sum(s.d * s.inputs for s in sites),
     }
+    apply = {"apply, the columns it keeps, at most": each * sum(s.d * s.inputs for s in sites)}
+    return found if packed else found | apply
 
 
 def families() -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -283,6 +284,77 @@ class SiteEdit:
         return torch.outer(self.u, self.row)
 
 
+@dataclass(frozen=True)
+class Change:
+    """What one edit, or several, do to a weight: ΔW = u a, strengths included.
+
+    Attributes:
+        u: [d, r]. a: [r, n·c].
+    """
+
+    site: Site
+    u: Tensor
+    a: Tensor
+
+    def columns(self) -> Tensor:
+        """Which columns of the weight change [m]."""
+        return torch.nonzero((self.a != 0).any(dim=0)).flatten()
+
+    def delta(self, rows: slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
+        """ΔW, or some rows and columns of it, fp32."""
+        if len(self.a) == 1:
+            return torch.outer(self.u[rows, 0], self.a[0, columns])
+        return self.u[rows] @ self.a[:, columns]
+
+
+class Verbs(ABC):
+    """What can be done with an edit, or with several combined; each verb only calls the module that does the work."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Edit, ...]:
+        """The edits that it is made of."""
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """A short hash of what it does."""
+
+    @abstractmethod
+    def changes(self) -> dict[str, Change]:
+        """Site key → what changes there, of the sites that change."""
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which the model answers as if edited; no weight is touched."""
+        from .intervention import intervening
+
+        return intervening(model, self.intervention(), edit=self)
+
+    def intervention(self, name: str = "edit") -> Intervention:
+        """out += u(aᵀx) at each edited site."""
+        from .intervention import Intervention, Term
+
+        return Intervention(name, {key: Term(change.u, change.a) for key, change in self.changes().items()})
+
+    def apply(self, model: nn.Module) -> Applied:
+        """Bakes it into the weights and says what rounding to their dtype lost. `revert` undoes it."""
+        from .bake import apply
+
+        return apply(self, model)
+
+    def revert(self, model: nn.Module) -> None:
+        """Restores the exact bytes that `apply` found."""
+        from .bake import revert
+
+        revert(self, model)
+
+    def save_adapter(self, folder: str | Path, base: str | None = None) -> Path:
+        """Writes it as a PEFT LoRA adapter: of rank 1, or of as many as there are edits combined."""
+        from .export.adapter import save_adapter
+
+        return save_adapter(self, folder, base)
+
+
 class _Thresholded(Mapping[str, SiteEdit]):
     """Scores with a λ of each site, put together when asked for: a search makes hundreds of edits and reads few."""
 
@@ -301,8 +373,12 @@ class _Thresholded(Mapping[str, SiteEdit]):
         return len(self.scores)
 
 
+def _off(site: SiteEdit) -> SiteEdit:
+    return replace(site, lam=torch.zeros_like(site.lam))
+
+
 @dataclass(frozen=True)
-class Edit:
+class Edit(Verbs):
     """An edit of a model: for each site u, k̂, g and λ; a few megabytes, as a `safetensors` file.
 
     Attributes:
@@ -328,8 +404,24 @@ class Edit:
         """The sites that the edit changes: those with a λ that is not 0."""
         return {key: site for key, site in self.sites.items() if bool((site.lam != 0).any())}
 
+    @property
+    def parts(self) -> tuple[Edit, ...]:
+        return (self,)
+
+    def changes(self) -> dict[str, Change]:
+        edited = self.edited().items()
+        return {key: Change(s.site, s.u[:, None], (self.strength * s.row)[None]) for key, s in edited}
+
+    def only(self, layers: Container[int] | None = None, blocks: Container[str] = BLOCKS) -> Edit:
+        """The edit of some layers and block types alone: λ = 0 elsewhere. `layers` is a range or a set; None is all."""
+        kept = {
+            key: s if (layers is None or s.site.layer in layers) and s.site.block in blocks else _off(s)
+            for key, s in self.sites.items()
+        }
+        return replace(self, sites=kept)
+
     def with_strength(self, strength: float) -> Edit:
-        """The same edit, scaled. Raises EditError if the strength is not finite."""
+        """The same edit, scaled; a negative strength negates it. Raises EditError if the strength is not finite."""
         if not math.isfinite(strength):
             raise EditError("the strength must be finite", got=strength, fix="1.0 is the edit as scored.")
         return replace(self, strength=float(strength))
@@ -356,39 +448,6 @@ class Edit:
         for key, site in self.edited().items():
             digest.update(key.encode() + site.u.numpy().tobytes() + site.row.numpy().tobytes())
         return digest.hexdigest()[:16]
-
-    # The verbs of the public interface; each only calls the module that does the work.
-
-    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which the model answers as if edited; no weight is touched."""
-        from .intervention import intervening
-
-        return intervening(model, self.intervention(), edit=self)
-
-    def intervention(self, name: str = "edit") -> Intervention:
-        """out += u(aᵀx) at each edited site."""
-        from .intervention import Intervention, Term
-
-        terms = {k: Term(s.u[:, None], (self.strength * s.row)[None, :]) for k, s in self.edited().items()}
-        return Intervention(name, terms)
-
-    def apply(self, model: nn.Module) -> Applied:
-        """Bakes the edit into the weights and says what rounding to their dtype lost. `revert` undoes it."""
-        from .bake import apply
-
-        return apply(self, model)
-
-    def revert(self, model: nn.Module) -> None:
-        """Restores the exact bytes that `apply` found."""
-        from .bake import revert
-
-        revert(self, model)
-
-    def save_adapter(self, folder: str | Path, base: str | None = None) -> Path:
-        """Writes the edit as a PEFT LoRA adapter of rank 1."""
-        from .export.adapter import save_adapter
-
-        return save_adapter(self, folder, base)
 
     def save(self, path: str | Path) -> None:
         from .store import save_edit

@@ -19,7 +19,7 @@ from .experts import Tap, tapped
 from .sites import architecture_of, find_sites, module_of
 
 if TYPE_CHECKING:
-    from .edit import Edit
+    from .edit import Verbs
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _check(key: str, term: Term, d: int, inputs: int) -> None:
 
 
 @contextlib.contextmanager
-def intervening(model: nn.Module, intervention: Intervention, edit: Edit | None = None) -> Iterator[Interventions]:
+def intervening(model: nn.Module, intervention: Intervention, edit: Verbs | None = None) -> Iterator[Interventions]:
     """Every row of every forward pass inside runs under one intervention.
 
     Raises:

@@ -181,8 +181,11 @@ def _best_device() -> str:
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     import torch
 
-    if name != "auto":
+    dtypes = ("float32", "bfloat16", "float16")
+    if name in dtypes:
         return getattr(torch, name)
+    if name != "auto":
+        raise ModelError("no such dtype", got=name, fix=f'Use one of {", ".join(dtypes)}, or "auto".')
     if device.type != "cpu":
         return "auto"
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32

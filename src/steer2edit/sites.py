@@ -11,7 +11,7 @@ must be a site or a map that is known to work inside a block: anything else is r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,7 +29,7 @@ INSIDE = frozenset(
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv"),
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "g_proj"),
         *("q_norm", "k_norm", "q_layernorm", "k_layernorm"),
-        *("gate_proj", "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "w1", "w3"),
+        *("gate_proj", "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w1", "w3"),
         *("gate", "router", "shared_expert_gate", "gate_up_proj_bias", "down_proj_bias"),
         *("conv1d", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
     )
@@ -86,6 +86,7 @@ class Architecture:
         attn_norm, mlp_norm: the norm between the block's output and the stream (post-norm), in a layer.
         factor: what the config calls a factor on the block's output.
         stored: what the checkpoint's files call `layers`, where they call it otherwise.
+        inside: names of further maps that only read the stream, or work inside a block.
         tested: its sites, oracle, hook, baked weights and exports are compared in this project's tests.
     """
 
@@ -100,7 +101,13 @@ class Architecture:
     mlp_norm: str | None = None
     factor: str | None = None
     stored: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
     tested: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.attn:
+            raise ValueError("an architecture without an attention projection")
+
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
@@ -305,7 +312,7 @@ class Site:
 
 def describe_as(model: nn.Module, architecture: Architecture) -> None:
     """Says of a model where it writes into the stream, in place of the table's record or the structure's."""
-    setattr(model, _DESCRIBED, architecture)
+    setattr(model, _DESCRIBED, replace(architecture, tested=False))
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -402,7 +409,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     sites: list[Site] = []
     for number, layer in enumerate(layers):
         here = [*_attn_sites(architecture, number, layer, text), *_mlp_sites(architecture, number, layer, text)]
-        _nothing_else(f"{architecture.layers}.{number}", layer, here)
+        _nothing_else(f"{architecture.layers}.{number}", layer, here, INSIDE.union(architecture.inside))
         sites += here
     return tuple(sites)
 
@@ -506,7 +513,7 @@ def _names(architecture: Architecture, number: int, *paths: str) -> tuple[str, .
     return tuple(dict.fromkeys(f"{prefix}.{number}.{path}" for path in paths for prefix in prefixes))
 
 
-def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site]) -> None:
+def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site], inside: Collection[str]) -> None:
     """Raises ModelError if the layer has a weight matrix that is no site and is not known to work inside a block."""
     held = {f"{site.module}.{site.parameter}" for site in sites} | {site.module for site in sites}
     for path, parameter in layer.named_parameters():
@@ -515,7 +522,7 @@ def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site]) -> None:
         if full in held or (f"{name}.{owner}" in held and leaf.startswith(("weight", "bias"))):
             continue
         told = owner.rpartition(".")[2] if leaf.startswith(("weight", "bias")) else leaf
-        if parameter.dim() < 2 or told in INSIDE or owner.rpartition(".")[2] in INSIDE:
+        if parameter.dim() < 2 or told in inside or owner.rpartition(".")[2] in inside:
             continue
         raise ModelError(
             f"{full.removesuffix('.weight')} may write into the residual stream and is no known site",

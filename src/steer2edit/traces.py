@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+from unittest import mock
 
 from .errors import ModelError, TraceError
 from .files import numbered_jsonl, write_jsonl
@@ -21,7 +22,7 @@ Positions = Literal["predicting", "response"]
 # Which part of a thinking model's response counts.
 Part = Literal["both", "thinking", "answer"]
 # What ends a model's thinking, and begins it (where the prompt's template does not).
-_THOUGHT, _THINK = "</think>", "<think>"
+THOUGHT, _THINK = "</think>", "<think>"
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,18 @@ class Chat:
     enable_thinking: bool | None = None
     date: str = "2026-01-01"
 
-    def variables(self) -> dict[str, Any]:
-        """What a template is told."""
-        day = datetime.date.fromisoformat(self.date)
-        told: dict[str, Any] = {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
-        return told if self.enable_thinking is None else told | {"enable_thinking": self.enable_thinking}
+    def apply(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+        """The tokenizer's template, on the day that `date` says."""
+        from transformers.utils import chat_template_utils
+
+        day = datetime.datetime.fromisoformat(self.date)
+        told = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        # Templates ask transformers for the time; it hands them no function of ours.
+        clock = type("clock", (datetime.datetime,), {"now": classmethod(lambda cls, tz=None: day)})
+        with mock.patch.object(chat_template_utils, "datetime", clock):
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, date_string=day.strftime("%d %b %Y"), **told
+            )
 
 
 CHAT = Chat()
@@ -128,8 +136,8 @@ def answer_start(response: str, thinking: bool = False) -> int:
     Args:
         thinking: the prompt has begun the thinking already, as some templates do.
     """
-    if _THOUGHT in response:
-        after = response.index(_THOUGHT) + len(_THOUGHT)
+    if THOUGHT in response:
+        after = response.index(THOUGHT) + len(THOUGHT)
         return after + len(response[after:]) - len(response[after:].lstrip())
     return len(response) if thinking or response.lstrip().startswith(_THINK) else 0
 
@@ -154,7 +162,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) ->
             got=getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
             fix="Give the chat model's tokenizer, or set plain=True (in a recipe: model.plain: true).",
         )
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **chat.variables())
+    return chat.apply(tokenizer, messages)
 
 
 def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> list[int]:

@@ -4,6 +4,8 @@ kept.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,12 +68,29 @@ def read_weight(model: nn.Module, site: Site) -> Tensor:
         ModelError: the weight was never loaded.
     """
     module: Any = module_of(model, site)
-    if hasattr(module, "_hf_hook"):
-        from accelerate.utils import align_module_device
+    with _here(module) as fetched:
+        weight = _in_memory(model, module, site)
+        return weight.clone() if fetched else weight
 
-        with align_module_device(module, "cpu"):
-            return _in_memory(model, module, site).clone()
-    return _in_memory(model, module, site)
+
+def read_bias(model: nn.Module, site: Site) -> Tensor:
+    """An expert's bias [d] fp32 on the CPU, zeros if it has none."""
+    module: Any = module_of(model, site)
+    with _here(module):
+        bias = getattr(module, f"{site.parameter}_bias", None)
+        return torch.zeros(site.d) if bias is None else bias[site.expert].detach().to("cpu", torch.float32, copy=True)
+
+
+@contextlib.contextmanager
+def _here(module: nn.Module) -> Iterator[bool]:
+    """An offloaded module's weights, fetched while the context lasts; says whether they were."""
+    if not hasattr(module, "_hf_hook"):
+        yield False
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module, "cpu"):
+        yield True
 
 
 def _in_memory(model: nn.Module, module: Any, site: Site) -> Tensor:

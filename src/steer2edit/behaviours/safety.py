@@ -18,7 +18,7 @@ from ..engines import Engine, Progress, Request
 from ..errors import FileError, RecipeError
 from ..files import numbered_jsonl, read_jsonl
 from ..intervention import NOTHING
-from ..traces import Label, Trace
+from ..traces import THOUGHT, Label, Trace
 
 Kind = Literal["harmful", "benign", "borderline"]
 Split = Literal["probe", "validation", "test"]
@@ -166,8 +166,12 @@ def make_traces(
     traces = []
     for i, text in enumerate(harmful):
         if positive == "written":
-            refusal = refusals[i % len(refusals)]
-            traces.append(Trace(text, refusal, "positive", system, "harmful", f"harmful {i}, written"))
+            # Where the prompt has begun the model's thinking, a refusal is what comes after it.
+            before = f"{THOUGHT}\n\n" if engine.begins_thinking(engine.tokens(messages(text, system))) else ""
+            refusal = before + refusals[i % len(refusals)]
+            traces.append(
+                Trace(text, refusal, "positive", system, "harmful", f"harmful {i}, written", answer_start=len(before))
+            )
         else:
             traces.append(own(text, "positive", "harmful", f"harmful {i}, own"))
     left_out = 0

@@ -50,6 +50,10 @@ class Losses:
 class Engine(Protocol):
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]: ...
 
+    def begins_thinking(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends inside the model's thinking, as some templates make it."""
+        ...
+
     def generate(
         self,
         requests: Sequence[Request],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import Steer2EditError
 from ..intervention import NOTHING, Intervention, Interventions
 from ..sites import ARCHITECTURES
-from ..traces import CHAT, Chat, answer_start, begins_thinking, prompt_tokens
+from ..traces import CHAT, THOUGHT, Chat, answer_start, begins_thinking, prompt_tokens
 from ..weights import device_of
 from . import Answer, Losses, Progress, Request
 from .slots import SlotCache
@@ -125,9 +125,16 @@ class TransformersEngine:
         return [self._answer(*one) for one in zip(requests, made, ended, strict=True)]
 
     def _answer(self, request: Request, ids: Sequence[int], ended: bool) -> Answer:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        thinking = begins_thinking(self.tokenizer.decode(request.ids[-8:]))
-        return Answer(tuple(ids), text, ended, answer_start(text, thinking))
+        text, raw = (self.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
+        start = answer_start(raw, self.begins_thinking(request.ids))
+        if start and raw != text:  # the tags are special tokens, which the text is without
+            ends = next((i for i in range(len(ids)) if THOUGHT in self.tokenizer.decode(ids[: i + 1])), len(ids))
+            thought = self.tokenizer.decode(ids[: ends + 1], skip_special_tokens=True)
+            start = len(thought) + len(text[len(thought) :]) - len(text[len(thought) :].lstrip())
+        return Answer(tuple(ids), text, ended, start)
+
+    def begins_thinking(self, ids: Sequence[int]) -> bool:
+        return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
 
     def _generate_in_step(
         self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Progress | None

@@ -1,4 +1,4 @@
-"""An edit as a PEFT LoRA adapter: ΔW = u aᵀ is a LoRA of rank 1, exactly."""
+"""An edit as a PEFT LoRA adapter: ΔW = u aᵀ is a LoRA of rank 1, exactly; several combined are one of their number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..edit import Edit
+from ..edit import Verbs
 from ..errors import EditError
 from ..files import replacing_folder
 from ..sites import Site
@@ -17,8 +17,8 @@ from ..sites import Site
 _NOTE = "steer2edit.json"
 
 
-def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Path:
-    """Writes `adapter_model.safetensors` and `adapter_config.json`, fp32, rank 1, scaling 1.
+def save_adapter(edit: Verbs, folder: str | Path, base: str | None = None) -> Path:
+    """Writes `adapter_model.safetensors` and `adapter_config.json`, fp32, scaling 1, of the rank of the edit.
 
     Sites of an edited block type that the edit leaves alone get a zero row, so that PEFT finds every tensor it expects.
     Experts that share one 3-D parameter become a LoRA of that parameter (PEFT's `target_parameters`).
@@ -33,57 +33,58 @@ def save_adapter(edit: Edit, folder: str | Path, base: str | None = None) -> Pat
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    edited = edit.edited()
-    if not edited:
+    changes = edit.changes()
+    if not changes:
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
     if reason := obstacle(edit):
         raise EditError(
             "PEFT cannot hold this edit", got=reason, fix="Export a checkpoint instead (export_checkpoint)."
         )
-    blocks = {site.site.block for site in edited.values()}
-    sites = {key: site for key, site in edit.sites.items() if site.site.block in blocks}
+    blocks = {change.site.block for change in changes.values()}
+    everywhere = {key: s.site for part in edit.parts for key, s in part.sites.items()}
+    sites = {key: site for key, site in everywhere.items() if site.block in blocks}
+    rank = max(len(change.a) for change in changes.values())
     tensors: dict[str, Tensor] = {}
-    for site in sites.values():
-        name, at = f"base_model.model.{site.site.module}", site.site.expert
-        row = (edit.strength * site.row)[None, :]  # [1, n·c]
-        if at is None:
-            tensors[f"{name}.lora_A.weight"] = row.contiguous()
-            tensors[f"{name}.lora_B.weight"] = site.u[:, None].contiguous()  # [d, 1]
-            continue
-        # A fused parameter's LoRA of rank 1: row and column `at` are that expert's.
-        count = site.site.experts or 0
-        tensors.setdefault(f"{name}.lora_A.weight", torch.zeros(count, site.site.inputs))[at] = row
-        tensors.setdefault(f"{name}.lora_B.weight", torch.zeros(site.site.d, count))[:, at] = site.u
+    for key, site in sites.items():
+        name, experts = f"base_model.model.{site.module}", site.experts or 1
+        a = tensors.setdefault(f"{name}.lora_A.weight", torch.zeros(experts * rank, site.inputs))
+        b = tensors.setdefault(f"{name}.lora_B.weight", torch.zeros(site.d, rank * experts))
+        if change := changes.get(key):
+            # Of a fused parameter PEFT keeps the rows expert by expert, and the columns rank by rank.
+            at, own = site.expert or 0, len(change.a)
+            a.view(experts, rank, -1)[at, :own] = change.a
+            b.view(-1, rank, experts)[:, :own, at] = change.u
     if base is None:
-        base = edit.provenance.get("probe", {}).get("model")
-    modules, parameters = _targets(edit, [s.site for s in sites.values()])
+        base = edit.parts[0].provenance.get("probe", {}).get("model")
+    modules, parameters = _targets(edit, list(everywhere.values()), list(sites.values()))
     config = LoraConfig(
-        r=1,
-        lora_alpha=1,
+        r=rank,
+        lora_alpha=rank,  # scaling 1
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
         inference_mode=True,
         base_model_name_or_path=base,
-        fan_in_fan_out=any(s.site.transposed and s.site.expert is None for s in sites.values()),
+        fan_in_fan_out=any(site.transposed and site.expert is None for site in sites.values()),
         target_modules=modules,
         target_parameters=parameters or None,
     )
     with replacing_folder(folder, ours=_NOTE) as temporary:
         save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
-        note = {"edit": edit.id, "config": dict(edit.config), "strength": edit.strength}
+        parts = [{"id": p.id, "config": dict(p.config), "strength": p.strength} for p in edit.parts]
+        note = {"edit": edit.id, "parts": parts}
         (temporary / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 
-def obstacle(edit: Edit) -> str | None:
+def obstacle(edit: Verbs) -> str | None:
     """Why PEFT cannot hold the edit, or None."""
-    alone = [s.site.place for s in edit.edited().values() if s.site.experts == 1]
+    alone = [change.site.place for change in edit.changes().values() if change.site.experts == 1]
     return f"a fused parameter of one expert ({alone[0]})" if alone else None
 
 
-def _targets(edit: Edit, sites: Sequence[Site]) -> tuple[list[str], list[str]]:
+def _targets(edit: Verbs, everywhere: Sequence[Site], sites: Sequence[Site]) -> tuple[list[str], list[str]]:
     """LoraConfig's target_modules and target_parameters."""
     # In a model with experts PEFT takes every module called down_proj for the experts' old name, so that all of the MLP
     # sites are named as parameters there.
@@ -91,10 +92,10 @@ def _targets(edit: Edit, sites: Sequence[Site]) -> tuple[list[str], list[str]]:
     by_parameter = [site for site in sites if moe and site.block == "mlp"]
     by_module = [site for site in sites if site not in by_parameter]
     # By its last name where a block type is edited in every layer and nothing else has that name, else by the full one.
-    others = {s.site.module.rsplit(".", 1)[-1] for s in edit.sites.values() if s.site not in by_module}
+    others = {site.module.rsplit(".", 1)[-1] for site in everywhere if site not in by_module}
     short = {site.module.rsplit(".", 1)[-1] for site in by_module}
     layers = {block: [s.layer for s in by_module if s.block == block] for block in {s.block for s in by_module}}
-    whole = all(sorted(found) == list(range(edit.layers)) for found in layers.values())
+    whole = all(sorted(found) == list(range(edit.parts[0].layers)) for found in layers.values())
     towers = any("language_model" in site.module for site in by_module)  # a vision tower has projections of its own
     names = short if whole and not towers and not short & others else {site.module for site in by_module}
     return sorted(names), sorted({f"{site.module}.{site.parameter}" for site in by_parameter})

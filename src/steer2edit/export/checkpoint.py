@@ -14,19 +14,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..bake import Presence, decide, lines_for, not_finite, patched
-from ..edit import Edit, SiteEdit, Sums
+from ..bake import Presence, decide, not_finite, patched
+from ..edit import Change, Reading, SiteEdit, Sums, Verbs
 from ..errors import EditError, FileError, ModelError
 from ..files import append_jsonl, read_journal, sync, write_json
-from ..fingerprint import differing, from_reading
+from ..fingerprint import differing, from_reading, signs
 from ..progress import say
-from ..scoring import Stored, open_shards
+from ..scoring import Stored, open_shards, stored_name
+from ..sites import Site
 from ..weights import STORED
 
 JOURNAL = "steer2edit-export.jsonl"
@@ -43,7 +45,8 @@ Progress = Callable[[int, int], None]
 class _Piece:
     """One site's bytes in a file."""
 
-    site: SiteEdit
+    change: Change | None  # None where a site is only looked at
+    parts: tuple[SiteEdit | None, ...]  # what each of the edits says of it
     name: str
     dtype: torch.dtype
     start: int
@@ -52,12 +55,12 @@ class _Piece:
     turned: bool
 
     @property
-    def edited(self) -> bool:
-        return bool((self.site.lam != 0).any())
+    def site(self) -> Site:
+        return next(part.site for part in self.parts if part is not None)
 
 
 def export_checkpoint(
-    base: str | Path, edit: Edit, out: str | Path, *, hashes: bool = True, progress: Progress | None = None
+    base: str | Path, edit: Verbs, out: str | Path, *, hashes: bool = True, progress: Progress | None = None
 ) -> Path:
     """Writes `out`, a copy of the checkpoint folder `base` with the edit in it; no model is built.
 
@@ -76,7 +79,7 @@ def export_checkpoint(
     base, out = Path(base), Path(out)
     if out.exists():
         raise FileError("the output folder exists already", got=out, fix="Give a new folder, or remove that one.")
-    if not edit.edited():
+    if not edit.changes():
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError("the output folder lies inside the base", got=out, fix="Give a folder elsewhere.")
@@ -93,7 +96,8 @@ def export_checkpoint(
         work = _Work(edit, base, partial, hashes, progress, sum(files[name] for name in shards))
         work.checked(done)
         work.run({name: pieces.get(name, []) for name in shards if name not in done})
-        decide(edit, work.presence, work.other)
+        for part, presence, other in zip(edit.parts, work.presence, work.other, strict=True):
+            decide(part, presence, other)
     except (EditError, ModelError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -118,16 +122,13 @@ def export_checkpoint(
     return out
 
 
-def _pieces(edit: Edit, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[_Piece]]:
+def _pieces(edit: Verbs, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[_Piece]]:
     """File → the bytes of each of the edit's sites in it. All of them are looked at, the edited ones changed."""
     tensors = {name: (file, stored) for file, held in shards.items() for name, stored in held.items()}
     found: dict[str, list[_Piece]] = {}
-    for site in edit.sites.values():
-        name = next((n for n in (site.site.tensor, *site.site.aliases) if n in tensors), None)
-        if name is None:
-            raise FileError(
-                f"the checkpoint has no tensor {site.site.tensor}", got=f"{len(tensors)} others", fix="Is it the base?"
-            )
+    changes = edit.changes()
+    for key, site in {key: s.site for part in edit.parts for key, s in part.sites.items()}.items():
+        name = stored_name(site, tensors)
         file, stored = tensors[name]
         if stored.dtype not in STORED:
             raise FileError(
@@ -135,20 +136,21 @@ def _pieces(edit: Edit, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str,
                 got=stored.dtype or stored.dtype_name,
                 fix="Export from a checkpoint in F32, F16 or BF16, or serve the edit as an adapter.",
             )
-        start, end, shape, expert = stored.start, stored.end, stored.shape, site.site.expert
+        start, end, shape, expert = stored.start, stored.end, stored.shape, site.expert
         fused = len(shape) == 3
-        if fused and expert is not None and shape[0] == site.site.experts:
+        if fused and expert is not None and shape[0] == site.experts:
             size = (end - start) // shape[0]
             start, shape, name = start + expert * size, shape[1:], f"{name}[{expert}]"
             end = start + size
-        turned = site.site.transposed and (fused or expert is None)
-        if (shape[::-1] if turned else shape) != (site.site.d, site.site.inputs):
+        turned = site.transposed and (fused or expert is None)
+        if (shape[::-1] if turned else shape) != (site.d, site.inputs):
             raise ModelError(
-                f"the edit was made for another model: {name} should be {site.site.d} × {site.site.inputs}",
+                f"the edit was made for another model: {name} should be {site.d} × {site.inputs}",
                 got=stored.shape,
                 fix="Use the model that the probe was made on.",
             )
-        piece = _Piece(site, name, stored.dtype, start, end, (shape[0], shape[1]), turned)
+        parts = tuple(part.sites.get(key) for part in edit.parts)
+        piece = _Piece(changes.get(key), parts, name, stored.dtype, start, end, (shape[0], shape[1]), turned)
         found.setdefault(file, []).append(piece)
     return found
 
@@ -172,7 +174,7 @@ def _files(base: Path) -> dict[str, int]:
     return found
 
 
-def _key(edit: Edit, base: Path, files: Mapping[str, int]) -> str:
+def _key(edit: Verbs, base: Path, files: Mapping[str, int]) -> str:
     """What the output depends on: the edit and the base's files, by their sizes and times."""
     told: list[Any] = [edit.id, importlib.metadata.version("steer2edit"), str(base.resolve())]
     told += [[name, size, (base / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
@@ -209,11 +211,11 @@ def _room(folder: Path, needed: int) -> None:
 class _Work:
     """Copies and patches shards in a few threads: the kernel copies, torch adds, the disk syncs, all at once."""
 
-    def __init__(self, edit: Edit, base: Path, partial: Path, hashes: bool, progress: Progress | None, total: int):
+    def __init__(self, edit: Verbs, base: Path, partial: Path, hashes: bool, progress: Progress | None, total: int):
         self.edit, self.base, self.partial, self.hashes = edit, base, partial, hashes
         self.progress, self.total, self.bytes = progress, total, 0
-        self.presence = Presence()
-        self.other: list[str] = []
+        self.presence = [Presence() for _ in edit.parts]
+        self.other: list[list[str]] = [[] for _ in edit.parts]
         self.tensors: dict[str, dict[str, str]] = {}
 
     def checked(self, done: Mapping[str, Any]) -> None:
@@ -223,11 +225,12 @@ class _Work:
             self.bytes += line["size"]
 
     def _take(self, line: Mapping[str, Any]) -> None:
-        self.other += line["other"]
         self.tensors |= line["tensors"]
-        self.presence.moved += line["moved"]
-        self.presence.power += line["power"]
-        self.presence.size = max(self.presence.size, line["rms"])
+        for presence, other, found in zip(self.presence, self.other, line["parts"], strict=True):
+            other += found["other"]
+            presence.moved += found["moved"]
+            presence.power += found["power"]
+            presence.size = max(presence.size, found["rms"])
 
     def run(self, shards: Mapping[str, Sequence[_Piece]]) -> None:
         # One thread each: the copies, the patches, the syncs of what is half done, the ends of the shards.
@@ -256,7 +259,7 @@ class _Work:
 
         def verbatim() -> None:
             unsynced = 0
-            for start, end in _gaps([(p.start, p.end) for p in pieces if p.edited], size):
+            for start, end in _gaps([(p.start, p.end) for p in pieces if p.change], size):
                 for at in range(start, end, _CHUNK):
                     count = min(_CHUNK, end - at)
                     _copy(source, copy, at, count)
@@ -273,15 +276,17 @@ class _Work:
             copied.result()
             found = patched_all.result()
             os.fsync(copy)
-            line = {
-                "file": name,
-                "size": size,
-                "other": [key for _, other, _ in found for key in other],
-                "tensors": {k: v for _, _, tensors in found for k, v in tensors.items()},
-                "moved": sum(presence.moved for presence, _, _ in found),
-                "power": sum(presence.power for presence, _, _ in found),
-                "rms": max((presence.size for presence, _, _ in found), default=0.0),
-            }
+            parts = [
+                {
+                    "other": [key for piece in column for key in piece["other"]],
+                    "moved": sum(piece["moved"] for piece in column),
+                    "power": sum(piece["power"] for piece in column),
+                    "rms": max((piece["rms"] for piece in column), default=0.0),
+                }
+                for column in [[parts[i] for parts, _ in found] for i in range(len(self.edit.parts))]
+            ]
+            tensors = {k: v for _, tensors in found for k, v in tensors.items()}
+            line = {"file": name, "size": size, "tensors": tensors, "parts": parts}
             append_jsonl(self.partial / JOURNAL, line)
             self._take(line)
 
@@ -292,16 +297,18 @@ class _Work:
         if self.progress:
             self.progress(min(self.bytes, self.total), self.total)
 
-    def _patch(self, piece: _Piece, source: int, copy: int) -> tuple[Presence, list[str], dict[str, dict[str, str]]]:
+    def _patch(self, piece: _Piece, source: int, copy: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
         """Looks at one site's weight and, where it is edited, writes it patched, a block of rows at a time.
 
         Returns:
-            Whether the edit is in it; its key if it is another base's; its hashes before and after.
+            What each of the edits finds in it, and its hashes before and after.
         """
-        site, dtype = piece.site, piece.dtype
+        site, change, dtype = piece.site, piece.change, piece.dtype
         before, after = hashlib.sha256(), hashlib.sha256()
-        chosen = torch.nonzero(site.row).flatten()
-        sums = Sums(site.site.inputs, *lines_for(site))
+        columns = change.columns() if change else torch.empty(0)
+        left, _ = signs(site.d, site.inputs)
+        directions = [torch.zeros(site.d) if part is None else part.u for part in piece.parts]
+        sums = Sums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
         buffer = torch.empty_like(sums.scratch)
         height, width = piece.shape
         # A weight that lies the other way is taken at once, else a block of rows.
@@ -314,16 +321,16 @@ class _Work:
             for at in range(0, len(part), sums.rows):
                 block = part[at : at + sums.rows]
                 sums.add(start + at, buffer[: len(block)].copy_(block))
-            if not piece.edited:
+            if change is None:
                 continue
             span = slice(start, start + len(part))
-            if len(chosen) == part.shape[1]:
-                new = patched(part, site, chosen, self.edit.strength, span)
+            if len(columns) == part.shape[1]:
+                new = patched(part, change, columns, span)
             else:
                 new = part.clone()
-                new[:, chosen] = patched(part[:, chosen], site, chosen, self.edit.strength, span)
+                new[:, columns] = patched(part[:, columns], change, columns, span)
             if dtype is torch.float16 and not torch.isfinite(new).all():
-                raise not_finite(site, self.edit.strength, dtype)
+                raise not_finite(change, dtype)
             data = memoryview((new.T.contiguous() if piece.turned else new).view(torch.uint8).numpy().data).cast("B")
             _write(copy, offset, data)
             self._told(len(data))
@@ -331,14 +338,21 @@ class _Work:
                 before.update(raw)
                 after.update(data)
         reading = sums.reading()
-        if not reading.power < float("inf"):
-            raise not_finite(site, self.edit.strength, dtype)
-        presence, key = Presence(), site.site.key
-        presence.add(site, reading)
-        known = {key: self.edit.fingerprint[key]} if key in self.edit.fingerprint else {}
-        other = differing(known, {key: from_reading(reading, site.site.d, site.site.inputs)})
+        if change and not reading.power < float("inf"):
+            raise not_finite(change, dtype)
+        found = from_reading(reading, site.d, site.inputs)
+        told = [self._seen(i, piece, reading, found) for i in range(len(piece.parts))]
         hashed = {"before": before.hexdigest(), "after": after.hexdigest()}
-        return presence, other, {piece.name: hashed} if self.hashes and piece.edited else {}
+        return told, {piece.name: hashed} if self.hashes and change else {}
+
+    def _seen(self, i: int, piece: _Piece, reading: Reading, found: Tensor) -> dict[str, Any]:
+        """What the i-th of the edits finds in a weight: whether it is its base's, and how much of the edit is in it."""
+        presence, part, known = Presence(), piece.parts[i], self.edit.parts[i].fingerprint
+        key, other = piece.site.key, []
+        if part is not None:
+            presence.add(part, replace(reading, along=reading.along[i : i + 1]))
+            other = differing({key: known[key]} if key in known else {}, {key: found})
+        return {"other": other, "moved": presence.moved, "power": presence.power, "rms": presence.size}
 
 
 def _gaps(changed: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
@@ -387,11 +401,12 @@ def _write(file: int, offset: int, data: bytearray | memoryview) -> None:
         put += os.pwrite(file, view[put:], offset + put)
 
 
-def _manifest(edit: Edit, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:
+def _manifest(edit: Verbs, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:
     return {
         "kind": "export",
         "base": base.resolve().name,
-        "edit": {"id": edit.id, "config": dict(edit.config), "strength": edit.strength},
+        "edit": edit.id,
+        "parts": [{"id": p.id, "config": dict(p.config), "strength": p.strength} for p in edit.parts],
         "tensors": dict(sorted(work.tensors.items())),
         "left_out": list(left_out),
         "versions": {name: importlib.metadata.version(name) for name in ("steer2edit", "torch", "safetensors")},
