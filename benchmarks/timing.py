@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object], after: Callable[[], object] = lambda: None) -> float:
     start = time.perf_counter()
     work()
-    return time.perf_counter() - start
+    took = time.perf_counter() - start
+    after()
+    return took
 
 
 def ratio(
@@ -24,18 +26,17 @@ def ratio(
     """Prints and returns the median over rounds of time(ours) / time(other), after one round that does not count.
 
     Args:
-        after: run after every round, and not counted.
+        after: run after each side, and not counted.
     """
-    ours(), other(), after()
+    seconds(ours, after), seconds(other, after)
     ratios = []
     for i in range(rounds):
         # Who goes first changes, so that what the first leaves in the caches helps neither.
         if i % 2:
-            b, a = seconds(other), seconds(ours)
+            b, a = seconds(other, after), seconds(ours, after)
         else:
-            a, b = seconds(ours), seconds(other)
+            a, b = seconds(ours, after), seconds(other, after)
         ratios.append(a / b)
-        after()
     middle = statistics.median(ratios)
     report(label, middle, allowed, f"rounds {', '.join(f'{r:.3f}' for r in ratios)}")
     return middle

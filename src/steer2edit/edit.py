@@ -302,9 +302,11 @@ class Change:
 
     def delta(self, rows: slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
         """ΔW, or some rows and columns of it, fp32."""
-        if len(self.a) == 1:
-            return torch.outer(self.u[rows, 0], self.a[0, columns])
-        return self.u[rows] @ self.a[:, columns]
+        # One outer product after the other, so that the same bytes come out whatever part is asked for.
+        delta = torch.outer(self.u[rows, 0], self.a[0, columns])
+        for rank in range(1, len(self.a)):
+            delta += torch.outer(self.u[rows, rank], self.a[rank, columns])
+        return delta
 
 
 class Verbs(ABC):

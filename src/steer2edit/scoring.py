@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edit import Scores, output_direction, read, scores_from, unit
+from .edit import Scores, SiteScores, output_direction, read, scores_from, unit
 from .errors import FileError, ModelError, ProbeError
 from .files import read_json
 from .fingerprint import from_reading, signs
+from .parallel import in_parallel
 from .probe import Probe
 from .sites import Site, find_sites, same_sites
 from .weights import STORED, read_weight
@@ -56,15 +57,19 @@ def score(
     given = None if vectors is None else _by_site(vectors, probe.sites)
     too_few = {s.key: n for s in probe.sites if (n := probe.tokens(s)) is not None and n < expert_tokens}
     wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
-    scores, fingerprint = {}, {}
-    with torch.inference_mode():
-        for site, weight in _weights(model, probe.sites, wanted):
-            v = probe.vector(site) if given is None else given[site.key]
-            mu = probe.mean_input(site)
-            left, _ = signs(*weight.shape)
+
+    def one(of: tuple[Site, Tensor]) -> tuple[SiteScores, Tensor]:
+        site, weight = of
+        v = probe.vector(site) if given is None else given[site.key]
+        mu = probe.mean_input(site)
+        left, _ = signs(*weight.shape)
+        with torch.inference_mode():
             reading = read(weight, torch.cat([output_direction(v)[None], left]), unit(mu, site.n))
-            scores[site.key] = scores_from(site, v, mu, reading)
-            fingerprint[site.key] = from_reading(reading, *weight.shape)
+            return scores_from(site, v, mu, reading), from_reading(reading, *weight.shape)
+
+    scores, fingerprint = {}, {}
+    for site, (scored, sketch) in zip(wanted, in_parallel(one, _weights(model, probe.sites, wanted)), strict=True):
+        scores[site.key], fingerprint[site.key] = scored, sketch
     without = [s.key for s in probe.sites if s.key not in scores and s.key not in too_few]
     provenance = {
         "layers": 1 + max(site.layer for site in probe.sites),

@@ -26,6 +26,7 @@ from ..edit import Change, Reading, SiteEdit, Sums, Verbs
 from ..errors import EditError, FileError, ModelError
 from ..files import append_jsonl, read_journal, sync, write_json
 from ..fingerprint import differing, from_reading, signs
+from ..parallel import pool
 from ..progress import say
 from ..scoring import Stored, open_shards, stored_name
 from ..sites import Site
@@ -233,18 +234,18 @@ class _Work:
             presence.size = max(presence.size, found["rms"])
 
     def run(self, shards: Mapping[str, Sequence[_Piece]]) -> None:
-        # One thread each: the copies, the patches, the syncs of what is half done, the ends of the shards.
-        pools = [ThreadPoolExecutor(1) for _ in range(4)]
+        # Threads for the copies, the patches, the syncs of what is half done, the ends of the shards.
+        pools = [ThreadPoolExecutor(1), pool(), ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
         with contextlib.ExitStack() as opened:
-            for pool in pools:
-                opened.enter_context(pool)
+            for threads in pools:
+                opened.enter_context(threads)
             finished = [self._shard(name, pieces, pools, opened) for name, pieces in shards.items()]
             try:
                 for future in finished:
                     future.result()
             except BaseException:
-                for pool in pools:
-                    pool.shutdown(wait=True, cancel_futures=True)
+                for threads in pools:
+                    threads.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def _shard(
@@ -270,11 +271,11 @@ class _Work:
                         unsynced = 0
 
         copied = copying.submit(verbatim)
-        patched_all = patching.submit(lambda: [self._patch(piece, source, copy) for piece in pieces])
+        patched_all = [patching.submit(self._patch, piece, source, copy) for piece in pieces]
 
         def end() -> None:
             copied.result()
-            found = patched_all.result()
+            found = [piece.result() for piece in patched_all]
             os.fsync(copy)
             parts = [
                 {
@@ -311,32 +312,36 @@ class _Work:
         sums = Sums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
         buffer = torch.empty_like(sums.scratch)
         height, width = piece.shape
-        # A weight that lies the other way is taken at once, else a block of rows.
-        rows = height if piece.turned else sums.rows
+        # A weight that lies the other way is taken at once, else a block of rows; in the same memory every time.
+        rows = height if piece.turned else min(sums.rows, height)
+        memory = torch.empty(rows, width, dtype=dtype)
         for start in range(0, height, rows):
+            stored = memory[: min(rows, height - start)]
             offset = piece.start + start * width * dtype.itemsize
-            raw = _read(source, offset, min(rows, height - start) * width * dtype.itemsize)
-            stored = torch.frombuffer(raw, dtype=dtype).view(-1, width)
+            _read(source, offset, _bytes(stored))
+            if self.hashes:
+                before.update(_bytes(stored))
             part = stored.T.contiguous() if piece.turned else stored  # [rows of the weight, n·c]
             for at in range(0, len(part), sums.rows):
                 block = part[at : at + sums.rows]
                 sums.add(start + at, buffer[: len(block)].copy_(block))
+                if change is None:
+                    continue
+                span = slice(start + at, start + at + len(block))
+                if len(columns) == part.shape[1]:
+                    block.copy_(buffer[: len(block)].add_(change.delta(span)))  # as `patched`, without its copies
+                else:
+                    block[:, columns] = patched(block[:, columns], change, columns, span)
             if change is None:
                 continue
-            span = slice(start, start + len(part))
-            if len(columns) == part.shape[1]:
-                new = patched(part, change, columns, span)
-            else:
-                new = part.clone()
-                new[:, columns] = patched(part[:, columns], change, columns, span)
-            if dtype is torch.float16 and not torch.isfinite(new).all():
+            if dtype is torch.float16 and not torch.isfinite(part).all():
                 raise not_finite(change, dtype)
-            data = memoryview((new.T.contiguous() if piece.turned else new).view(torch.uint8).numpy().data).cast("B")
-            _write(copy, offset, data)
-            self._told(len(data))
+            if piece.turned:
+                stored.copy_(part.T)
+            _write(copy, offset, _bytes(stored))
+            self._told(len(_bytes(stored)))
             if self.hashes:
-                before.update(raw)
-                after.update(data)
+                after.update(_bytes(stored))
         reading = sums.reading()
         if change and not reading.power < float("inf"):
             raise not_finite(change, dtype)
@@ -376,29 +381,35 @@ def _copy(source: int, copy: int, offset: int, count: int) -> None:
                 raise
             copied = 0  # another file system, or none of this kernel's
         if not copied:
-            for at in range(offset, offset + count, 2**23):
-                _write(copy, at, _read(source, at, min(2**23, offset + count - at)))
+            memory = memoryview(bytearray(min(count, 2**23)))
+            for at in range(offset, offset + count, len(memory)):
+                part = memory[: min(len(memory), offset + count - at)]
+                _read(source, at, part)
+                _write(copy, at, part)
             return
         offset, count = offset + copied, count - copied
 
 
-def _read(file: int, offset: int, count: int) -> bytearray:
-    raw = bytearray(count)
-    view, got = memoryview(raw), 0
-    while got < count:
-        more = os.preadv(file, [view[got:]], offset + got)
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's own memory."""
+    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
+
+
+def _read(file: int, offset: int, into: memoryview) -> None:
+    got = 0
+    while got < len(into):
+        more = os.preadv(file, [into[got:]], offset + got)
         if not more:
             raise FileError(
-                "the base became shorter while it was read", got=f"{got} of {count} bytes", fix="Try again."
+                "the base became shorter while it was read", got=f"{got} of {len(into)} bytes", fix="Try again."
             )
         got += more
-    return raw
 
 
-def _write(file: int, offset: int, data: bytearray | memoryview) -> None:
-    view, put = memoryview(data), 0
-    while put < len(view):
-        put += os.pwrite(file, view[put:], offset + put)
+def _write(file: int, offset: int, data: memoryview) -> None:
+    put = 0
+    while put < len(data):
+        put += os.pwrite(file, data[put:], offset + put)
 
 
 def _manifest(edit: Verbs, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""Work on many weights at once: a weight a thread, each thread on one core, which waits for no other.
+
+torch splits every operation over all cores and waits for the slowest: on a busy machine, several times as long.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def pool(workers: int | None = None) -> ThreadPoolExecutor:
+    """Threads in which torch uses one core each; as many as torch uses here, if not said."""
+    # The number of threads that torch uses is the calling thread's own.
+    return ThreadPoolExecutor(workers or torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+
+
+def in_parallel(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """work(item) for each item, in their order; few more items are taken than there are threads."""
+    with pool() as threads:
+        under_way: deque[Future[R]] = deque()
+        for item in items:
+            under_way.append(threads.submit(work, item))
+            if len(under_way) > threads._max_workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
