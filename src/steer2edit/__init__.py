@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .audit import diff, verify
+    from .composition import Combination, combine, interference
     from .doctor import self_check
     from .edit import Edit, Scores
     from .errors import Steer2EditError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .traces import Chat, Trace, read_traces, write_traces
 
 _WHERE = {
+    "diff": "audit", "verify": "audit",
+    "Combination": "composition", "combine": "composition", "interference": "composition",
     "self_check": "doctor",
     "Edit": "edit", "Scores": "edit",
     "Steer2EditError": "errors",
@@ -34,9 +38,10 @@ _WHERE = {
 }  # fmt: skip
 
 __all__ = [
-    "NOTHING", "Architecture", "Chat", "Edit", "Experts", "Heads", "Intervention", "Interventions", "Probe", "Scores",
-    "Site", "Steer2EditError", "Trace", "collect", "describe_as", "export_checkpoint", "find_sites", "intervening",
-    "load_model", "read_traces", "save_adapter", "score", "self_check", "steering", "write_traces",
+    "NOTHING", "Architecture", "Chat", "Combination", "Edit", "Experts", "Heads", "Intervention", "Interventions",
+    "Probe", "Scores", "Site", "Steer2EditError", "Trace", "collect", "combine", "describe_as", "diff",
+    "export_checkpoint", "find_sites", "interference", "intervening", "load_model", "read_traces", "save_adapter",
+    "score", "self_check", "steering", "verify", "write_traces",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

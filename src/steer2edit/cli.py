@@ -217,6 +217,51 @@ def doctor(
 
 
 @app.command()
+def verify(
+    base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.")],
+    edit: Annotated[Path, typer.Argument(help="The edit file.")],
+    edited: Annotated[Path, typer.Argument(help="The edited checkpoint's folder.")],
+    json: Json = False,
+) -> None:
+    """Check, bit by bit, that a checkpoint is the base with the edit in it and nothing else; exit code 1 if not."""
+    from .audit import verify as check
+    from .store import load_any
+
+    found = check(base, load_any(edit), edited)
+    if json:
+        _print_json(found)
+    else:
+        for word, count in found["counts"].items():
+            print(f"{count} tensors {word}")
+        for name, word in (found["tensors"] | found["files"]).items():
+            if word not in ("equal", "edited as told"):
+                print(f"{word}: {name}")
+        print("as told" if found["as_told"] else "NOT as told")
+    sys.exit(0 if found["as_told"] else 1)
+
+
+@app.command()
+def diff(
+    base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.")],
+    edited: Annotated[Path, typer.Argument(help="The other checkpoint's folder.")],
+    top: Annotated[int, typer.Option(help="How many of a site's largest components to list.", min=0)] = 5,
+    json: Json = False,
+) -> None:
+    """Say what differs between two checkpoints, and whether it is a rank-1 edit of heads and neurons."""
+    from .audit import diff as compare
+
+    found = compare(base, edited, top)
+    if json:
+        _print_json(found)
+        return
+    from rich.console import Console
+
+    from .inspection import show
+
+    show(Console(width=None if sys.stdout.isatty() else 150), found)
+
+
+@app.command()
 def recipes(
     copy: Annotated[str | None, typer.Option(help="Copy this recipe.")] = None,
     to: Annotated[Path | None, typer.Option(help="Where to; NAME.yaml by default.")] = None,

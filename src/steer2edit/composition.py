@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,18 @@ class Combination(Verbs):
     @property
     def id(self) -> str:
         return hashlib.sha256(" ".join(edit.id for edit in self.edits).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        from .store import save_combination
+
+        save_combination(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Combination:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        from .store import load_combination
+
+        return load_combination(path)
 
     def changes(self) -> dict[str, Change]:
         found: dict[str, list[Change]] = {}

@@ -144,38 +144,39 @@ class Stored:
 
 def open_shards(folder: Path) -> dict[str, dict[str, Stored]]:
     """File → its tensors, for each of a checkpoint's files. Raises FileError if one is not whole, or the index lies."""
-    from safetensors import SafetensorError, safe_open
-
     names = shards(folder)
-    found: dict[str, dict[str, Stored]] = {}
-    for file in sorted(set(names.values())):
-        try:
-            with safe_open(str(folder / file), framework="pt"):  # it checks the header against the file
-                pass
-            with open(folder / file, "rb") as opened:
-                (length,) = struct.unpack("<Q", opened.read(8))
-                header = json.loads(opened.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise FileError(
-                f"{folder / file} is not a whole safetensors file", got=error, fix="Copy it again."
-            ) from None
-        found[file] = {
-            name: Stored(
-                name,
-                _DTYPES.get(entry["dtype"]),
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(8 + length + offset for offset in entry["data_offsets"]),
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+    found = {file: open_shard(folder / file) for file in sorted(set(names.values()))}
     for name, file in names.items():
         if name not in found[file]:
             raise FileError(
                 f"{folder / file} has no tensor {name}", got="an index that says so", fix="Download it again."
             )
     return found
+
+
+def open_shard(path: Path) -> dict[str, Stored]:
+    """The tensors of one `safetensors` file, by name. Raises FileError if it is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt"):  # it checks the header against the file
+            pass
+        with open(path, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"{path} is not a whole safetensors file", got=error, fix="Copy it again.") from None
+    return {
+        name: Stored(
+            name,
+            _DTYPES.get(entry["dtype"]),
+            entry["dtype"],
+            tuple(entry["shape"]),
+            *(8 + length + offset for offset in entry["data_offsets"]),
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def stored_name(site: Site, names: Collection[str]) -> str:

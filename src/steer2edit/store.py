@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .edit import Edit, Scores, SiteEdit, SiteScores
 from .errors import EditError, FileError
-from .files import read_tensors, write_tensors
+from .files import read_header, read_tensors, write_tensors
 from .sites import Site
+
+if TYPE_CHECKING:
+    from .composition import Combination
 
 FORMAT = 1
 SCORES = ("u", "k", "g", "reach")
@@ -22,73 +26,99 @@ EDIT = (*SCORES, "lam")
 
 def save_scores(scores: Scores, path: str | Path) -> None:
     header = {"v_norm": {key: s.v_norm for key, s in scores.sites.items()}, "provenance": dict(scores.provenance)}
-    _write(path, "scores", scores.sites, SCORES, scores.fingerprint, header)
+    tensors, sites = _packed(scores.sites, SCORES, scores.fingerprint)
+    write_tensors(path, tensors, {"kind": "scores", "format": FORMAT, "sites": sites} | header)
 
 
 def load_scores(path: str | Path) -> Scores:
-    sites, fingerprint, header = _read(path, "scores", SCORES)
-    try:
+    tensors, header = read_tensors(path, "scores")
+    with _whole(path, "scores"):
+        sites, fingerprint = _unpacked(tensors, header["sites"], SCORES)
         norms = {key: float(header["v_norm"][key]) for key in sites}
         if not all(0 <= norm < math.inf for norm in norms.values()):
             raise ValueError("a norm that is not finite")
         rows = {key: SiteScores(**row, v_norm=norms[key]) for key, row in sites.items()}
         return Scores(rows, fingerprint, dict(header["provenance"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, "scores", error) from None
 
 
 def save_edit(edit: Edit, path: str | Path) -> None:
-    header = {"config": dict(edit.config), "provenance": dict(edit.provenance), "strength": edit.strength}
-    _write(path, "edit", edit.sites, EDIT, edit.fingerprint, header)
+    tensors, header = _packed_edit(edit)
+    write_tensors(path, tensors, {"kind": "edit", "format": FORMAT} | header)
 
 
 def load_edit(path: str | Path) -> Edit:
-    sites, fingerprint, header = _read(path, "edit", EDIT)
-    try:
-        rows = {key: SiteEdit(**row) for key, row in sites.items()}
-        edit = Edit(rows, dict(header["config"]), fingerprint, dict(header["provenance"]))
-        return edit.with_strength(float(header["strength"]))
-    except (EditError, KeyError, TypeError, ValueError) as error:
-        raise _broken(path, "edit", error) from None
+    tensors, header = read_tensors(path, "edit")
+    with _whole(path, "edit"):
+        return _unpacked_edit(tensors, header)
 
 
-def _write(
-    path: str | Path,
-    kind: str,
-    sites: Mapping[str, Any],
-    fields: tuple[str, ...],
-    fingerprint: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-) -> None:
+def save_combination(combination: Combination, path: str | Path) -> None:
+    packed = [_packed_edit(edit) for edit in combination.edits]
+    tensors = {f"{i}/{name}": tensor for i, (own, _) in enumerate(packed) for name, tensor in own.items()}
+    write_tensors(path, tensors, {"kind": "combination", "format": FORMAT, "edits": [header for _, header in packed]})
+
+
+def load_combination(path: str | Path) -> Combination:
+    from .composition import combine
+
+    tensors, header = read_tensors(path, "combination")
+    with _whole(path, "combination"):
+        edits = []
+        for i, own in enumerate(header["edits"]):
+            mine = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{i}/")}
+            edits.append(_unpacked_edit(mine, own))
+        return combine(*edits)
+
+
+def load_any(path: str | Path) -> Edit | Combination:
+    """An edit, or several combined, whichever the file holds."""
+    return load_combination(path) if read_header(path).get("kind") == "combination" else load_edit(path)
+
+
+def _packed_edit(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, sites = _packed(edit.sites, EDIT, edit.fingerprint)
+    header = {"config": dict(edit.config), "provenance": dict(edit.provenance), "strength": edit.strength}
+    return tensors, {"sites": sites} | header
+
+
+def _unpacked_edit(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Edit:
+    sites, fingerprint = _unpacked(tensors, header["sites"], EDIT)
+    rows = {key: SiteEdit(**row) for key, row in sites.items()}
+    edit = Edit(rows, dict(header["config"]), fingerprint, dict(header["provenance"]))
+    return edit.with_strength(float(header["strength"]))
+
+
+def _packed(
+    sites: Mapping[str, Any], fields: tuple[str, ...], fingerprint: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors = {f"{key}.{name}": getattr(row, name).float() for key, row in sites.items() for name in fields[1:]}
     # v is the block's, and so is u: kept once for all the experts of a block, where they have the same one.
     for key, row in sites.items():
-        block = f"{row.site.block_key}.u"
-        if torch.equal(tensors.setdefault(block, row.u.float()), row.u.float()):
-            continue
-        tensors[f"{key}.u"] = row.u.float()
+        u = row.u.float()
+        if not torch.equal(tensors.setdefault(f"{row.site.block_key}.u", u), u):
+            tensors[f"{key}.u"] = u
     tensors |= {f"{key}.sketch": value for key, value in fingerprint.items()}
-    common = {"kind": kind, "format": FORMAT, "sites": [row.site.to_json() for row in sites.values()]}
-    write_tensors(path, tensors, common | dict(header))
+    return tensors, [row.site.to_json() for row in sites.values()]
 
 
-def _read(path: str | Path, kind: str, fields: tuple[str, ...]) -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
-    tensors, header = read_tensors(path, kind)
+def _unpacked(
+    tensors: Mapping[str, Tensor], sites: list[dict[str, Any]], fields: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for site in map(Site.from_json, sites):
+        shapes = {"u": (site.d,), "k": (site.n, site.width), "g": (site.n,), "reach": (site.n,), "lam": (site.n,)}
+        row = {name: tensors[f"{site.key}.{name}"] for name in fields[1:]}
+        row["u"] = tensors.get(f"{site.key}.u", tensors[f"{site.block_key}.u"])
+        for name in fields:
+            if row[name].shape != shapes[name]:
+                raise ValueError(f"tensor {site.key}.{name} should have shape {shapes[name]}")
+        rows[site.key] = {"site": site} | row
+    return rows, {key: tensors[f"{key}.sketch"] for key in rows if f"{key}.sketch" in tensors}
+
+
+@contextlib.contextmanager
+def _whole(path: str | Path, kind: str) -> Iterator[None]:
     try:
-        rows: dict[str, Any] = {}
-        for site in map(Site.from_json, header["sites"]):
-            shapes = {"u": (site.d,), "k": (site.n, site.width), "g": (site.n,), "reach": (site.n,), "lam": (site.n,)}
-            own = {name: tensors[f"{site.key}.{name}"] for name in fields[1:]}
-            u = tensors.get(f"{site.key}.u", tensors[f"{site.block_key}.u"])
-            rows[site.key] = {"site": site, "u": u} | own
-            for name in fields:
-                if rows[site.key][name].shape != shapes[name]:
-                    raise ValueError(f"tensor {site.key}.{name} should have shape {shapes[name]}")
-        sketches = {key: tensors[f"{key}.sketch"] for key in rows if f"{key}.sketch" in tensors}
-        return rows, sketches, header
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, kind, error) from None
-
-
-def _broken(path: str | Path, kind: str, error: Exception) -> FileError:
-    return FileError(f"{path} is not a whole {kind} file", got=repr(error), fix="Make it anew.")
+        yield
+    except (AttributeError, EditError, KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{path} is not a whole {kind} file", got=repr(error), fix="Make it anew.") from None

@@ -35,7 +35,7 @@ from ..weights import STORED
 JOURNAL = "steer2edit-export.jsonl"
 MANIFEST = "manifest.json"
 # Weights in other formats, which would stay the base's.
-_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 _CHUNK = 32 * 2**20
 _SYNC_EVERY = 256 * 2**20
 
@@ -43,12 +43,13 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """One site's bytes in a file."""
 
     change: Change | None  # None where a site is only looked at
     parts: tuple[SiteEdit | None, ...]  # what each of the edits says of it
-    name: str
+    tensor: str
+    name: str  # the tensor's, with the expert's number where it holds several
     dtype: torch.dtype
     start: int
     end: int
@@ -85,9 +86,9 @@ def export_checkpoint(
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError("the output folder lies inside the base", got=out, fix="Give a folder elsewhere.")
     shards = open_shards(base)
-    pieces = _pieces(edit, shards)
-    files = _files(base)
-    rest = [name for name in files if name not in shards and Path(name).suffix not in _OTHER_WEIGHTS]
+    pieces = pieces_of(edit, shards)
+    files = checkpoint_files(base)
+    rest = [name for name in files if name not in shards and Path(name).suffix not in OTHER_WEIGHTS]
     left_out = sorted(set(files) - set(rest) - set(shards))
 
     partial = out.with_name(f".{out.name}.partial")
@@ -123,10 +124,10 @@ def export_checkpoint(
     return out
 
 
-def _pieces(edit: Verbs, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[_Piece]]:
+def pieces_of(edit: Verbs, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[Piece]]:
     """File → the bytes of each of the edit's sites in it. All of them are looked at, the edited ones changed."""
     tensors = {name: (file, stored) for file, held in shards.items() for name, stored in held.items()}
-    found: dict[str, list[_Piece]] = {}
+    found: dict[str, list[Piece]] = {}
     changes = edit.changes()
     for key, site in {key: s.site for part in edit.parts for key, s in part.sites.items()}.items():
         name = stored_name(site, tensors)
@@ -151,12 +152,14 @@ def _pieces(edit: Verbs, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str
                 fix="Use the model that the probe was made on.",
             )
         parts = tuple(part.sites.get(key) for part in edit.parts)
-        piece = _Piece(changes.get(key), parts, name, stored.dtype, start, end, (shape[0], shape[1]), turned)
+        piece = Piece(
+            changes.get(key), parts, stored.name, name, stored.dtype, start, end, (shape[0], shape[1]), turned
+        )
         found.setdefault(file, []).append(piece)
     return found
 
 
-def _files(base: Path) -> dict[str, int]:
+def checkpoint_files(base: Path) -> dict[str, int]:
     """Name → size of every file of the checkpoint. Raises FileError for a link that leads away."""
     root = base.resolve()
     homes = (root, root.parent.parent / "blobs")  # where the Hub's cache keeps what its snapshots link to
@@ -233,7 +236,7 @@ class _Work:
             presence.power += found["power"]
             presence.size = max(presence.size, found["rms"])
 
-    def run(self, shards: Mapping[str, Sequence[_Piece]]) -> None:
+    def run(self, shards: Mapping[str, Sequence[Piece]]) -> None:
         # Threads for the copies, the patches, the syncs of what is half done, the ends of the shards.
         pools = [ThreadPoolExecutor(1), pool(), ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
         with contextlib.ExitStack() as opened:
@@ -249,7 +252,7 @@ class _Work:
                 raise
 
     def _shard(
-        self, name: str, pieces: Sequence[_Piece], pools: Sequence[ThreadPoolExecutor], opened: contextlib.ExitStack
+        self, name: str, pieces: Sequence[Piece], pools: Sequence[ThreadPoolExecutor], opened: contextlib.ExitStack
     ) -> Future[None]:
         copying, patching, syncing, ending = pools
         size = (self.base / name).stat().st_size
@@ -298,7 +301,7 @@ class _Work:
         if self.progress:
             self.progress(min(self.bytes, self.total), self.total)
 
-    def _patch(self, piece: _Piece, source: int, copy: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    def _patch(self, piece: Piece, source: int, copy: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
         """Looks at one site's weight and, where it is edited, writes it patched, a block of rows at a time.
 
         Returns:
@@ -350,7 +353,7 @@ class _Work:
         hashed = {"before": before.hexdigest(), "after": after.hexdigest()}
         return told, {piece.name: hashed} if self.hashes and change else {}
 
-    def _seen(self, i: int, piece: _Piece, reading: Reading, found: Tensor) -> dict[str, Any]:
+    def _seen(self, i: int, piece: Piece, reading: Reading, found: Tensor) -> dict[str, Any]:
         """What the i-th of the edits finds in a weight: whether it is its base's, and how much of the edit is in it."""
         presence, part, known = Presence(), piece.parts[i], self.edit.parts[i].fingerprint
         key, other = piece.site.key, []
