@@ -1,6 +1,6 @@
 """An edited checkpoint written from disk against copying the folder, and its memory; scoring from disk against reading.
 
-Makes random checkpoints of 2, 4.5 and 8 GB in a temporary folder: about 25 GB of disk, and files should fit the page cache.
+Makes random checkpoints of 2, 4.5 and 8 GB in a temporary folder: 25 GB of disk, and files should fit the page cache.
 
 Run: python benchmarks/export.py [--gigabytes 4.5]
 """
