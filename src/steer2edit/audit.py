@@ -20,7 +20,7 @@ from .scoring import Stored, checkpoint_reader, open_shards, upright
 from .sites import Site, find_sites
 
 # Files that an export adds, or is known by.
-_OURS = {MANIFEST, JOURNAL}
+_OURS = {MANIFEST, JOURNAL, "model.safetensors.index.json"}
 
 
 def verify(base: str | Path, edit: Verbs, edited: str | Path) -> dict[str, Any]:
@@ -131,7 +131,8 @@ def _left_out(edited: Path) -> set[str]:
     if not (edited / MANIFEST).is_file():
         return set()
     manifest = read_json(edited / MANIFEST)
-    names = manifest.get("left_out", []) if isinstance(manifest, dict) else []
+    names = manifest.get("left_out") if isinstance(manifest, dict) else None
+    names = names if isinstance(names, list) else []
     return {name for name in names if isinstance(name, str) and Path(name).suffix in OTHER_WEIGHTS}
 
 
@@ -139,7 +140,8 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     """What differs between two checkpoints of one shape, and whether it is a component edit of rank 1.
 
     For a weight that differs, D = W' − W is compared with u aᵀ, the best of rank 1. What is left over is measured
-    against the rounding that the files' dtype explains. λ_i = a_i·k̂_i with k̂_i = W_iᵀu/‖W_iᵀu‖, whatever u's sign.
+    against the rounding that the files' dtype explains. λ_i = a_i·k̂_i with k̂_i = W_iᵀu/‖W_iᵀu‖, whatever u's sign. Of
+    a neuron (c = 1) k̂_i is ±1, so that any change of rank 1 of an MLP's weight is aligned: the heads tell more.
 
     Returns:
         sites: for each weight of a site that differs: its key and tensor, `rank` (how many singular values stand out of
@@ -206,13 +208,14 @@ def recover(site: Site, W: Tensor, edited: Tensor, top: int = 5) -> dict[str, An
     # Rounding to the nearest moves a number by up to half a step, evenly: a variance of step²/12.
     steps = 2.0 ** torch.frexp(edited.float()).exponent.double() * torch.finfo(edited.dtype).eps / 2
     changed = (D != 0).any(dim=0)
-    noise = float((steps[:, changed].square() / 12).sum()) if edited.dtype is not torch.float32 else 1e-12 * power
+    spread = steps[:, changed].square() / 12 if edited.dtype is not torch.float32 else torch.zeros(1, 1)
+    noise = float(spread.sum()) + 1e-12 * power
     u, s, v = torch.svd_lowrank(D, q=min(6, *D.shape), niter=4)
     u, a = u[:, 0], s[0] * v[:, 0]
     left = max(0.0, power - float(s[0]) ** 2)
-    # The largest singular value of noise alone is about its standard deviation times √rows + √columns.
-    height, width = len(D), int(changed.sum())
-    floor = 1.3 * (noise / (height * width)) ** 0.5 * (height**0.5 + width**0.5) + 1e-5 * float(s[0])
+    # The largest singular value of noise alone is at most about the root of its strongest row and column.
+    strongest = sum(float(spread.sum(dim=dim).max()) ** 0.5 for dim in (0, 1))
+    floor = 3**0.5 * strongest + 1e-5 * float(s[0])
     along = (u @ w).view(site.n, site.width)
     k, _ = input_direction(along)
     rows = a.view(site.n, site.width)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edit import Change, Edit, Reading, SiteEdit, Verbs, read
+from .edit import Change, Reading, SiteEdit, Verbs, read
 from .errors import EditError, ModelError
 from .fingerprint import QUANTISED_TOLERANCE, TOLERANCE, differing, from_reading, signs
 from .sites import Site, find_sites, same_sites
@@ -74,10 +74,9 @@ def check_base(edit: Verbs, model: nn.Module) -> dict[str, Site]:
         raise _twice()
     coarse = any(quantised(model, site) for site in own.values())
     with torch.inference_mode():
-        for part in edit.parts:
-            check_weights(
-                part, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
-            )
+        check_weights(
+            edit, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
+        )
     return own
 
 
@@ -86,41 +85,44 @@ def own_sites(edit: Verbs, model: nn.Module) -> dict[str, Site]:
     return same_sites(find_sites(model), [s.site for part in edit.parts for s in part.sites.values()], "the edit")
 
 
-def check_weights(edit: Edit, read: Callable[[Site], Tensor], tolerance: float = TOLERANCE) -> None:
+def check_weights(edit: Verbs, read: Callable[[Site], Tensor], tolerance: float = TOLERANCE) -> None:
     """As `check_base`, for weights that come from anywhere, one at a time.
 
     Args:
         read: gives a site's weight [d, n·c].
         tolerance: by how much of its norm a weight may differ from the one that was scored.
     """
-    other: list[str] = []
-    presence = Presence()
-    for key, site in edit.sites.items():
-        weight = read(site.site)
-        if weight.shape != (site.site.d, site.site.inputs):
-            raise ModelError(
-                f"the edit was made for another model: {site.site.tensor} should be {site.site.d} × {site.site.inputs}",
-                got=tuple(weight.shape),
-                fix="Use the model that the probe was made on.",
-            )
-        reading = read_for(site, weight)
-        if key in edit.fingerprint:
-            found = from_reading(reading, *weight.shape)
-            other += differing({key: edit.fingerprint[key]}, {key: found}, tolerance)
-        presence.add(site, reading)
-    decide(edit, presence, other)
+    others: list[list[str]] = []
+    presences: list[Presence] = []
+    for part in edit.parts:
+        other: list[str] = []
+        presence = Presence()
+        for key, site in part.sites.items():
+            reading = read_for(site, read(site.site))
+            if key in part.fingerprint:
+                found = from_reading(reading, site.site.d, site.site.inputs)
+                other += differing({key: part.fingerprint[key]}, {key: found}, tolerance)
+            presence.add(site, reading)
+        others.append(other)
+        presences.append(presence)
+    decide(edit, presences, others)
 
 
-def decide(edit: Edit, presence: Presence, other: Sequence[str]) -> None:
-    """Raises EditError if the edit is in the weights already, ModelError if `other` sites have another base's."""
-    if presence.of(edit.strength):
+def decide(edit: Verbs, presences: Sequence[Presence], others: Sequence[Sequence[str]]) -> None:
+    """Raises EditError if a part of the edit is in the weights already, ModelError if they are another base's.
+
+    Args:
+        presences, others: for each part what of it is in the weights, and at which sites they differ from its base's.
+    """
+    if any(presence.of(part.strength) for part, presence in zip(edit.parts, presences, strict=True)):
         raise _twice()
-    if other:
-        raise ModelError(
-            "the model is not the base that the edit was made for",
-            got=f"other weights at {len(other)} of {len(edit.fingerprint)} sites, first {other[0]}",
-            fix="Use the model, and the revision, that the probe was made on.",
-        )
+    for part, other in zip(edit.parts, others, strict=True):
+        if other:
+            raise ModelError(
+                "the model is not the base that the edit was made for",
+                got=f"other weights at {len(other)} of {len(part.fingerprint)} sites, first {other[0]}",
+                fix="Use the model, and the revision, that the probe was made on.",
+            )
 
 
 def lines_for(site: SiteEdit) -> tuple[Tensor, Tensor]:

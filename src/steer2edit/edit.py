@@ -400,7 +400,8 @@ class Edit(Verbs):
     @property
     def layers(self) -> int:
         """How many layers the base has."""
-        return int(self.provenance["layers"]) if "layers" in self.provenance else 0
+        layers = self.provenance.get("layers", 0)
+        return layers if isinstance(layers, int) else 0
 
     def edited(self) -> dict[str, SiteEdit]:
         """The sites that the edit changes: those with a λ that is not 0."""

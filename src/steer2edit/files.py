@@ -122,7 +122,7 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise FileError(f"{path} is not whole JSON", got=error, fix="Write the file anew.") from None
 
 
@@ -207,7 +207,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise FileError(
             f"{path} was not written by steer2edit", got="a safetensors file without its header", fix=f"Give a {kind}."
         ) from None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (RecursionError, SafetensorError, ValueError, OSError) as error:
         raise FileError(
             f"{path} is not a whole safetensors file", got=error, fix="It may be cut short: write or copy it again."
         ) from None
@@ -215,10 +215,8 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         found = header.get("kind") if isinstance(header, dict) else type(header).__name__
         raise FileError(f"{path} does not hold a {kind}", got=found, fix=f"Give a file that holds a {kind}.")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise FileError(
-                f"tensor {name} of {path} is not finite floating point", got=tensor.dtype, fix="Make the file anew."
-            )
+        if tensor.dtype is not torch.float32 or not torch.isfinite(tensor).all():
+            raise FileError(f"tensor {name} of {path} is not finite fp32", got=tensor.dtype, fix="Make the file anew.")
     return tensors, header
 
 
@@ -231,7 +229,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})["steer2edit"])
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
+    except (RecursionError, SafetensorError, ValueError, KeyError, OSError) as error:
         raise FileError(
             f"{path} was not written by steer2edit", got=repr(error), fix="Give a probe, scores or an edit."
         ) from None

@@ -92,6 +92,10 @@ class Probe:
         tensors, header = read_tensors(path, "probe")
         try:
             sites = tuple(Site.from_json(row) for row in header["sites"])
+            counts, provenance = header["counts"], header["provenance"]
+            experts = counts.get("experts", {}) if isinstance(counts, dict) else None
+            if not sites or not isinstance(experts, dict) or not isinstance(provenance, dict):
+                raise ValueError("sites, counts or provenance of another kind")
             inputs = {site.key: {label: tensors[f"{site.key}.input.{label}"] for label in LABELS} for site in sites}
             blocks = dict.fromkeys(site.block_key for site in sites)
             outputs = {key: {label: tensors[f"{key}.output.{label}"] for label in LABELS} for key in blocks}
@@ -100,10 +104,14 @@ class Probe:
                     shapes = inputs[site.key][label].shape, outputs[site.block_key][label].shape
                     if shapes != ((site.inputs,), (site.d,)):
                         raise ValueError(f"shapes of {site.key}")
-            for key, tokens in header["counts"].get("experts", {}).items():
-                if set(tokens) != set(LABELS) or any(type(n) is not int or n < 0 for n in tokens.values()):
+            for key, tokens in experts.items():
+                if (
+                    not isinstance(tokens, dict)
+                    or set(tokens) != set(LABELS)
+                    or any(type(n) is not int or n < 0 for n in tokens.values())
+                ):
                     raise ValueError(f"counts of {key}")
-            return cls(sites, inputs, outputs, header["counts"], header["provenance"])
+            return cls(sites, inputs, outputs, counts, provenance)
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it anew.") from None
 

@@ -7,7 +7,9 @@ straight from a checkpoint's `safetensors` files.
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from .fingerprint import from_reading, signs
 from .parallel import in_parallel
 from .probe import Probe
 from .sites import Site, find_sites, same_sites
-from .weights import STORED, read_weight
+from .weights import read_weight
 
 Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
 
@@ -65,6 +67,10 @@ def score(
         left, _ = signs(*weight.shape)
         with torch.inference_mode():
             reading = read(weight, torch.cat([output_direction(v)[None], left]), unit(mu, site.n))
+            if not reading.power < math.inf:
+                raise ModelError(
+                    f"the weight of {site.place} is not finite", got="NaN or infinity", fix="Load it again."
+                )
             return scores_from(site, v, mu, reading), from_reading(reading, *weight.shape)
 
     scores, fingerprint = {}, {}
@@ -146,6 +152,13 @@ def open_shards(folder: Path) -> dict[str, dict[str, Stored]]:
     """File → its tensors, for each of a checkpoint's files. Raises FileError if one is not whole, or the index lies."""
     names = shards(folder)
     found = {file: open_shard(folder / file) for file in sorted(set(names.values()))}
+    twice = [name for name, count in Counter(name for held in found.values() for name in held).items() if count > 1]
+    if twice:
+        raise FileError(
+            f"two files of {folder} hold the tensor {twice[0]}",
+            got="it depends on the reader which one counts",
+            fix="Download it again.",
+        )
     for name, file in names.items():
         if name not in found[file]:
             raise FileError(
@@ -200,29 +213,56 @@ def site_reader(folder: Path) -> Callable[[Site], Tensor]:
     It raises ModelError for a weight of another shape, and FileError for one that is not there or not plain floating
     point.
     """
-    names = shards(folder)
+    held = {name: stored for tensors in open_shards(folder).values() for name, stored in tensors.items()}
     read = checkpoint_reader(folder)
 
     def read_site(site: Site) -> Tensor:
-        name = stored_name(site, names)
+        name = stored_name(site, held)
+        place = stored_place(site, held[name], "the probe")
         tensor = read(name, site.expert)
-        if tensor.dtype not in STORED:
-            raise FileError(
-                f"{name} is not plain floating point",
-                got=tensor.dtype,
-                fix="Use a checkpoint in F32, F16 or BF16, or give the loaded model: a quantised one is dequantised.",
-            )
-        fused = tensor.dim() == 3
-        weight = upright(site, tensor[0] if fused else tensor, fused)
-        if weight.shape != (site.d, site.inputs):
-            raise ModelError(
-                f"the probe was made on another model: {name} should be {site.d} × {site.inputs}",
-                got=tuple(weight.shape),
-                fix="Give the folder of the model that the probe was made on.",
-            )
-        return weight
+        return upright(site, tensor[0] if place.fused else tensor, place.fused)
 
     return read_site
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site's weight lies in a file.
+
+    Attributes:
+        start, end: its bytes. shape: as it lies there, [d, n·c], or [n·c, d] if `turned`.
+        fused: it is one expert's part of a 3-D tensor.
+    """
+
+    start: int
+    end: int
+    shape: tuple[int, int]
+    turned: bool
+    fused: bool
+
+
+def stored_place(site: Site, stored: Stored, wanted_by: str) -> Place:
+    """Raises FileError if the tensor is not plain floating point, ModelError if it is another model's."""
+    if stored.dtype is None:
+        raise FileError(
+            f"{stored.name} is not plain floating point",
+            got=stored.dtype_name,
+            fix="Use a checkpoint in F32, F16 or BF16; or give the loaded model to score(), which dequantises it, and "
+            "serve the edit as an adapter.",
+        )
+    start, end, shape = stored.start, stored.end, stored.shape
+    fused = len(shape) == 3 and site.expert is not None and shape[0] == site.experts
+    if fused and site.expert is not None:
+        size = (end - start) // shape[0]
+        start, end, shape = start + site.expert * size, start + (site.expert + 1) * size, shape[1:]
+    turned = site.transposed and (fused or site.expert is None)
+    if (shape[::-1] if turned else shape) != (site.d, site.inputs):
+        raise ModelError(
+            f"{wanted_by} was made for another model: {stored.name} should be {site.d} × {site.inputs}",
+            got=stored.shape,
+            fix="Use the model that the probe was made on.",
+        )
+    return Place(start, end, (shape[0], shape[1]), turned, fused)
 
 
 def shards(folder: Path) -> dict[str, str]:
@@ -241,7 +281,7 @@ def shards(folder: Path) -> dict[str, str]:
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{index} is not a shard index", got=repr(error), fix="Download it again.") from None
         for file in files:
-            if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+            if not isinstance(file, str) or Path(file).name != file or len(file) > 255 or not (folder / file).is_file():
                 raise FileError(
                     f"{index} names a shard that is not a file of that folder", got=file, fix="Download it again."
                 )

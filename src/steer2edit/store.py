@@ -14,6 +14,7 @@ from torch import Tensor
 from .edit import Edit, Scores, SiteEdit, SiteScores
 from .errors import EditError, FileError
 from .files import read_header, read_tensors, write_tensors
+from .fingerprint import SKETCHES
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_edit(path: str | Path) -> Edit:
 
 def save_combination(combination: Combination, path: str | Path) -> None:
     packed = [_packed_edit(edit) for edit in combination.edits]
-    tensors = {f"{i}/{name}": tensor for i, (own, _) in enumerate(packed) for name, tensor in own.items()}
+    tensors = {f"{i}/{name}": tensor.clone() for i, (own, _) in enumerate(packed) for name, tensor in own.items()}
     write_tensors(path, tensors, {"kind": "combination", "format": FORMAT, "edits": [header for _, header in packed]})
 
 
@@ -84,7 +85,11 @@ def _packed_edit(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _unpacked_edit(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Edit:
     sites, fingerprint = _unpacked(tensors, header["sites"], EDIT)
     rows = {key: SiteEdit(**row) for key, row in sites.items()}
-    edit = Edit(rows, dict(header["config"]), fingerprint, dict(header["provenance"]))
+    provenance = dict(header["provenance"])
+    layers, probe = provenance.get("layers", 0), provenance.get("probe", {})
+    if type(layers) is not int or not 0 <= layers < 2**20 or not isinstance(probe, dict):
+        raise ValueError("a provenance of another kind")
+    edit = Edit(rows, dict(header["config"]), fingerprint, provenance)
     return edit.with_strength(float(header["strength"]))
 
 
@@ -113,12 +118,15 @@ def _unpacked(
             if row[name].shape != shapes[name]:
                 raise ValueError(f"tensor {site.key}.{name} should have shape {shapes[name]}")
         rows[site.key] = {"site": site} | row
-    return rows, {key: tensors[f"{key}.sketch"] for key in rows if f"{key}.sketch" in tensors}
+    sketches = {key: tensors[f"{key}.sketch"] for key in rows if f"{key}.sketch" in tensors}
+    if any(sketch.shape != (SKETCHES + 1,) for sketch in sketches.values()):
+        raise ValueError("a sketch of another size")
+    return rows, sketches
 
 
 @contextlib.contextmanager
 def _whole(path: str | Path, kind: str) -> Iterator[None]:
     try:
         yield
-    except (AttributeError, EditError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, EditError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise FileError(f"{path} is not a whole {kind} file", got=repr(error), fix="Make it anew.") from None

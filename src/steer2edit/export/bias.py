@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ..errors import FileError, ModelError
 from ..files import read_json, replacing_folder
 from ..models import empty_model, load_config
+from ..progress import say
 from ..scoring import checkpoint_reader, open_shard, shards
 from ..sites import find_sites
+from .checkpoint import OTHER_WEIGHTS, checkpoint_files
 
 # What configurations call the switches of their biases.
 _SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "bias")
@@ -42,6 +44,8 @@ def export_steering(base: str | Path, vectors: Mapping[str, Tensor], gamma: floa
     base, out = Path(base), Path(out)
     if out.exists():
         raise FileError("the output folder exists already", got=out, fix="Give a new folder, or remove that one.")
+    if out.resolve().is_relative_to(base.resolve()):
+        raise FileError("the output folder lies inside the base", got=out, fix="Give a folder elsewhere.")
     config = load_config(base)
     model = empty_model(config)
     places = _places(model, vectors)
@@ -58,13 +62,21 @@ def export_steering(base: str | Path, vectors: Mapping[str, Tensor], gamma: floa
     told = {name: _stored(name, where) for name in {*biases, *(parameters.keys() - _parameters(model).keys())}}
     old = {told[name]: v for name, v in biases.items() if told[name] in where}
     dtype = checkpoint_reader(base)(next(iter(where))).dtype
+    for name, bias in biases.items():
+        if not torch.isfinite(bias.to(dtype)).all():
+            raise ModelError(f"γv is not finite in {dtype} at {name}", got=f"γ = {gamma:g}", fix="Lower γ.")
     new = {
         stored: biases.get(name, torch.zeros(parameters[name].shape)).to(dtype)
         for name, stored in told.items()
         if stored not in where
     }
     with replacing_folder(out, ours="config.json") as temporary:
-        shutil.copytree(base, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache"))
+        for name in checkpoint_files(base):
+            if name in where.values() or Path(name).suffix not in OTHER_WEIGHTS:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(base / name, temporary / name)
+            else:
+                say(f"  not copied, since it holds the base's weights in another form: {name}")
         for file in {where[name] for name in old}:
             _add(temporary / file, {n: v for n, v in old.items() if where[n] == file})
         if new:
@@ -155,4 +167,6 @@ def _add(path: Path, vectors: Mapping[str, Tensor]) -> None:
             raw = bytearray(os.pread(file.fileno(), stored.end - stored.start, stored.start))
             bias = torch.frombuffer(raw, dtype=stored.dtype)
             bias.copy_((bias.float() + v).to(stored.dtype))
+            if not torch.isfinite(bias).all():
+                raise ModelError(f"the steered {name} is not finite in {stored.dtype}", got="γv", fix="Lower γ.")
             os.pwrite(file.fileno(), raw, stored.start)

@@ -24,19 +24,19 @@ from torch import Tensor
 from ..bake import Presence, decide, not_finite, patched
 from ..edit import Change, Reading, SiteEdit, Sums, Verbs
 from ..errors import EditError, FileError, ModelError
-from ..files import append_jsonl, read_journal, sync, write_json
+from ..files import append_jsonl, clear_temporaries, read_journal, sync
 from ..fingerprint import differing, from_reading, signs
 from ..parallel import pool
 from ..progress import say
-from ..scoring import Stored, open_shards, stored_name
+from ..scoring import Stored, open_shards, stored_name, stored_place
 from ..sites import Site
-from ..weights import STORED
 
 JOURNAL = "steer2edit-export.jsonl"
 MANIFEST = "manifest.json"
 # Weights in other formats, which would stay the base's.
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-_CHUNK = 32 * 2**20
+# Small, since a file system lets one writer at a time into a file: patches need not wait long for a copy.
+_CHUNK = 4 * 2**20
 _SYNC_EVERY = 256 * 2**20
 
 Progress = Callable[[int, int], None]
@@ -98,8 +98,17 @@ def export_checkpoint(
         work = _Work(edit, base, partial, hashes, progress, sum(files[name] for name in shards))
         work.checked(done)
         work.run({name: pieces.get(name, []) for name in shards if name not in done})
-        for part, presence, other in zip(edit.parts, work.presence, work.other, strict=True):
-            decide(part, presence, other)
+        decide(edit, work.presence, work.other)
+        for name in rest:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / name, partial / name)
+            sync(partial / name)
+        text = json.dumps(_manifest(edit, base, work, left_out), indent=2) + "\n"
+        (partial / MANIFEST).write_text(text, encoding="utf-8")
+        sync(partial / MANIFEST)
+        (partial / JOURNAL).unlink()
+        partial.rename(out)
+        sync(out.parent)
     except (EditError, ModelError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -111,14 +120,6 @@ def export_checkpoint(
             got="no space left",
             fix=f"Free some space and run it again, or remove {partial} to give it up.",
         ) from None
-    for name in rest:
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base / name, partial / name)
-        sync(partial / name)
-    write_json(partial / MANIFEST, _manifest(edit, base, work, left_out))
-    (partial / JOURNAL).unlink()
-    partial.rename(out)
-    sync(out.parent)
     if left_out:
         say(f"  not copied, since they hold the base's weights in another form: {', '.join(left_out)}")
     return out
@@ -132,28 +133,12 @@ def pieces_of(edit: Verbs, shards: Mapping[str, Mapping[str, Stored]]) -> dict[s
     for key, site in {key: s.site for part in edit.parts for key, s in part.sites.items()}.items():
         name = stored_name(site, tensors)
         file, stored = tensors[name]
-        if stored.dtype not in STORED:
-            raise FileError(
-                f"{name} is not plain floating point",
-                got=stored.dtype or stored.dtype_name,
-                fix="Export from a checkpoint in F32, F16 or BF16, or serve the edit as an adapter.",
-            )
-        start, end, shape, expert = stored.start, stored.end, stored.shape, site.expert
-        fused = len(shape) == 3
-        if fused and expert is not None and shape[0] == site.experts:
-            size = (end - start) // shape[0]
-            start, shape, name = start + expert * size, shape[1:], f"{name}[{expert}]"
-            end = start + size
-        turned = site.transposed and (fused or expert is None)
-        if (shape[::-1] if turned else shape) != (site.d, site.inputs):
-            raise ModelError(
-                f"the edit was made for another model: {name} should be {site.d} × {site.inputs}",
-                got=stored.shape,
-                fix="Use the model that the probe was made on.",
-            )
+        place = stored_place(site, stored, "the edit")
+        label = f"{name}[{site.expert}]" if place.fused else name
         parts = tuple(part.sites.get(key) for part in edit.parts)
+        assert stored.dtype is not None
         piece = Piece(
-            changes.get(key), parts, stored.name, name, stored.dtype, start, end, (shape[0], shape[1]), turned
+            changes.get(key), parts, name, label, stored.dtype, place.start, place.end, place.shape, place.turned
         )
         found.setdefault(file, []).append(piece)
     return found
@@ -193,6 +178,7 @@ def _resume(partial: Path, key: str) -> dict[str, Any]:
         partial.mkdir(parents=True)
         append_jsonl(partial / JOURNAL, {"key": key})
         return {}
+    clear_temporaries(partial)
     whole = {line["file"]: line for line in lines[1:]}
     if whole:
         say(f"  going on with an export that was stopped: {len(whole)} shards are there")
@@ -308,6 +294,9 @@ class _Work:
             What each of the edits finds in it, and its hashes before and after.
         """
         site, change, dtype = piece.site, piece.change, piece.dtype
+        # Far from bf16's and fp32's end, a finite weight stays finite; fp16 is looked at number by number.
+        if change and not float(change.u.abs().max()) * float(change.a.abs().max()) < 1e37:
+            raise not_finite(change, dtype)
         before, after = hashlib.sha256(), hashlib.sha256()
         columns = change.columns() if change else torch.empty(0)
         left, _ = signs(site.d, site.inputs)
