@@ -40,6 +40,7 @@ OUTPUTS = [
     "search/trials.jsonl",
     "choice.json",
     "edit.safetensors",
+    "adapter/README.md",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "adapter/steer2edit.json",

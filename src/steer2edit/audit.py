@@ -19,8 +19,8 @@ from .parallel import in_parallel
 from .scoring import Stored, checkpoint_reader, open_shards, upright
 from .sites import Site, find_sites
 
-# Files that an export adds, or is known by.
-_OURS = {MANIFEST, JOURNAL, "model.safetensors.index.json"}
+# Files that an export adds, that only say where the tensors are, or that are for people: a card of its own.
+_OURS = {MANIFEST, JOURNAL, "model.safetensors.index.json", "README.md"}
 
 
 def verify(base: str | Path, edit: Verbs, edited: str | Path) -> dict[str, Any]:

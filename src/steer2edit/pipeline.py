@@ -24,6 +24,8 @@ from .files import clear_temporaries, read_json, read_jsonl, remove, sha256, wri
 from .progress import say, showing
 
 MANIFEST = "manifest.json"
+# The model card of an export; a checkpoint comes with the base's, and the report writes its own over it.
+CARD = "README.md"
 
 
 class Run:
@@ -242,7 +244,8 @@ def _export(run: Run) -> list[str]:
         from .models import local_folder
 
         export_checkpoint(local_folder(run.recipe.model.name, run.recipe.model.revision), edit, run.path("checkpoint"))
-        files += [f"checkpoint/{f.name}" for f in sorted(run.path("checkpoint").iterdir()) if f.is_file()]
+        here = sorted(run.path("checkpoint").iterdir())
+        files += [f"checkpoint/{f.name}" for f in here if f.is_file() and f.name != CARD]
     return files
 
 
@@ -320,6 +323,7 @@ def _agreement(run: Run, prompt: str) -> dict[str, Any]:
 
 
 def _report(run: Run) -> list[str]:
+    from .report.card import model_card
     from .report.figures import heat_map, trade_off
     from .report.page import markdown
 
@@ -328,7 +332,12 @@ def _report(run: Run) -> list[str]:
     choice, results = read_json(run.path("choice.json")), read_json(run.path("evaluation/results.json"))
     files = trade_off(trials, choice, run.path("figures/trade_off"))
     files += heat_map(Edit.load(run.path("edit.safetensors")), run.path("figures/lambda"))
-    write_text(run.path("report.md"), markdown(run.recipe, choice, results, Edit.load(run.path("edit.safetensors"))))
+    edit = Edit.load(run.path("edit.safetensors"))
+    write_text(run.path("report.md"), markdown(run.recipe, choice, results, edit))
+    for kind in ("adapter", "checkpoint"):
+        if run.path(kind).is_dir():
+            write_text(run.path(f"{kind}/{CARD}"), model_card(run.recipe, edit, results, kind))
+            files.append(run.path(f"{kind}/{CARD}"))
     return ["report.md", *(str(file.relative_to(run.folder)) for file in files)]
 
 

@@ -32,6 +32,11 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def markdown_table(results: Mapping[str, Any]) -> str:
+    header, rows = table(results)
+    return "\n".join([_row(header), _row(["---"] * len(header)), *map(_row, rows)])
+
+
 def describe(name: str) -> str:
     """`edit-0.2-off-0.1` → `ρ_attn 0.2, ρ_mlp off, α 0.1`."""
     kind, _, rest = name.partition("-")
@@ -48,9 +53,8 @@ def _cell(value: Mapping[str, Any]) -> str:
 
 
 def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, Any], edit: Edit) -> str:
-    header, rows = table(results)
     lines = [f"# {recipe.name}", "", f"Model `{recipe.model.name}`, behaviour {recipe.behaviour.name}.", ""]
-    lines += ["## On test", "", _row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
+    lines += ["## On test", "", markdown_table(results), ""]
     lines += ["Means with 95 % bootstrap intervals over prompts; exact intervals where a rate is 0 or 1. ", ""]
     for name, d in results["refusal_differences"].items():
         lines.append(f"- Refusal, {name}: {d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], same {d['n']} prompts.")

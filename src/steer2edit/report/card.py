@@ -1,0 +1,95 @@
+"""The model card of what a run exports: `README.md` with the Hub's header, so that one upload command is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import Recipe
+from ..edit import Edit
+from ..models import EMBEDDED
+from .page import markdown_table
+
+_HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_PAPER = "[arXiv 2602.09870](https://arxiv.org/abs/2602.09870)"
+_USE = {
+    "adapter": """```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")
+```""",
+    "checkpoint": """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
+```""",
+}
+
+
+def base_name(name: str) -> str:
+    """The base model as a card may name it: a Hub id; of a folder or a file only its own name."""
+    return _HUB_NAMES.get(name) or (Path(name).name if Path(name).exists() or name.startswith(("/", ".")) else name)
+
+
+def model_card(recipe: Recipe, edit: Edit, results: Mapping[str, Any], kind: str) -> str:
+    """The card of an exported adapter or checkpoint.
+
+    Args:
+        results: a run's `evaluation/results.json`.
+        kind: "adapter" or "checkpoint".
+    """
+    base = base_name(recipe.model.name)
+    header = {
+        "base_model": base,
+        "base_model_relation": "adapter" if kind == "adapter" else "finetune",
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["steer2edit", "activation-steering", "model-editing", *(["lora"] if kind == "adapter" else [])],
+    }
+    edited = {block: f"{s['edited']} of {s['components']}" for block, s in edit.summary().items()}
+    counts: Mapping[str, Any] = edit.provenance.get("probe", {}).get("counts", {})
+    told = ", ".join(f"{counts[label]['responses']} {label}" for label in ("positive", "negative") if label in counts)
+    allowed = {name: value for name, value in recipe.search.limits.model_dump().items() if value is not None}
+    limits = ", ".join(f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in allowed.items()) or "no limits"
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {recipe.name}: {base}, edited for {recipe.behaviour.name}
+
+{"A LoRA adapter" if kind == "adapter" else "A checkpoint"} that changes how {base} behaves, made without training.
+A steering vector, the mean activation on responses that show the behaviour minus the mean on those that don't, was
+turned into rank-1 edits of single attention heads and MLP neurons (Steer2Edit, {_PAPER}).
+
+## How it was made
+
+- Behaviour: {recipe.behaviour.name}. Data: {recipe.data.prompts}; {told or "see the recipe"} responses were probed.
+- Hyper-parameters: ρ_attn {_number(edit.config.get("rho_attn"))}, ρ_mlp {_number(edit.config.get("rho_mlp"))},
+  α {_number(edit.config.get("alpha"))}, strength {edit.strength:g}; chosen on validation prompts: the highest refusal
+  rate within {limits}.
+- Edited: {edited.get("attn", "0")} attention heads, {edited.get("mlp", "0")} MLP neurons. Edit `{edit.id}`.
+
+## What was measured
+
+{markdown_table(results)}
+
+On test prompts that nothing before had read. Means with 95 % intervals over prompts; the steering row is the baseline,
+chosen by the same rule.
+
+## How to use it
+
+{_USE[kind]}
+
+## Intended use and limits
+
+For research on how behaviours are represented and changed. More refusals of harmful requests come with more of
+harmless ones: see the table. The edit was measured on short English requests of one data set, with greedy answers, and
+is no safeguard by itself. What holds for the base model (its licence, its languages, its limits) holds here too.
+"""
+
+
+def _number(value: Any) -> str:
+    return "off" if value is None else f"{value:g}"
