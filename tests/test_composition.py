@@ -454,3 +454,13 @@ def test_interference_of_a_case_by_hand() -> None:
     }
     assert (found["shared"], found["opposed"], found["opposed_share"]) == (3, 2, pytest.approx(2 / 3))
     assert interference(one, other.with_strength(-1.0))["opposed"] == 1
+
+
+def test_every_two_of_the_edits_are_compared(pico: Any, tokenizer: Any, traces: Any) -> None:
+    rho = {"rho_attn": 0.3, "rho_mlp": 0.3, "alpha": 0.2}
+    model, other = pico(), pico(seed=1)
+    first = s2e.score(model, s2e.collect(model, tokenizer, *traces), vectors={0: torch.randn(32)}).edit(**rho)
+    second = s2e.score(model, s2e.collect(model, tokenizer, *traces), vectors={1: torch.randn(32)}).edit(**rho)
+    third = s2e.score(other, s2e.collect(other, tokenizer, *traces), vectors={1: torch.randn(32)}).edit(**rho)
+    with pytest.raises(EditError, match="edits of different models"):
+        s2e.combine(first, second, third)

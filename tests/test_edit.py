@@ -438,3 +438,9 @@ def test_a_file_of_another_kind_is_refused(files: Any, tmp_path: Path, pico: Any
     (tmp_path / "foreign.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
     with pytest.raises(FileError, match=r"not written by steer2edit"):
         s2e.Edit.load(tmp_path / "foreign.safetensors")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    edit = some_scores().edit(rho_attn=np.float32(0.25), rho_mlp=np.int64(1), alpha=np.float64(0.5))
+    assert edit.config == {"rho_attn": 0.25, "rho_mlp": 1.0, "alpha": 0.5}
+    assert all(type(value) is float for value in edit.config.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from families import FAMILIES, MIXTURES, Row, make_family
 from steer2edit import experts as experts_module
 from steer2edit.errors import ModelError
 from steer2edit.experts import experts_forward, tapped
+from steer2edit.inspection import describe
 from steer2edit.intervention import Intervention, Term
 
 LAYERS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
@@ -370,3 +372,10 @@ def test_steering_and_an_edit_of_the_experts_add_up(make_mixture: Callable[[], A
 @pytest.fixture(params=["qwen2_moe", "qwen3_next"])
 def make_mixture(request: pytest.FixtureRequest) -> Callable[[], Any]:
     return lambda: make_family(request.param)
+
+
+def test_a_probe_of_experts_can_be_inspected(tokenizer: Any, traces: Any, tmp_path: Path) -> None:
+    s2e.collect(make_family("mixtral"), tokenizer, *traces).save(tmp_path / "probe.safetensors")
+    rows = describe(tmp_path / "probe.safetensors")["sites"]
+    assert [row["site"] for row in rows[:3]] == ["0.attn", "0.mlp.0", "0.mlp.1"]
+    assert rows[1]["|v|"] == rows[2]["|v|"] > 0  # the vector is the block's

@@ -335,3 +335,16 @@ def test_an_edit_on_one_block_type_leaves_the_other_unhooked(pico: Any, make_edi
     with edit.applied(model) as running:
         logits(model, batch())
     assert running.calls == running.sites == 3
+
+
+def test_a_pass_in_inference_mode_leaves_one_with_gradients_possible(pico: Any, make_edit: Any) -> None:
+    model = pico()
+    edit = make_edit(model)
+    ids = torch.tensor([[5, 9, 17, 30]])
+    with edit.applied(model):
+        with torch.inference_mode():
+            told = model(ids).logits.clone()
+        logits = model(ids).logits
+        logits.sum().backward()
+    assert torch.equal(logits.detach(), told)
+    assert all(p.grad is not None for p in model.model.layers.parameters())

@@ -204,7 +204,8 @@ def recover(site: Site, W: Tensor, edited: Tensor, top: int = 5) -> dict[str, An
     D = edited.float() - w
     power = float(D.double().square().sum())
     if not 0 < power < float("inf"):
-        return {"rank": 0, "share": 0.0, "verdict": "not finite" if power else "only signs of zeros"}
+        nothing = {"rank": 0, "share": 0.0, "rounding": 0.0, "aligned": 0.0, "components": 0, "largest": []}
+        return nothing | {"verdict": "not finite" if power else "only signs of zeros"}
     # Rounding to the nearest moves a number by up to half a step, evenly: a variance of step²/12.
     steps = 2.0 ** torch.frexp(edited.float()).exponent.double() * torch.finfo(edited.dtype).eps / 2
     changed = (D != 0).any(dim=0)

@@ -6,6 +6,7 @@ Scaling and negating is `edit.with_strength`, taking some layers or one block ty
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,7 @@ def combine(*edits: Edit) -> Combination:
             got="none" if not edits else "the same edit twice",
             fix="Give edits that differ.",
         )
-    first = edits[0]
-    for edit in edits[1:]:
+    for first, edit in itertools.combinations(edits, 2):
         for key in first.sites.keys() & edit.sites.keys():
             a, b = first.sites[key].site, edit.sites[key].site
             known = all(key in e.fingerprint for e in (first, edit))

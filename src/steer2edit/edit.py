@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +87,9 @@ def magnitudes(g: Tensor, rho: float | None, alpha: float) -> Tensor:
 
 
 def check_budget(rho: float | None, alpha: float) -> None:
-    if rho is not None and not (isinstance(rho, int | float) and 0 < rho < math.inf):
+    if rho is not None and not (isinstance(rho, Real) and 0 < rho < math.inf):
         raise EditError("the budget ρ must be above 0 and finite", got=rho, fix="Use None to switch a block type off.")
-    if not (isinstance(alpha, int | float) and 0 <= alpha < 1):
+    if not (isinstance(alpha, Real) and 0 <= alpha < 1):
         raise EditError("the mixing weight α must be in [0, 1)", got=alpha, fix="α = 0 is dense, towards 1 is sparse.")
 
 
@@ -243,6 +244,7 @@ class Scores:
             check_budget(value, alpha)
         lam = {block: magnitudes(g, rho[block], alpha) for block, g in self._blocks.items()}
         config = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
+        config = {name: None if value is None else float(value) for name, value in config.items()}
         return Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
 
     def save(self, path: str | Path) -> None:

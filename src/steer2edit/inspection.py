@@ -31,7 +31,7 @@ def _probe(probe: Probe) -> dict[str, Any]:
     rows = []
     for site in probe.sites:
         v = probe.vector(site)
-        mean = probe.outputs[site.key]
+        mean = probe.outputs[site.block_key]
         size = (mean["positive"].norm() + mean["negative"].norm()) / 2
         rows.append(
             {

@@ -55,6 +55,13 @@ def steering(vectors: Mapping[str, Tensor], gamma: float, name: str | None = Non
     return Intervention(name or f"steering γ={gamma:g}", {key: Term(b=gamma * v) for key, v in vectors.items()})
 
 
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    # What is kept over forward passes must be usable in one with gradients after one in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class _Stack:
     """One site's terms of all interventions, and the rows of the batch that is running."""
 
@@ -81,9 +88,10 @@ class _Stack:
         # Where and in what type the site answers is known when it does: its weight may be quantised, or offloaded.
         first = next((t for t in (self.u, self.b) if t is not None), out)
         if first.device != out.device or first.dtype != out.dtype:
-            self.u, self.a, self.b = (
-                None if t is None else t.to(out.device, out.dtype) for t in (self.u, self.a, self.b)
-            )
+            with _lasting():
+                self.u, self.a, self.b = (
+                    None if t is None else t.to(out.device, out.dtype) for t in (self.u, self.a, self.b)
+                )
             self.rows = None
         if self.index.device != out.device:
             self.index = self.index.to(out.device)
@@ -92,7 +100,8 @@ class _Stack:
         """x [rows, time, n·c] (or one row that is broadcast), out [rows, time, d]."""
         self._place(out)
         if self.rows is None:
-            u, a, b = (None if t is None else t[self.index] for t in (self.u, self.a, self.b))
+            with _lasting():
+                u, a, b = (None if t is None else t[self.index] for t in (self.u, self.a, self.b))
             self.rows = (u, a, b)
         return _added(x, out, *self.rows)
 

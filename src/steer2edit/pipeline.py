@@ -100,7 +100,15 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     search = r["search"]
     plan = {k: v for k, v in r["evaluation"].items() if k != "resamples"}
     parts: dict[str, Any] = {
-        "traces": [r["seed"], r["model"], r["behaviour"], r["data"]["probe"], text, r["evaluation"]["rows"]],
+        "traces": [
+            _local_files(recipe.model.name),
+            r["seed"],
+            r["model"],
+            r["behaviour"],
+            r["data"]["probe"],
+            text,
+            r["evaluation"]["rows"],
+        ],
         "probe": {k: v for k, v in r["probe"].items() if k != "expert_tokens"},
         "score": r["probe"]["expert_tokens"],
         "search": [{k: v for k, v in search.items() if k != "limits"}, r["data"]["validation"], plan],
@@ -114,6 +122,13 @@ def _keys(recipe: Recipe) -> dict[str, str]:
         before = hashlib.sha256(json.dumps([before, stage, parts[stage]]).encode()).hexdigest()[:16]
         keys[stage] = before
     return keys
+
+
+def _local_files(name: str) -> list[Any]:
+    """A local model's files, by their sizes and times: other weights under the same name are another model."""
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 def _traces(run: Run) -> list[str]:
@@ -225,6 +240,7 @@ def _edit(run: Run) -> list[str]:
 
 def _export(run: Run) -> list[str]:
     from .export.adapter import obstacle
+    from .models import HUB_NAMES
 
     edit = Edit.load(run.path("edit.safetensors"))
     files: list[str] = []
@@ -235,7 +251,9 @@ def _export(run: Run) -> list[str]:
         say(f"  PEFT cannot hold this edit ({reason}): a checkpoint is written in the adapter's place")
         wanted = {"checkpoint"}
     if "adapter" in wanted:
-        folder = edit.save_adapter(run.path("adapter"), base=run.recipe.model.name)
+        folder = edit.save_adapter(
+            run.path("adapter"), base=HUB_NAMES.get(run.recipe.model.name, run.recipe.model.name)
+        )
         files += [f"adapter/{file.name}" for file in sorted(folder.iterdir())]
         if any(site.site.expert is not None for site in edit.edited().values()):
             say("  the experts' edits are LoRAs of fused parameters (target_parameters); PEFT mixes none in a batch")

@@ -25,7 +25,7 @@ from .fingerprint import from_reading, signs
 from .parallel import in_parallel
 from .probe import Probe
 from .sites import Site, find_sites, same_sites
-from .weights import read_weight
+from .weights import is_plain, read_weight
 
 Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
 
@@ -65,7 +65,7 @@ def score(
         v = probe.vector(site) if given is None else given[site.key]
         mu = probe.mean_input(site)
         left, _ = signs(*weight.shape)
-        with torch.inference_mode():
+        with torch.no_grad():
             reading = read(weight, torch.cat([output_direction(v)[None], left]), unit(mu, site.n))
             if not reading.power < math.inf:
                 raise ModelError(
@@ -73,8 +73,13 @@ def score(
                 )
             return scores_from(site, v, mu, reading), from_reading(reading, *weight.shape)
 
+    # One at a time where a weight has to be fetched, dequantised, or is not the CPU's own.
+    at_hand = not isinstance(model, nn.Module) or all(
+        p.device.type == "cpu" and is_plain(p) for p in model.parameters()
+    )
     scores, fingerprint = {}, {}
-    for site, (scored, sketch) in zip(wanted, in_parallel(one, _weights(model, probe.sites, wanted)), strict=True):
+    results = in_parallel(one, _weights(model, probe.sites, wanted), None if at_hand else 1)
+    for site, (scored, sketch) in zip(wanted, results, strict=True):
         scores[site.key], fingerprint[site.key] = scored, sketch
     without = [s.key for s in probe.sites if s.key not in scores and s.key not in too_few]
     provenance = {

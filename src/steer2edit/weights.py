@@ -84,13 +84,14 @@ def read_bias(model: nn.Module, site: Site) -> Tensor:
 @contextlib.contextmanager
 def _here(module: nn.Module) -> Iterator[bool]:
     """An offloaded module's weights, fetched while the context lasts; says whether they were."""
-    if not hasattr(module, "_hf_hook"):
-        yield False
-        return
-    from accelerate.utils import align_module_device
+    if hasattr(module, "_hf_hook"):
+        from accelerate.utils import align_module_device, has_offloaded_params
 
-    with align_module_device(module, "cpu"):
-        yield True
+        if has_offloaded_params(module):  # a hook alone says nothing: a model spread over devices has them everywhere
+            with torch.inference_mode(False), torch.no_grad(), align_module_device(module, "cpu"):
+                yield True
+            return
+    yield False
 
 
 def _in_memory(model: nn.Module, module: Any, site: Site) -> Tensor:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ MANIFEST = "manifest.json"
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 # Small, since a file system lets one writer at a time into a file: patches need not wait long for a copy.
 _CHUNK = 4 * 2**20
+_FLUSH = getattr(os, "fdatasync", os.fsync)
 _SYNC_EVERY = 256 * 2**20
 
 Progress = Callable[[int, int], None]
@@ -90,6 +92,9 @@ def export_checkpoint(
     files = checkpoint_files(base)
     rest = [name for name in files if name not in shards and Path(name).suffix not in OTHER_WEIGHTS]
     left_out = sorted(set(files) - set(rest) - set(shards))
+    if MANIFEST in rest:
+        say(f"  the base's own {MANIFEST} gives way to the export's")
+        rest.remove(MANIFEST)
 
     partial = out.with_name(f".{out.name}.partial")
     done = _resume(partial, _key(edit, base, files))
@@ -207,6 +212,7 @@ class _Work:
         self.presence = [Presence() for _ in edit.parts]
         self.other: list[list[str]] = [[] for _ in edit.parts]
         self.tensors: dict[str, dict[str, str]] = {}
+        self.stopped = False
 
     def checked(self, done: Mapping[str, Any]) -> None:
         """Takes over what an export that was stopped had found in its whole shards."""
@@ -224,15 +230,15 @@ class _Work:
 
     def run(self, shards: Mapping[str, Sequence[Piece]]) -> None:
         # Threads for the copies, the patches, the syncs of what is half done, the ends of the shards.
-        pools = [ThreadPoolExecutor(1), pool(), ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
         with contextlib.ExitStack() as opened:
-            for threads in pools:
-                opened.enter_context(threads)
+            made = (ThreadPoolExecutor(1), pool(), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+            pools = [opened.enter_context(threads) for threads in made]
             finished = [self._shard(name, pieces, pools, opened) for name, pieces in shards.items()]
             try:
                 for future in finished:
                     future.result()
             except BaseException:
+                self.stopped = True
                 for threads in pools:
                     threads.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -242,30 +248,51 @@ class _Work:
     ) -> Future[None]:
         copying, patching, syncing, ending = pools
         size = (self.base / name).stat().st_size
-        source = os.open(self.base / name, os.O_RDONLY)
-        opened.callback(os.close, source)
-        copy = os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        opened.callback(os.close, copy)
+        held: list[int] = []
+        opening = threading.Lock()
+        synced: list[Future[None]] = []
+
+        def files() -> tuple[int, int]:
+            # Opened when first needed, and closed when the shard is whole: a checkpoint may have hundreds.
+            with opening:
+                if not held:
+                    held.append(os.open(self.base / name, os.O_RDONLY))
+                    held.append(os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
+                return held[0], held[1]
+
+        def close() -> None:
+            while held:
+                os.close(held.pop())
+
+        opened.callback(close)
 
         def verbatim() -> None:
             unsynced = 0
+            source, copy = files()
             for start, end in _gaps([(p.start, p.end) for p in pieces if p.change], size):
                 for at in range(start, end, _CHUNK):
+                    if self.stopped:
+                        return
                     count = min(_CHUNK, end - at)
                     _copy(source, copy, at, count)
                     self._told(count)
                     unsynced += count
                     if unsynced >= _SYNC_EVERY:
-                        syncing.submit(os.fdatasync, copy)
+                        synced.append(syncing.submit(_FLUSH, copy))
                         unsynced = 0
 
         copied = copying.submit(verbatim)
-        patched_all = [patching.submit(self._patch, piece, source, copy) for piece in pieces]
+        patched_all = [patching.submit(self._patch, piece, files) for piece in pieces]
 
         def end() -> None:
             copied.result()
             found = [piece.result() for piece in patched_all]
-            os.fsync(copy)
+            if self.stopped:
+                return
+            for flushed in synced:
+                flushed.result()
+            os.fsync(files()[1])
+            close()
             parts = [
                 {
                     "other": [key for piece in column for key in piece["other"]],
@@ -287,13 +314,16 @@ class _Work:
         if self.progress:
             self.progress(min(self.bytes, self.total), self.total)
 
-    def _patch(self, piece: Piece, source: int, copy: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    def _patch(
+        self, piece: Piece, files: Callable[[], tuple[int, int]]
+    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
         """Looks at one site's weight and, where it is edited, writes it patched, a block of rows at a time.
 
         Returns:
             What each of the edits finds in it, and its hashes before and after.
         """
         site, change, dtype = piece.site, piece.change, piece.dtype
+        source, copy = files()
         # Far from bf16's and fp32's end, a finite weight stays finite; fp16 is looked at number by number.
         if change and not float(change.u.abs().max()) * float(change.a.abs().max()) < 1e37:
             raise not_finite(change, dtype)

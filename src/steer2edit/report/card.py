@@ -10,16 +10,16 @@ import yaml
 
 from ..config import Recipe
 from ..edit import Edit
-from ..models import EMBEDDED
+from ..models import EMBEDDED, HUB_NAMES
 from .page import markdown_table
 
-_HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _PAPER = "[arXiv 2602.09870](https://arxiv.org/abs/2602.09870)"
 _USE = {
     "adapter": """```python
-from peft import AutoPeftModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "THIS_REPOSITORY")
 ```""",
     "checkpoint": """```python
 from transformers import AutoModelForCausalLM
@@ -31,7 +31,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
 
 def base_name(name: str) -> str:
     """The base model as a card may name it: a Hub id; of a folder or a file only its own name."""
-    return _HUB_NAMES.get(name) or (Path(name).name if Path(name).exists() or name.startswith(("/", ".")) else name)
+    return HUB_NAMES.get(name) or (Path(name).name if Path(name).exists() or name.startswith(("/", ".")) else name)
 
 
 def model_card(recipe: Recipe, edit: Edit, results: Mapping[str, Any], kind: str) -> str:
@@ -54,6 +54,7 @@ def model_card(recipe: Recipe, edit: Edit, results: Mapping[str, Any], kind: str
     told = ", ".join(f"{counts[label]['responses']} {label}" for label in ("positive", "negative") if label in counts)
     allowed = {name: value for name, value in recipe.search.limits.model_dump().items() if value is not None}
     limits = ", ".join(f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in allowed.items()) or "no limits"
+    quantised = " The model was run with its weights rounded to 4 bits (Q4_1)." if recipe.model.name == EMBEDDED else ""
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -77,11 +78,11 @@ turned into rank-1 edits of single attention heads and MLP neurons (Steer2Edit, 
 {markdown_table(results)}
 
 On test prompts that nothing before had read. Means with 95 % intervals over prompts; the steering row is the baseline,
-chosen by the same rule.
+chosen by the same rule.{quantised}
 
 ## How to use it
 
-{_USE[kind]}
+{_USE[kind].replace("BASE", base)}
 
 ## Intended use and limits
 
