@@ -258,6 +258,8 @@ def diff(
 
     from .inspection import show
 
+    for row in found["sites"]:
+        row["largest"] = ", ".join(f"{i}: {lam:+.2f}" for i, lam in row["largest"])
     show(Console(width=None if sys.stdout.isatty() else 150), found)
 
 
