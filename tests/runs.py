@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from conftest import make_pico, make_tokenizer
 from steer2edit import cli, progress
 from steer2edit.config import Recipe, parse_recipe
-from steer2edit.edit import Scores, score_site
+from steer2edit.edit import Scores, read, score_site
 from steer2edit.engines import Answer, Losses, Request
+from steer2edit.fingerprint import from_reading, signs
 from steer2edit.intervention import Intervention
 from steer2edit.sites import Site
 
@@ -129,3 +131,21 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def places(folder: Path) -> dict[str, tuple[Path, int, int]]:
+    """Tensor → its file, and where its bytes begin and end."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        head = int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8 : 8 + head]).items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                found[name] = (file, 8 + head + start, 8 + head + end)
+    return found
+
+
+def sketch(weight: torch.Tensor) -> torch.Tensor:
+    left, _ = signs(*weight.shape)
+    return from_reading(read(weight, left, torch.ones(weight.shape[1], 1)), *weight.shape)

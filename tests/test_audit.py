@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import steer2edit as s2e
 from conftest import make_tokenizer, make_traces
 from families import make_family
-from runs import command
+from runs import command, places
 from steer2edit.audit import diff, recover, verify
 from steer2edit.composition import combine
 from steer2edit.errors import FileError, ModelError
@@ -61,19 +61,6 @@ def llama(tmp_path_factory: Any) -> Made:
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory: Any) -> Made:
     return Made(tmp_path_factory.mktemp("gpt_oss"), "gpt_oss", torch.float32, "1GB")
-
-
-def places(folder: Path) -> dict[str, tuple[Path, int, int]]:
-    """Tensor → its file, and where its bytes begin and end."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        data = file.read_bytes()
-        head = int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8 : 8 + head]).items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                found[name] = (file, 8 + head + start, 8 + head + end)
-    return found
 
 
 def flip(file: Path, at: int, bit: int) -> None:

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
+from runs import sketch
 from steer2edit.bake import Presence, read_for
 from steer2edit.errors import EditError, ModelError
-from steer2edit.fingerprint import differing, sketch
+from steer2edit.fingerprint import differing
 from steer2edit.sites import find_sites
 from steer2edit.weights import weight_of
 

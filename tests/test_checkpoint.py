@@ -31,10 +31,10 @@ from torch import Tensor
 import steer2edit as s2e
 from conftest import make_pico, make_tokenizer, make_traces
 from families import make_family
+from runs import places, sketch
 from steer2edit.edit import Scores, score_site
 from steer2edit.errors import EditError, FileError, ModelError
 from steer2edit.export.checkpoint import JOURNAL, MANIFEST
-from steer2edit.fingerprint import sketch
 from steer2edit.sites import find_sites
 from steer2edit.weights import weight_of
 
@@ -531,15 +531,7 @@ def test_an_output_inside_the_base_is_refused(case: Case) -> None:
 
 def stored_bytes(folder: Path) -> dict[str, bytes]:
     """Tensor → its bytes in the checkpoint's files."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        data = file.read_bytes()
-        head = int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8 : 8 + head]).items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                found[name] = data[8 + head + start : 8 + head + end]
-    return found
+    return {name: file.read_bytes()[start:end] for name, (file, start, end) in places(folder).items()}
 
 
 def test_the_hashes_are_those_of_the_tensors_before_and_after(case: Case, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import yaml
 
 from runs import tiny_recipe
 from steer2edit import models
+from steer2edit.architectures import Architecture, Experts, Heads
 from steer2edit.config import Recipe, load_recipe, parse_recipe, shipped_recipes
 from steer2edit.errors import FileError, RecipeError
 from steer2edit.pipeline import Run
-from steer2edit.sites import Architecture, Experts, Heads
 from steer2edit.traces import CHAT, Chat
 
 

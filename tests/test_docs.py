@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 
 import steer2edit as s2e
 from families import FAMILIES
+from steer2edit.architectures import ARCHITECTURES, Architecture
 from steer2edit.config import Recipe, Section
 from steer2edit.doctor import families
-from steer2edit.sites import ARCHITECTURES, Architecture
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "add_a_family.md").read_text(encoding="utf-8")

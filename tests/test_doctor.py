@@ -18,12 +18,13 @@ import steer2edit as s2e
 from conftest import VOCABULARY, make_pico
 from families import FAMILIES, make_family, make_model
 from runs import command, save_pico, tiny_recipe
-from steer2edit import sites as sites_module
+from steer2edit import architectures as architectures_module
+from steer2edit.architectures import Architecture, architecture_of, describe_as
 from steer2edit.doctor import TOKENS, examine, self_check
 from steer2edit.engines.slots import SlotCache
 from steer2edit.errors import ModelError, ProbeError
 from steer2edit.models import empty_model
-from steer2edit.sites import Architecture, architecture_of, describe_as, find_sites, module_of
+from steer2edit.sites import find_sites, module_of
 from steer2edit.weights import read_weight
 
 ALL = list(FAMILIES)
@@ -231,7 +232,7 @@ def test_an_unknown_family_with_a_norm_after_its_blocks_is_refused(model_type: s
 
 
 def test_a_known_structure_with_a_factor_is_refused_until_it_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sites_module, "ARCHITECTURES", ())
+    monkeypatch.setattr(architectures_module, "ARCHITECTURES", ())
     assert self_check(make_family("llama")).unaccounted < 1e-5
     model = make_family("granite")  # residual_multiplier = 0.5
     with pytest.raises(ModelError, match=r"adds something else .*a difference of 1 of what it adds"):

@@ -22,11 +22,12 @@ import oracle
 import steer2edit as s2e
 from conftest import VOCABULARY, make_tokenizer, make_traces
 from families import FAMILIES, MIXTURES, WINDOW, Row, make_family, make_model
+from steer2edit.architectures import Architecture, Heads, describe_as
 from steer2edit.engines import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, ModelError
-from steer2edit.scoring import stored_name
-from steer2edit.sites import Architecture, Heads, describe_as, find_sites
+from steer2edit.shards import stored_name
+from steer2edit.sites import find_sites
 
 BUDGET = {"rho_attn": 0.3, "rho_mlp": 0.3, "alpha": 0.2}
 CLOSE = {"rtol": 0.0, "atol": 1e-4}

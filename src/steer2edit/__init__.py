@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .architectures import Architecture, Experts, Heads, describe_as
     from .audit import diff, verify
     from .composition import Combination, combine, interference
     from .doctor import self_check
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .models import load_model
     from .probe import Probe, collect
     from .scoring import score
-    from .sites import Architecture, Experts, Heads, Site, describe_as, find_sites
+    from .sites import Site, find_sites
     from .traces import Chat, Trace, read_traces, write_traces
 
 _WHERE = {
@@ -32,8 +33,9 @@ _WHERE = {
     "load_model": "models",
     "Probe": "probe", "collect": "probe",
     "score": "scoring",
-    "Architecture": "sites", "Experts": "sites", "Heads": "sites", "Site": "sites",
-    "describe_as": "sites", "find_sites": "sites",
+    "Architecture": "architectures", "Experts": "architectures", "Heads": "architectures",
+    "describe_as": "architectures",
+    "Site": "sites", "find_sites": "sites",
     "Chat": "traces", "Trace": "traces", "read_traces": "traces", "write_traces": "traces",
 }  # fmt: skip
 

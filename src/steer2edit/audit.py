@@ -16,7 +16,7 @@ from .edit import Verbs, input_direction
 from .export.checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, Piece, checkpoint_files, pieces_of
 from .files import sha256
 from .parallel import in_parallel
-from .scoring import Stored, checkpoint_reader, open_shards, upright
+from .shards import Stored, checkpoint_reader, open_shards, upright
 from .sites import Site, find_sites
 
 # Files that an export adds, that only say where the tensors are, or that are for people: a card of its own.

@@ -125,14 +125,10 @@ def decide(edit: Verbs, presences: Sequence[Presence], others: Sequence[Sequence
             )
 
 
-def lines_for(site: SiteEdit) -> tuple[Tensor, Tensor]:
-    """L and μ for a reading that says whether a weight is the base's, and whether it has the edit in it."""
-    left, _ = signs(site.site.d, site.site.inputs)
-    return torch.cat([site.u[None], left]), torch.ones(site.site.inputs, 1)
-
-
 def read_for(site: SiteEdit, weight: Tensor) -> Reading:
-    return read(weight, *lines_for(site))
+    """A reading that says whether a weight is the base's, and whether it has the edit in it."""
+    left, _ = signs(site.site.d, site.site.inputs)
+    return read(weight, torch.cat([site.u[None], left]), torch.ones(site.site.inputs, 1))
 
 
 class Presence:

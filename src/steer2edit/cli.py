@@ -194,9 +194,9 @@ def doctor(
     else:
         options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype, "device": device}
         section = parse(Model, {"name": model, **options})
+    from .architectures import describe_as
     from .doctor import examine, self_check, show
     from .models import empty_model, load_config, load_section
-    from .sites import describe_as
 
     if weights:
         loaded, _ = load_section(section)

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .architectures import Architecture
 from .errors import FileError, RecipeError
 from .files import read_text
-from .sites import Architecture
 from .traces import CHAT, Chat
 
 

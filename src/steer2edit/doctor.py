@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .errors import ModelError, ProbeError
 from .experts import tapped
 from .intervention import Intervention, Interventions, Term
-from .sites import ARCHITECTURES, Architecture, Site, architecture_of, find_sites, module_of
+from .sites import Site, find_sites, module_of
 from .weights import device_of, is_plain, quantised, read_bias, read_weight
 
 # Tokens of the text that a model is checked on, and interventions that are tried in one batch.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .edit import Reading, read
+from .edit import Reading
 
 SKETCHES = 4
 # Rounding fp32 to bf16 moves a sketch by about 0.001 ‖W‖_F; another model's weight moves it by about ‖W‖_F.
@@ -30,14 +30,12 @@ def signs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(left, dtype=torch.float32), torch.tensor(right, dtype=torch.float32)
 
 
-def sketch(weight: Tensor) -> Tensor:
-    """[SKETCHES + 1] fp32: lᵢᵀ W rᵢ for fixed random signs lᵢ and rᵢ, each of variance ‖W‖_F², then ‖W‖_F itself."""
-    left, _ = signs(*weight.shape)
-    return from_reading(read(weight, left, torch.ones(weight.shape[1], 1)), *weight.shape)
-
-
 def from_reading(reading: Reading, rows: int, columns: int) -> Tensor:
-    """The sketch, from a reading of the weight with the left signs as the last rows of L."""
+    """[SKETCHES + 1] fp32: lᵢᵀ W rᵢ for fixed random signs lᵢ and rᵢ, each of variance ‖W‖_F², then ‖W‖_F itself.
+
+    Args:
+        reading: of the weight [rows, columns], with the left signs lᵢ as the last rows of L.
+    """
     _, right = signs(rows, columns)
     projections = (reading.along[-SKETCHES:].cpu() * right).sum(dim=1)
     return torch.cat([projections, torch.tensor([reading.power**0.5])])

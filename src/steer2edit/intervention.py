@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import architecture_of
 from .errors import ModelError, Steer2EditError
 from .experts import Tap, tapped
-from .sites import architecture_of, find_sites, module_of
+from .sites import find_sites, module_of
 
 if TYPE_CHECKING:
     from .edit import Verbs

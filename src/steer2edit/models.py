@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .architectures import Architecture, describe_as
 from .errors import ModelError
 from .files import replacing_folder
 from .progress import say
-from .sites import Architecture, describe_as
 
 if TYPE_CHECKING:
     import torch

@@ -31,11 +31,12 @@ def pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 
 def in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
     """work(item) for each item, in their order; few more items are taken than there are threads."""
-    with pool(workers) as threads:
+    count = workers or torch.get_num_threads()
+    with pool(count) as threads:
         under_way: deque[Future[R]] = deque()
         for item in items:
             under_way.append(threads.submit(work, item))
-            if len(under_way) > threads._max_workers:
+            if len(under_way) > count:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()

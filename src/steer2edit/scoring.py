@@ -6,12 +6,8 @@ straight from a checkpoint's `safetensors` files.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from .edit import Scores, SiteScores, output_direction, read, scores_from, unit
-from .errors import FileError, ModelError, ProbeError
-from .files import read_json
+from .errors import ModelError, ProbeError
 from .fingerprint import from_reading, signs
 from .parallel import in_parallel
 from .probe import Probe
+from .shards import site_reader
 from .sites import Site, find_sites, same_sites
 from .weights import is_plain, read_weight
 
 Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
 
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Fewer tokens than this say little of what drives an expert.
 EXPERT_TOKENS = 16
 
@@ -135,196 +130,3 @@ def _weights(
     read = site_reader(Path(model))
     for site in wanted:
         yield site, read(site)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a `safetensors` file: where its bytes are.
-
-    Attributes:
-        dtype: None if it is not a plain floating-point one; `dtype_name` is the file's own word.
-    """
-
-    name: str
-    dtype: torch.dtype | None
-    dtype_name: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def open_shards(folder: Path) -> dict[str, dict[str, Stored]]:
-    """File → its tensors, for each of a checkpoint's files. Raises FileError if one is not whole, or the index lies."""
-    names = shards(folder)
-    found = {file: open_shard(folder / file) for file in sorted(set(names.values()))}
-    twice = [name for name, count in Counter(name for held in found.values() for name in held).items() if count > 1]
-    if twice:
-        raise FileError(
-            f"two files of {folder} hold the tensor {twice[0]}",
-            got="it depends on the reader which one counts",
-            fix="Download it again.",
-        )
-    for name, file in names.items():
-        if name not in found[file]:
-            raise FileError(
-                f"{folder / file} has no tensor {name}", got="an index that says so", fix="Download it again."
-            )
-    return found
-
-
-def open_shard(path: Path) -> dict[str, Stored]:
-    """The tensors of one `safetensors` file, by name. Raises FileError if it is not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt"):  # it checks the header against the file
-            pass
-        with open(path, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"{path} is not a whole safetensors file", got=error, fix="Copy it again.") from None
-    return {
-        name: Stored(
-            name,
-            _DTYPES.get(entry["dtype"]),
-            entry["dtype"],
-            tuple(entry["shape"]),
-            *(8 + length + offset for offset in entry["data_offsets"]),
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def stored_name(site: Site, names: Collection[str]) -> str:
-    """What a checkpoint's files call the site's weight. Raises FileError if they have none of its names."""
-    for name in (site.tensor, *site.aliases):
-        if name in names:
-            return name
-    raise FileError(
-        f"the checkpoint has no tensor {site.tensor}", got=f"{len(names)} others", fix="Is it the right model?"
-    )
-
-
-def upright(site: Site, part: Tensor, fused: bool) -> Tensor:
-    """The site's weight [d, n·c] in the way it lies in a file: a view of the tensor, or of its expert's part."""
-    return part.T if site.transposed and (fused or site.expert is None) else part
-
-
-def site_reader(folder: Path) -> Callable[[Site], Tensor]:
-    """A function that reads one site's weight [d, n·c] from a checkpoint's files.
-
-    It raises ModelError for a weight of another shape, and FileError for one that is not there or not plain floating
-    point.
-    """
-    held = {name: stored for tensors in open_shards(folder).values() for name, stored in tensors.items()}
-    read = checkpoint_reader(folder)
-
-    def read_site(site: Site) -> Tensor:
-        name = stored_name(site, held)
-        place = stored_place(site, held[name], "the probe")
-        tensor = read(name, site.expert)
-        return upright(site, tensor[0] if place.fused else tensor, place.fused)
-
-    return read_site
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a site's weight lies in a file.
-
-    Attributes:
-        start, end: its bytes. shape: as it lies there, [d, n·c], or [n·c, d] if `turned`.
-        fused: it is one expert's part of a 3-D tensor.
-    """
-
-    start: int
-    end: int
-    shape: tuple[int, int]
-    turned: bool
-    fused: bool
-
-
-def stored_place(site: Site, stored: Stored, wanted_by: str) -> Place:
-    """Raises FileError if the tensor is not plain floating point, ModelError if it is another model's."""
-    if stored.dtype is None:
-        raise FileError(
-            f"{stored.name} is not plain floating point",
-            got=stored.dtype_name,
-            fix="Use a checkpoint in F32, F16 or BF16; or give the loaded model to score(), which dequantises it, and "
-            "serve the edit as an adapter.",
-        )
-    start, end, shape = stored.start, stored.end, stored.shape
-    fused = len(shape) == 3 and site.expert is not None and shape[0] == site.experts
-    if fused and site.expert is not None:
-        size = (end - start) // shape[0]
-        start, end, shape = start + site.expert * size, start + (site.expert + 1) * size, shape[1:]
-    turned = site.transposed and (fused or site.expert is None)
-    if (shape[::-1] if turned else shape) != (site.d, site.inputs):
-        raise ModelError(
-            f"{wanted_by} was made for another model: {stored.name} should be {site.d} × {site.inputs}",
-            got=stored.shape,
-            fix="Use the model that the probe was made on.",
-        )
-    return Place(start, end, (shape[0], shape[1]), turned, fused)
-
-
-def shards(folder: Path) -> dict[str, str]:
-    """Tensor name → file name of a `safetensors` checkpoint, sharded or in one file.
-
-    Raises:
-        FileError: no such checkpoint, or its index names a file outside the folder.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = dict(read_json(index)["weight_map"])
-            files = set(names.values())
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{index} is not a shard index", got=repr(error), fix="Download it again.") from None
-        for file in files:
-            if not isinstance(file, str) or Path(file).name != file or len(file) > 255 or not (folder / file).is_file():
-                raise FileError(
-                    f"{index} names a shard that is not a file of that folder", got=file, fix="Download it again."
-                )
-        return names
-    if not single.is_file():
-        raise FileError(
-            f"{folder} holds no safetensors checkpoint",
-            got="neither model.safetensors nor model.safetensors.index.json",
-            fix="Give a folder that save_pretrained wrote, or the model itself.",
-        )
-    try:
-        with safe_open(str(single), framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{single} is not a whole safetensors file", got=error, fix="Copy it again.") from None
-
-
-def checkpoint_reader(folder: Path) -> Callable[..., Tensor]:
-    """A function that reads one tensor of a checkpoint by its name, or of a 3-D one [experts, ·, ·] the part [1, ·, ·]
-    of an expert."""
-    from safetensors import SafetensorError, safe_open
-
-    where = shards(folder)
-
-    def read(name: str, expert: int | None = None) -> Tensor:
-        if name not in where:
-            raise FileError(
-                f"the checkpoint {folder} has no tensor {name}",
-                got=f"{len(where)} others",
-                fix="Is it the right model?",
-            )
-        try:
-            with safe_open(str(folder / where[name]), framework="pt") as file:
-                part = file.get_slice(name)
-                if expert is None or len(part.get_shape()) != 3:
-                    return file.get_tensor(name)
-                return part[expert : expert + 1]
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise FileError(f"{folder / where[name]} cannot be read", got=error, fix="Copy it again.") from None
-
-    return read

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .sites import Site, module_of
 
-STORED = (torch.float32, torch.bfloat16, torch.float16)
-PLAIN = (*STORED, torch.float64)
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Unit vectors that a quantised map is shown at once.
 _AT_ONCE = 1024
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architectures import ARCHITECTURES
 from ..errors import Steer2EditError
 from ..intervention import NOTHING, Intervention, Interventions
-from ..sites import ARCHITECTURES
 from ..traces import CHAT, THOUGHT, Chat, answer_start, begins_thinking, prompt_tokens
 from ..weights import device_of
 from . import Answer, Losses, Progress, Request

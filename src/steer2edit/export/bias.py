@@ -19,7 +19,7 @@ from ..errors import FileError, ModelError
 from ..files import read_json, replacing_folder
 from ..models import empty_model, load_config
 from ..progress import say
-from ..scoring import checkpoint_reader, open_shard, shards
+from ..shards import checkpoint_reader, open_shard, shards
 from ..sites import find_sites
 from .checkpoint import OTHER_WEIGHTS, checkpoint_files
 

@@ -29,7 +29,7 @@ from ..files import append_jsonl, clear_temporaries, read_journal, sync
 from ..fingerprint import differing, from_reading, signs
 from ..parallel import pool
 from ..progress import say
-from ..scoring import Stored, open_shards, stored_name, stored_place
+from ..shards import Stored, open_shards, stored_name, stored_place
 from ..sites import Site
 
 JOURNAL = "steer2edit-export.jsonl"
