@@ -19,13 +19,37 @@ from steer2edit.engines import Answer, Losses, Request
 from steer2edit.fingerprint import from_reading, signs
 from steer2edit.intervention import Intervention
 from steer2edit.sites import Site
+from steer2edit.traces import Chat
+
+
+class Characters:
+    """A fast tokenizer as the spans see it, whose token ids are characters."""
+
+    is_fast = True
+    all_special_ids: tuple[int, ...] = ()
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+        return {"input_ids": [*map(ord, text)], "offset_mapping": [(i, i + 1) for i in range(len(text))]}
 
 
 class FakeEngine:
-    """An engine whose token ids are characters, so that it can answer by rule, and that keeps what it was asked."""
+    """An engine whose token ids are characters, so that it can answer by rule, and that keeps what it was asked.
 
-    def __init__(self, answer: Callable[[str, str], str] = lambda prompt, intervention: f"An answer to {prompt}"):
-        self.answer = answer
+    Args:
+        answer: (prompt, intervention's name) → text.
+        losses: (answer, intervention's name) → KL and NLL per token; the base model's name is "base".
+    """
+
+    tokenizer = Characters()
+    chat = Chat(plain=True)
+
+    def __init__(
+        self,
+        answer: Callable[[str, str], str] = lambda prompt, intervention: f"An answer to {prompt}",
+        losses: Callable[[str, str], tuple[float, float]] | None = None,
+    ):
+        self.answer, self.rule = answer, losses
+        self.slots = 8
         self.asked: list[tuple[str, str]] = []
         self.scored: list[tuple[str, str]] = []
         self.scored_under: list[str] = []
@@ -47,12 +71,23 @@ class FakeEngine:
             self.asked.append(question)
             text = self.answer(*question)
             answers.append(Answer(tuple(map(ord, text)), text, True))
+            if progress:
+                progress(len(answers), len(requests))
         return answers
 
     def losses(self, pairs: Sequence[Any], table: Sequence[Intervention], progress: Any = None) -> Losses:
-        """Intervention i moves an answer by 0.1·(i + 1) + its length / 1000, and raises its NLL by half of that."""
+        """By the rule; without one intervention i moves an answer by 0.1·(i + 1) + its length / 1000, and raises its
+        NLL by half of that. Progress counts the base model's row too, as the transformers engine does."""
         self.scored += [("".join(map(chr, prompt)), "".join(map(chr, answer))) for prompt, answer in pairs]
         self.scored_under += [intervention.name for intervention in table]
+        if progress:
+            for i in range(len(pairs)):
+                progress((i + 1) * (1 + len(table)), len(pairs) * (1 + len(table)))
+        if self.rule:
+            names = ["base", *(intervention.name for intervention in table)]
+            by_rule = [[self.rule("".join(map(chr, answer)), name) for name in names] for _, answer in pairs]
+            both = torch.tensor(by_rule).view(len(pairs), len(names), 2)
+            return Losses(both[:, 1:, 0], both[:, 1:, 1], both[:, 0, 1])
         lengths = torch.tensor([len(answer) for _, answer in pairs])[:, None] / 1000
         kl = 0.1 * torch.arange(1, len(table) + 1)[None, :] + lengths
         base = torch.full((len(pairs),), 2.0)

@@ -21,8 +21,10 @@ def results() -> dict[str, Any]:
         return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 8}
 
     columns = ("refusal", "over_refusal", "over_refusal_borderline", "degenerate", "nll_rise", "utility_loss")
-    systems = {"base": "base", "steering": "steering-0.25", "edit": "edit-0.24-off-0.4"}
-    return {"systems": {k: {"id": i} | {c: rate(0.5) for c in columns} for k, i in systems.items()}}
+    accuracy = {"mean": None, "low": None, "high": None, "n": 0}  # none was measured
+    configs = {"base": {}, "steering": {"gamma": 0.25}, "edit": {"rho_attn": 0.24, "rho_mlp": None, "alpha": 0.4}}
+    measured = {"accuracy": accuracy} | {c: rate(0.5) for c in columns}
+    return {"systems": {kind: {"id": kind, "config": config} | measured for kind, config in configs.items()}}
 
 
 @pytest.fixture
@@ -31,28 +33,46 @@ def recipe() -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("kind", "relation", "library"), [("adapter", "adapter", "peft"), ("checkpoint", "finetune", "transformers")]
+    ("kind", "relation", "library", "use"),
+    [
+        ("adapter", "adapter", "peft", "from_pretrained"),
+        ("checkpoint", "finetune", "transformers", "from_pretrained"),
+        ("gguf", "adapter", "gguf", "llama-cli -m MODEL.gguf --lora adapter.gguf"),
+    ],
 )
 def test_a_card_says_what_it_is_made_from_how_and_what_was_measured(
-    kind: str, relation: str, library: str, recipe: Recipe
+    kind: str, relation: str, library: str, use: str, recipe: Recipe
 ) -> None:
     edit = make_scores().edit(rho_attn=0.24, rho_mlp=None, alpha=0.4).with_strength(0.5)
     card = ModelCard(model_card(recipe, edit, results(), kind))
     header = card.data.to_dict()
     assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (header["base_model_relation"], header["library_name"]) == (relation, library)
-    assert ("lora" in header["tags"]) == (kind == "adapter")
+    assert ("lora" in header["tags"]) == (kind in ("adapter", "gguf"))
     for said in (
         markdown_table(results()),
         "ρ_attn 0.24, ρ_mlp off",
         "α 0.4, strength 0.5",
+        "highest refusal rate",
         "over refusal ≤ 0.25",
         edit.id,
         "0 of 4 MLP neurons",
         "limits",
-        "from_pretrained",
+        use,
     ):
         assert said in card.content
+
+
+def test_the_card_of_the_steered_checkpoint_says_that_it_is_steered_and_how_strongly(recipe: Recipe) -> None:
+    edit = make_scores().edit(rho_attn=0.24, rho_mlp=None, alpha=0.4)
+    card = ModelCard(model_card(recipe, edit, results(), "steering"))
+    header = card.data.to_dict()
+    assert (header["base_model_relation"], header["library_name"]) == ("finetune", "transformers")
+    assert header["tags"] == ["steer2edit", "activation-steering"]
+    for said in ("steered for safety", "γ 0.25; chosen on", "as biases", markdown_table(results()), "from_pretrained"):
+        assert said in card.content
+    for of_the_edit in ("rank-1", "Edit `", "heads,"):
+        assert of_the_edit not in card.content
 
 
 def test_a_card_names_no_place_on_the_makers_machine(recipe: Recipe, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from runs import places, sketch
 from steer2edit.edit import Scores, score_site
 from steer2edit.errors import EditError, FileError, ModelError
 from steer2edit.export.checkpoint import JOURNAL, MANIFEST
+from steer2edit.shards import site_reader
 from steer2edit.sites import find_sites
 from steer2edit.weights import weight_of
 
@@ -325,6 +326,137 @@ def test_a_shard_of_new_weights_under_the_old_name_is_read_again(
     else:
         s2e.export_checkpoint(case.base, edit, tmp_path / "out")
         assert contents(tmp_path / "out")[kept] == contents(case.base)[kept]
+
+
+# Another base -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that comes to making its folder fails the test."""
+
+    def resume(*_: Any) -> None:
+        raise AssertionError("something was written")
+
+    monkeypatch.setattr("steer2edit.export.checkpoint._resume", resume)
+
+
+@pytest.mark.usefixtures("never_written")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_another_base_and_an_edited_one_are_refused_before_anything_is_written(
+    parts: int, case: Case, tmp_path: Path
+) -> None:
+    edit: Any = (
+        case.edit if parts == 1 else s2e.combine(case.edit.only(blocks=("mlp",)), case.edit.only([1], ("attn",)))
+    )
+    make_pico("llama", dtype=torch.bfloat16, seed=1).save_pretrained(tmp_path / "stranger", max_shard_size=SHARDED)
+    with pytest.raises(ModelError, match="the model is not the base that the edit was made for"):
+        s2e.export_checkpoint(tmp_path / "stranger", edit, tmp_path / "out")
+    case.edit.apply(case.model)
+    case.model.save_pretrained(tmp_path / "edited", max_shard_size=SHARDED)
+    with pytest.raises(EditError, match="the edit is already in this model"):
+        s2e.export_checkpoint(tmp_path / "edited", edit, tmp_path / "out")
+    assert names(tmp_path) == {"base", "stranger", "edited"}
+
+
+def test_only_the_smallest_weight_is_read_before_the_copy(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit.export import checkpoint
+
+    read: list[str] = []
+
+    def reader(folder: Path) -> Callable[[Any], Tensor]:
+        one = site_reader(folder)
+        return lambda site: (read.append(site.key), one(site))[1]
+
+    monkeypatch.setattr(checkpoint, "site_reader", reader)
+    s2e.export_checkpoint(case.base, case.edit.only([1, 2]), tmp_path / "out")
+    assert read == ["1.attn"]  # heads: 32 × 32 against 32 × 48
+    read.clear()
+    both = s2e.combine(case.edit.only([2], ("mlp",)), case.edit.only([0]))
+    s2e.export_checkpoint(case.base, both, tmp_path / "both")
+    assert read == ["2.mlp", "0.attn"]
+
+
+def test_a_base_that_differs_where_the_glance_does_not_look_is_refused_in_the_end(case: Case, tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    file = places(case.base)[name][0]
+    tensors = load_file(file)
+    save_file(tensors | {name: -tensors[name]}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not the base .*1 of 6 sites, first 2\.mlp"):
+        s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
+    assert names(tmp_path) == {"base"}
+
+
+def test_a_call_with_another_base_leaves_what_a_kill_left_to_go_on_with(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    stop_after(monkeypatch, case, tmp_path / "out", 2)
+    make_pico("llama", dtype=torch.bfloat16, seed=1).save_pretrained(tmp_path / "stranger", max_shard_size=SHARDED)
+    with pytest.raises(ModelError, match="not the base"):
+        s2e.export_checkpoint(tmp_path / "stranger", case.edit, tmp_path / "out")
+    capsys.readouterr()
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
+    assert "2 shards are there" in capsys.readouterr().err
+
+
+# Tensors of few bits ------------------------------------------------------------------------------------------------
+
+
+def few_bits(base: Path, chosen: Callable[[str], bool]) -> dict[str, bytes]:
+    """Makes some of a checkpoint's weights fp8, each with its scales beside it, and gives those tensors' bytes."""
+    made = {}
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("_proj.weight") and chosen(name)]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.tensor([0.25])
+            made |= dict.fromkeys([name, f"{name}_scale_inv"], b"")
+        save_file(tensors, file, metadata={"format": "pt"})
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        where = {name: file.name for name, (file, _, _) in places(base).items()}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return {name: data for name, data in stored_bytes(base).items() if name in made}
+
+
+@pytest.mark.usefixtures("never_written")
+def test_an_fp8_weight_that_is_edited_is_refused_with_what_to_do(case: Case, tmp_path: Path) -> None:
+    probe = s2e.collect(case.model, make_tokenizer(), *make_traces())
+    few_bits(case.base, lambda name: "layers.1.self_attn.o_proj" in name)
+    before = contents(tmp_path)
+    told = (
+        "model.layers.1.self_attn.o_proj.weight is not plain floating point (got: F8_E4M3). Use a checkpoint in F32, "
+        "F16 or BF16 (dequantise this one first); or give the loaded model to score(), which dequantises it, and serve "
+        "the edit as an adapter."
+    )
+    for refused in (
+        lambda: s2e.export_checkpoint(case.base, case.edit, tmp_path / "out"),
+        lambda: s2e.score(case.base, probe),
+    ):
+        with pytest.raises(FileError) as caught:
+            refused()
+        assert str(caught.value) == told
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("shard_size", [SHARDED, ONE_FILE])
+def test_fp8_weights_that_are_not_edited_are_copied_verbatim(shard_size: str, tmp_path: Path) -> None:
+    case = make_case(tmp_path, shard_size)
+    edit = case.edit.only(blocks=("attn",))
+    s2e.export_checkpoint(case.base, edit, tmp_path / "plain")
+    told = {s.site.tensor: stored_bytes(tmp_path / "plain")[s.site.tensor] for s in edit.edited().values()}
+    # All maps but the attention's output; of those the MLP's are sites of the edit, with λ = 0.
+    fp8 = few_bits(case.base, lambda name: "o_proj" not in name)
+    assert len(fp8) == 2 * 3 * 6
+    s2e.export_checkpoint(case.base, edit, tmp_path / "out")
+    out = stored_bytes(tmp_path / "out")
+    assert {name: out[name] for name in fp8} == fp8
+    assert {name: out[name] for name in told} == told
+    assert s2e.verify(case.base, edit, tmp_path / "out")["as_told"]
+    with pytest.raises(FileError, match=r"mlp\.down_proj\.weight is not plain floating point \(got: F8_E4M3\)"):
+        s2e.export_checkpoint(case.base, case.edit, tmp_path / "whole")
 
 
 # The disk is full ---------------------------------------------------------------------------------------------------

@@ -323,7 +323,9 @@ def test_a_command_that_is_none_leaves_with_2_and_no_traceback(arguments: list[s
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["inspect", "--help"], ["search", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["inspect", "--help"], ["search", "--help"], ["apply", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     script = (
         "import sys\n"

@@ -11,7 +11,7 @@ import yaml
 from runs import tiny_recipe
 from steer2edit import models
 from steer2edit.architectures import Architecture, Experts, Heads
-from steer2edit.config import Recipe, load_recipe, parse_recipe, shipped_recipes
+from steer2edit.config import Questions, Range, Recipe, layers_of, load_recipe, parse_recipe, shipped_recipes
 from steer2edit.errors import FileError, RecipeError
 from steer2edit.pipeline import Run
 from steer2edit.traces import CHAT, Chat
@@ -95,6 +95,11 @@ def test_an_unknown_key_like_no_other_is_refused_with_those_that_are_known() -> 
         ("search.steering", [0.2, 0]),
         ("search.steering", [0.2, float("nan")]),
         ("search.steering", [0.2, True]),
+        ("search.layers", [None, "8-"]),
+        ("search.layers", [None, "20-8"]),
+        ("search.layers", [None, "all"]),
+        ("search.layers", [None, 8]),
+        ("search.variants", ["full", "l1"]),
     ],
 )
 def test_a_number_that_its_list_cannot_hold_is_refused_with_its_place(key: str, value: list[Any]) -> None:
@@ -113,6 +118,20 @@ def test_a_number_that_its_list_cannot_hold_is_refused_with_its_place(key: str, 
         ("search.limits.utility_loss", float("nan")),
         ("search.limits.utility_loss", float("inf")),
         ("search.limits.degenerate", True),
+        ("search.limits.accuracy_loss", -0.1),
+        ("search.method", "random"),
+        ("search.layers", []),
+        ("search.variants", []),
+        ("search.sanity", 21),
+        ("search.sanity", -1),
+        ("search.refine", 26),
+        ("search.trials", 0),
+        ("search.at_once", 0),
+        ("search.steering", {"low": 0.5, "high": 0.5}),
+        ("search.rule", "smallest"),
+        ("search.tolerance", 1.5),
+        ("search.reference", 0),
+        ("search.reference", float("inf")),
         ("seed", -1),
         ("evaluation.new_tokens", 0),
         ("evaluation.new_tokens", True),
@@ -142,6 +161,44 @@ def test_off_null_and_false_all_switch_a_block_type_off(off: str, tmp_path: Path
 def test_a_search_without_a_single_edit_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"recipe's search cannot be used .*Both block types are off"):
         parse_recipe(_with("search.rho_attn", [None]))  # rho_mlp is off in it already
+
+
+def test_a_second_grid_is_refused_with_tpe() -> None:
+    raw = _with("search.method", "tpe")
+    raw["search"]["refine"] = 3
+    with pytest.raises(RecipeError, match=r"recipe's search cannot be used .*refine is the grid's second stage"):
+        parse_recipe(raw)
+
+
+def test_the_later_keys_of_the_search_have_defaults_that_try_the_grid_as_it_is_listed() -> None:
+    later = ("method", "layers", "variants", "sanity", "refine", "trials", "at_once", "rule", "tolerance", "reference")
+    raw = _raw()
+    for key in later:
+        del raw["search"][key]
+    del raw["search"]["limits"]["accuracy_loss"], raw["data"]["questions"]
+    recipe = parse_recipe(raw)
+    assert recipe == tiny_recipe()
+    assert [getattr(recipe.search, key) for key in later] == [
+        "grid", [None], ["full"], 0, 0, 60, 12, "largest", 0.05, 1.0,
+    ]  # fmt: skip
+    assert (recipe.search.limits.accuracy_loss, recipe.data.questions) == (None, None)
+
+
+def test_layers_strengths_and_questions_are_written_and_read_as_they_are(tmp_path: Path) -> None:
+    file = _write(tmp_path, yaml.safe_dump(_raw()))
+    recipe = load_recipe(
+        file,
+        [
+            "search.layers=[8-20, '3', null]",
+            "search.steering={low: 0.1, high: 1.5}",
+            "data.questions={file: q.jsonl, test: 7}",
+        ],
+    )
+    assert recipe.search.layers == ["8-20", "3", None]
+    assert [list(layers_of(x)) for x in ("2-4", "3", "5-5")] == [[2, 3, 4], [3], [5]]
+    assert recipe.search.steering == Range(low=0.1, high=1.5)
+    assert recipe.data.questions == Questions(file="q.jsonl", validation=50, test=7)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

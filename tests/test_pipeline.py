@@ -29,7 +29,7 @@ from steer2edit.files import read_json, read_jsonl, write_text
 from steer2edit.models import load_model
 from steer2edit.pipeline import STAGES, Run, run_all, run_stage
 from steer2edit.progress import be_quiet
-from steer2edit.search import edit_of
+from steer2edit.trials import edit_of
 
 # What two runs of one recipe must agree on to the byte. The manifest holds times, and nothing else that may differ.
 OUTPUTS = [
@@ -38,8 +38,11 @@ OUTPUTS = [
     "probe.safetensors",
     "scores.safetensors",
     "search/trials.jsonl",
+    "search/discarded.jsonl",
+    "search/study.json",
     "choice.json",
     "edit.safetensors",
+    "exports.json",
     "adapter/README.md",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
@@ -154,8 +157,12 @@ def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroke
     choice = read_json(unbroken / "choice.json")
     assert choice["edit"]["id"] == best["id"]
     assert choice["tried"] == {"steering": 2, "edit": 2}
+    study = read_json(unbroken / "search/study.json")
+    assert study == {"evaluations": {"edit": 10, "steering": 10}, "refined": None}
+    assert {name: choice[name] for name in study} == study
+    assert (choice["method"], choice["discarded"]) == ("grid", 0)
     edit = s2e.Edit.load(unbroken / "edit.safetensors")
-    assert edit.id == edit_of(best, s2e.Scores.load(unbroken / "scores.safetensors")).id
+    assert edit.id == edit_of(best["config"], {"full": s2e.Scores.load(unbroken / "scores.safetensors")}).id
     assert read_json(unbroken / "adapter/steer2edit.json")["edit"] == edit.id
 
 
@@ -234,6 +241,13 @@ def test_a_change_of_the_recipe_reruns_only_what_depends_on_it(
         ("data__probe", {"harmful": 2, "benign": 3}, "traces"),
         ("model__dtype", "bfloat16", "traces"),
         ("search__rho_attn", [0.1], "search"),
+        ("search__variants", ["full", "l0"], "search"),
+        ("search__variants", ["full", "k_mean"], "score"),
+        ("search__method", "tpe", "search"),
+        ("search__rule", "knee", "edit"),
+        ("search__tolerance", 0.5, "edit"),
+        ("search__reference", 0.5, "edit"),
+        ("data__questions", {"file": "questions.jsonl"}, "search"),
         ("data__validation", {"harmful": 1}, "search"),
         ("evaluation__new_tokens", 3, "search"),
     ],
@@ -243,6 +257,53 @@ def test_a_stage_whose_part_of_the_recipe_changed_is_not_whole(
 ) -> None:
     changed = Run(unbroken, tiny_recipe(recipe.model.name, **{key: value}))
     assert [stage for stage in STAGES if not changed.is_whole(stage)] == _from(first)
+
+
+@pytest.mark.parametrize(
+    ("search", "key", "value", "first"),
+    [
+        ({"refine": 2}, "rule", "knee", "search"),
+        ({"method": "tpe"}, "limits", {"over_refusal": 0.9, "degenerate": None}, "search"),
+        ({"method": "tpe"}, "reference", 0.5, "search"),
+        ({"sanity": 2}, "limits", {"over_refusal": 0.9, "degenerate": None}, "edit"),
+        ({"sanity": 2}, "limits", {"over_refusal": None, "degenerate": 0.5}, "search"),
+        ({"sanity": 2}, "rule", "knee", "edit"),
+    ],
+)
+def test_the_search_is_made_again_only_where_the_rule_and_the_limits_steer_it(
+    search: dict[str, Any], key: str, value: Any, first: str, tmp_path: Path
+) -> None:
+    given = {f"search__{name}": x for name, x in search.items()}
+    before = Run(tmp_path, tiny_recipe(**given)).keys
+    after = Run(tmp_path, tiny_recipe(**given, **{f"search__{key}": value})).keys
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == _from(first)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("limits", {"over_refusal": 0.9, "degenerate": None}),
+        ("rule", "cheapest"),
+        ("reference", 0.5),
+    ],
+)
+def test_a_new_rule_limit_or_reference_is_told_as_a_run_with_it_from_the_start_tells_it(
+    key: str, value: Any, copy: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    changed = tiny_recipe(recipe.model.name, **{f"search__{key}": value})
+    run_all(Run(copy, changed))
+    run_all(Run(tmp_path / "fresh", changed))
+    assert _bytes(copy, ["choice.json", "report.md"]) == _bytes(tmp_path / "fresh", ["choice.json", "report.md"])
+
+
+def test_changed_questions_are_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    keys = []
+    for text in ("{}", "{ }"):
+        file.write_text(text, encoding="utf-8")
+        keys.append(Run(tmp_path, tiny_recipe(data__questions={"file": str(file)})).keys)
+    assert [stage for stage in STAGES if keys[0][stage] != keys[1][stage]] == _from("search")
 
 
 def test_a_changed_prompt_file_is_noticed(recipe: Recipe, tmp_path: Path) -> None:
@@ -396,6 +457,79 @@ def test_no_test_prompt_is_read_before_the_evaluation(
     }
     assert asked == {"traces": splits["probe"], "search": splits["validation"], "evaluate": splits["test"]}
     assert loaded == [("traces", "probe"), ("search", "validation"), ("evaluate", "test")]
+
+
+def test_the_test_prompts_cannot_be_had_before_the_choice_is_whole(copy: Path, recipe: Recipe, tmp_path: Path) -> None:
+    assert [p.split for p in Run(copy, recipe).prompts("test")] == ["test"] * 5
+    for run in (Run(tmp_path / "new", recipe), Run(copy, tiny_recipe(recipe.model.name, search__rho_attn=[0.1]))):
+        assert {p.split for p in run.prompts("validation")} == {"validation"}
+        with pytest.raises(FileError, match=r"test prompts are not read before an edit is chosen .* the stage edit"):
+            run.prompts("test")
+    _alter(copy / "choice.json")
+    with pytest.raises(FileError, match="test prompts are not read"):
+        Run(copy, recipe).prompts("test")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("search", [{"refine": 2}, {"method": "tpe", "trials": 6, "at_once": 3}], ids=["grid", "tpe"])
+def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions_and_then_those_after(
+    search: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit.evaluate import load_questions
+
+    asked: list[tuple[str, int, int]] = []
+    splits: list[str] = []
+
+    def questions(file: str, first: int, count: int) -> Any:
+        asked.append((file, first, count))
+        return load_questions(file, first, count)
+
+    def prompts(source: str, split: Any, counts: Any) -> Any:
+        splits.append(split)
+        return load_prompts(source, split, counts)
+
+    monkeypatch.setattr("steer2edit.evaluate.load_questions", questions)
+    monkeypatch.setattr("steer2edit.behaviours.safety.load_prompts", prompts)
+    file = tmp_path / "questions.jsonl"
+    rows = [{"question": f"Is {n} even?", "choices": ["yes", "no"], "answer": n % 2} for n in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given: dict[str, Any] = {
+        "variants": ["full", "k_mean", "l0"],
+        "layers": [None, "0-1"],
+        "sanity": 2,
+        "steering": {"low": 0.1, "high": 0.4},
+        "limits": {"over_refusal": None, "degenerate": 1.0},
+        **search,
+    }
+    full = tiny_recipe(
+        recipe.model.name,
+        data__questions={"file": str(file), "validation": 2, "test": 3},
+        **{f"search__{key}": value for key, value in given.items()},
+    )
+    folder = tmp_path / "run"
+    run = Run(folder, full)
+    run_all(run)
+    assert asked == [(str(file), 0, 2), (str(file), 2, 3)]
+    assert splits == ["probe", "validation", "test"]
+    assert s2e.Scores.load(folder / "scores-k_mean.safetensors").provenance["variant"] == "k_mean"
+    assert not (folder / "scores-l0.safetensors").exists()
+    trials, study = read_jsonl(folder / "search/trials.jsonl"), read_json(folder / "search/study.json")
+    counted = {kind: sum(t["kind"] == kind for t in trials) for kind in ("edit", "steering")}
+    assert read_json(folder / "choice.json")["tried"] == counted
+    assert study["evaluations"]["edit"] == 7 * counted["edit"]  # 5 validation prompts and 2 simple ones
+    assert study["evaluations"]["steering"] == 5 * counted["steering"] >= study["evaluations"]["edit"]
+    assert read_jsonl(folder / "search/discarded.jsonl") == []
+    assert all(t["accuracy"] in (0.0, 0.5, 1.0) and t["counts"]["questions"] == 2 for t in trials)
+    assert ("texts" in trials[0], trials[0]["round"]) == (False, "0")
+    chosen = next(t for t in trials if t["id"] == read_json(folder / "choice.json")["edit"]["id"])
+    edit = s2e.Edit.load(folder / "edit.safetensors")
+    assert edit.id == edit_of(chosen["config"], run.scores).id
+    results = read_json(folder / "evaluation/results.json")
+    assert results["systems"]["edit"]["accuracy"]["n"] == 3
+    assert "accuracy (choices)" in (folder / "report.md").read_text(encoding="utf-8")
+    before = (folder / "manifest.json").read_bytes()
+    run_all(Run(folder, full))
+    assert (folder / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.usefixtures("quick")

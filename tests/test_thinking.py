@@ -24,7 +24,6 @@ from steer2edit.errors import ModelError, TraceError
 from steer2edit.intervention import Intervention
 from steer2edit.pipeline import Run, run_all
 from steer2edit.progress import be_quiet
-from steer2edit.search import BASE, run_trials
 from steer2edit.traces import (
     Chat,
     Span,
@@ -37,6 +36,7 @@ from steer2edit.traces import (
     response_span,
     write_traces,
 )
+from steer2edit.trials import BASE, Bench
 
 USER = [{"role": "user", "content": "Hello"}]
 CALLED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML
@@ -444,7 +444,8 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
         Prompt("a song", "benign", "validation"),
     ]
     recipe, journal = tiny_recipe(), tmp_path / "journal.jsonl"
-    (row,) = run_trials(_thinker(), make_scores(), [BASE], prompts, recipe, journal)
+    scores = {"full": make_scores()}
+    (row,) = Bench(_thinker(), scores, prompts, recipe, journal).run([BASE], "0")
     assert row["flags"]["harmful"] == [False, True, False]
     assert row["flags"]["benign"] == [False, True]
     assert row["flags"]["degenerate"] == [False, False, True, False, False]  # who never answers says nothing
@@ -453,7 +454,7 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
     assert row["texts"][0] == REFUSES_IN_THOUGHT
     # A sweep that goes on from its journal judges the same part.
     unasked = Thinker(lambda prompt, intervention: pytest.fail("asked again"))
-    assert run_trials(unasked, make_scores(), [BASE], prompts, recipe, journal) == [row]
+    assert Bench(unasked, scores, prompts, recipe, journal).run([BASE], "0") == [row]
 
 
 def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() -> None:

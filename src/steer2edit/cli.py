@@ -216,6 +216,77 @@ def doctor(
     show(Console(width=None if sys.stdout.isatty() else 120), found)
 
 
+@app.command(name="apply")
+def apply_edits(
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder or a Hub id.")],
+    edits: Annotated[list[Path], typer.Argument(metavar="EDIT", help="Edit files; several are combined into one.")],
+    to: Annotated[Path, typer.Option("--to", help="Where to: a new folder, or a new file for gguf and edit.")],
+    kind: Annotated[
+        str, typer.Option("--as", metavar="KIND", help="checkpoint, adapter (PEFT), gguf (llama.cpp's LoRA) or edit.")
+    ] = "checkpoint",
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Scale the edit; again for each of several, in order, or one for all.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers, like 8-20, the last one too.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Only this block type: attn or mlp.")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Write edit files as a checkpoint, an adapter, a GGUF adapter or one edit file; no recipe is needed."""
+    from .errors import EditError
+    from .progress import be_quiet, say
+    from .sites import BLOCKS
+
+    be_quiet(quiet)
+    chosen = _layers(layers)
+    if blocks is not None and blocks not in BLOCKS:
+        raise EditError("no such block type", got=blocks, fix=f"Use one of {', '.join(BLOCKS)}, or leave --blocks out.")
+    from .export.artefact import KINDS, gather, meetings, write
+
+    if kind not in KINDS:
+        raise EditError("an edit cannot be written as that", got=f"--as {kind}", fix=f"Use one of {', '.join(KINDS)}.")
+    edit = gather(edits, strength or (), chosen, BLOCKS if blocks is None else (blocks,))
+    met = meetings(edit)
+    for pair in met:
+        one, other = pair["edits"]
+        share = f"{pair['opposed']} of them opposite ways ({pair['opposed_share']:.0%})"
+        say(f"  {one} and {other} both change {pair['shared']} components, {share}")
+    write(edit, kind, to, base)
+    changes = edit.changes()
+    found = {
+        "kind": "apply",
+        "as": kind,
+        "path": str(to),
+        "edit": edit.id,
+        "parts": [{"id": part.id, "strength": part.strength, "config": dict(part.config)} for part in edit.parts],
+        "sites": list(changes),
+        "rank": max(len(change.a) for change in changes.values()),
+        "interference": met,
+    }
+    strengths = ", ".join(f"{part.strength:g}" for part in edit.parts)
+    say(f"  {kind}: {len(changes)} sites, rank {found['rank']}, strength {strengths}, edit {edit.id}")
+    if json:
+        _print_json(found)
+    else:
+        print(to)
+
+
+def _layers(text: str | None) -> range | None:
+    import re
+
+    from .config import layers_of
+    from .errors import EditError
+
+    if text is None:
+        return None
+    layers = layers_of(text) if re.fullmatch(r"\d+(-\d+)?", text) else range(0)
+    if not layers:
+        raise EditError(
+            "--layers names no layers", got=text, fix="Write them as first-last, like 8-20, or as one number."
+        )
+    return layers
+
+
 @app.command()
 def verify(
     base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.")],

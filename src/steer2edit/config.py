@@ -37,6 +37,18 @@ def _with_harmful(counts: dict[Any, int]) -> dict[Any, int]:
     return counts
 
 
+def layers_of(text: str) -> range:
+    """`8-20` → layers 8 to 20, both of them."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _are_layers(text: str) -> str:
+    if not re.fullmatch(r"\d+(-\d+)?", text) or not layers_of(text):
+        raise ValueError("Write layers as first-last, like 8-20")
+    return text
+
+
 def _date(value: Any) -> Any:
     # YAML reads an unquoted date as one.
     value = value.isoformat() if type(value) is datetime.date else value
@@ -54,8 +66,11 @@ Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=
 Rho = Annotated[Positive | None, BeforeValidator(_off)]
 Alpha = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Limit = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] | None
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Many = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+Layers = Annotated[str, AfterValidator(_are_layers)]
+Variant = Literal["full", "k_mean", "k_svd", "g_dot", "l0", "l2"]
 Judged = Annotated[dict[Literal["harmful", "benign", "borderline"], Many], AfterValidator(_with_harmful)]
 
 
@@ -97,6 +112,15 @@ class Behaviour(Section):
     new_tokens: Many = 48
 
 
+class Questions(Section):
+    """A small multiple-choice set whose accuracy is measured too: JSON Lines with `question`, `choices` and `answer`,
+    the number of the right choice from 0 on. Validation takes the first ones, test those after."""
+
+    file: str
+    validation: Many = 50
+    test: Many = 100
+
+
 class Data(Section):
     """The prompts, and how many of each kind every split takes."""
 
@@ -104,6 +128,7 @@ class Data(Section):
     probe: dict[Literal["harmful", "benign"], Many] = {"harmful": 80, "benign": 80}
     validation: Judged
     test: Judged
+    questions: Questions | None = None
 
 
 class ProbePass(Section):
@@ -123,21 +148,78 @@ class Limits(Section):
     over_refusal_borderline: Limit = None
     utility_loss: Limit = None
     degenerate: Limit = 0.1
+    accuracy_loss: Limit = None
+
+
+class Range(Section):
+    """Steering strengths from low to high, as many and as far apart as make its budget the edits'."""
+
+    low: Positive
+    high: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError("high must be above low")
+        return self
 
 
 class Search(Section):
-    """The configurations that are tried, and the rule that chooses: the highest refusal rate within the limits."""
+    """The configurations that are tried, and the rule that chooses.
 
+    `grid` tries every combination. `tpe` draws `trials` from the space that the lists span: from the smallest number to
+    the largest, and off where the list has it.
+    """
+
+    method: Literal["grid", "tpe"] = "grid"
     rho_attn: list[Rho] = Field(min_length=1)
     rho_mlp: list[Rho] = Field(min_length=1)
     alpha: list[Alpha] = Field(min_length=1)
-    steering: list[Positive] = []
+    layers: list[Layers | None] = Field([None], min_length=1)
+    variants: list[Variant] = Field(["full"], min_length=1)
+    sanity: Annotated[Count, Field(le=20)] = 0
+    refine: Annotated[Count, Field(le=25)] = 0
+    trials: Many = 60
+    at_once: Many = 12
+    steering: Range | list[Positive] = []
+    rule: Literal["largest", "cheapest", "knee"] = "largest"
+    tolerance: Share = 0.05
+    reference: Positive = 1.0
     limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _edits(self) -> Search:
         if not any(rho is not None for rho in [*self.rho_attn, *self.rho_mlp]):
             raise ValueError("Both block types are off everywhere: give rho_attn or rho_mlp a number")
+        if self.refine and self.method == "tpe":
+            raise ValueError("refine is the grid's second stage: leave it out with method tpe")
+        return self
+
+
+class EnginePlan(Section):
+    """What makes the text, and where.
+
+    `vllm` needs the Python of an environment that has it; `options` are further fields of its EngineArgs.
+    `distributed: ray` puts `replicas` of the engine on a Ray cluster, at `address` or, without one, on this machine;
+    each reserves `cpus` and `gpus`.
+    """
+
+    name: Literal["transformers", "vllm"] = "transformers"
+    python: str | None = None
+    max_loras: Many = 8
+    tensor_parallel: Many = 1
+    pipeline_parallel: Many = 1
+    options: dict[str, Any] = {}
+    distributed: Literal["ray"] | None = None
+    address: str | None = None
+    replicas: Many = 2
+    cpus: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1
+    gpus: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> EnginePlan:
+        if self.name == "vllm" and self.python is None:
+            raise ValueError("vLLM runs in an environment of its own: give engine.python, the path of its interpreter")
         return self
 
 
@@ -163,7 +245,8 @@ class Recipe(Section):
     probe: ProbePass = ProbePass()
     search: Search
     evaluation: Evaluation = Evaluation()
-    exports: list[Literal["adapter", "checkpoint"]] = ["adapter"]
+    engine: EnginePlan = EnginePlan()
+    exports: list[Literal["adapter", "checkpoint", "gguf", "steering"]] = ["adapter"]
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -232,8 +315,11 @@ def parse(section: type[S], raw: dict[str, Any]) -> S:
     try:
         return section.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
+        # Of a value that may be of several kinds the kind that it fits farthest.
+        problem = max(error.errors(), key=lambda e: len(e["loc"]))
+        path = [
+            str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-", "list["))
+        ]
         key = ".".join(path)
         if problem["type"] == "extra_forbidden":
             known = _known_keys(section, path[:-1])

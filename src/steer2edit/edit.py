@@ -167,7 +167,8 @@ class SiteScores:
 
     Attributes:
         u: v̂ [d]. k: k̂ [n, c]. g: importance [n].
-        reach: ‖W_iᵀv̂‖ [n], the component's own gain along v̂; λ_i/reach_i is an edit's size relative to it.
+        reach: v̂ᵀW_i k_i [n], the component's own gain along v̂, which is ‖W_iᵀv̂‖ for the method's own k̂; λ_i/reach_i is
+            an edit's size relative to it.
         v_norm: ‖v‖.
     """
 

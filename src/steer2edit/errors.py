@@ -6,6 +6,8 @@ own mistake and keeps its traceback.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Steer2EditError(Exception):
     """A mistake that the user can mend.
@@ -19,6 +21,14 @@ class Steer2EditError(Exception):
     def __init__(self, what: str, *, got: object, fix: str):
         self.what, self.got, self.fix = what, str(got), fix
         super().__init__(f"{what} (got: {got}). {fix}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is copied by its message alone, which is how Ray would bring it from another process.
+        return _again, (type(self), self.what, self.got, self.fix)
+
+
+def _again(kind: type[Steer2EditError], what: str, got: str, fix: str) -> Steer2EditError:
+    return kind(what, got=got, fix=fix)
 
 
 class ModelError(Steer2EditError):

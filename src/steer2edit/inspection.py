@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .composition import Combination
 from .edit import Edit, Scores
 from .errors import FileError
 from .files import read_header, read_json
@@ -24,6 +25,8 @@ def describe(path: Path, top: int = 10) -> dict[str, Any]:
         return _scores(Scores.load(path), top)
     if kind == "edit":
         return _edit(Edit.load(path), top)
+    if kind == "combination":
+        return _combination(Combination.load(path))
     raise FileError(f"{path} is nothing that can be inspected", got=kind, fix="Give a probe, scores, an edit or a run.")
 
 
@@ -76,6 +79,16 @@ def _edit(edit: Edit, top: int) -> dict[str, Any]:
         "provenance": dict(edit.provenance),
         "largest |λ|": _largest(sites, top),
     }
+
+
+def _combination(both: Combination) -> dict[str, Any]:
+    from .export.artefact import meetings
+
+    rows = []
+    for edit in both.parts:
+        edited = {block: f"{found['edited']} of {found['components']}" for block, found in edit.summary().items()}
+        rows.append({"edit": edit.id, "strength": edit.strength, "config": dict(edit.config), **edited})
+    return {"kind": "combination", "id": both.id, "edits": rows, "interference": meetings(both)}
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -90,6 +90,15 @@ def load_section(section: Model) -> tuple[nn.Module, Any]:
     return load_model(section.name, **{name: getattr(section, name) for name in names})
 
 
+def load_tokenizer(section: Model) -> Any:
+    """The tokenizer alone of the model that a recipe's model section describes."""
+    from transformers import AutoTokenizer
+
+    source, where = _source(section.name, section.revision, section.trust_remote_code)
+    with _loading(section.name):
+        return AutoTokenizer.from_pretrained(source, **where)
+
+
 def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A model's configuration, without its weights. Raises ModelError if there is none."""
     from transformers import AutoConfig

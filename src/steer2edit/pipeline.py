@@ -7,21 +7,27 @@ key and files still match is not run again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import Recipe
+from .config import Recipe, Variant
 from .edit import Edit, Scores
 from .errors import FileError, RecipeError
 from .files import clear_temporaries, read_json, read_jsonl, remove, sha256, write_json, write_jsonl, write_text
-from .progress import say, showing
+from .progress import megabytes, say, showing
+
+if TYPE_CHECKING:
+    from .behaviours.safety import Prompt, Split
+    from .engines import Engine
+    from .trials import Bench
 
 MANIFEST = "manifest.json"
 # The model card of an export; a checkpoint comes with the base's, and the report writes its own over it.
@@ -46,18 +52,53 @@ class Run:
         return self.folder / name
 
     @cached_property
-    def engine(self) -> Any:
-        from .engines.transformers import TransformersEngine
-        from .models import load_section
+    def host(self) -> Any:
+        """Where the model is: a Host here, or a RayEngine, which has the same `engine`, `call` and `close`."""
+        model, plan, rows = self.recipe.model, self.recipe.engine, self.recipe.evaluation.rows
+        if plan.distributed == "ray":
+            from .engines.ray import RayEngine
 
-        m = self.recipe.model
-        say(f"loading {m.name}")
-        model, tokenizer = load_section(m)
-        return TransformersEngine(model, tokenizer, rows=self.recipe.evaluation.rows, chat=m.chat)
+            return RayEngine(model, plan, rows=rows)
+        from .engines.host import Host
+
+        return Host(model, plan, rows)
+
+    @property
+    def engine(self) -> Engine:
+        return self.host.engine
+
+    def close(self) -> None:
+        """Lets worker processes and replicas go."""
+        if host := self.__dict__.pop("host", None):
+            host.close()
 
     @cached_property
-    def scores(self) -> Scores:
-        return Scores.load(self.path("scores.safetensors"))
+    def scores(self) -> dict[str, Scores]:
+        """The full method's, and those of the variants that score in another way."""
+        return {name: Scores.load(self.path(file)) for name, file in _score_files(self.recipe).items()}
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """A split's prompts. Those of test cannot be read before the choice is made."""
+        from .behaviours.safety import load_prompts
+
+        if split == "test" and not self.is_whole("edit"):
+            raise FileError(
+                "the test prompts are not read before an edit is chosen", got=self.folder, fix="Run the stage edit."
+            )
+        counts = getattr(self.recipe.data, split)
+        return load_prompts(self.recipe.data.prompts, split, {str(k): n for k, n in counts.items()})
+
+    def bench(self, stage: str, split: Split, journal: str) -> Bench:
+        """Where a stage tries candidates on a split, with its journal."""
+        from .evaluate import load_questions
+        from .trials import Bench
+
+        q = self.recipe.data.questions
+        first, count = (0, 0) if q is None else (0, q.validation) if split == "validation" else (q.validation, q.test)
+        path = self.path(f"{journal}/journal-{self.keys[stage]}.jsonl")
+        path.parent.mkdir(exist_ok=True)
+        questions = [] if q is None else load_questions(q.file, first, count)
+        return Bench(self.engine, self.scores, self.prompts(split), self.recipe, path, questions)
 
     def manifest(self) -> dict[str, Any]:
         path = self.path(MANIFEST)
@@ -85,9 +126,8 @@ class Run:
             "seconds": round(seconds, 1),
             "files": {name: sha256(self.path(name)) for name in files},
         }
-        if "engine" in self.__dict__:
-            model = self.engine.model
-            entry["model"] = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(self.engine.device)}
+        if "host" in self.__dict__ and (where := self.host.where()):
+            entry["model"] = where
         manifest["stages"][stage] = entry
         write_json(self.path(MANIFEST), manifest)
 
@@ -96,11 +136,18 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     """Stage → hash of what its result depends on: its parts of the recipe, and the stage before."""
     r = recipe.model_dump(mode="json")
     prompts = recipe.data.prompts
-    text = prompts if prompts.startswith("builtin:") else (sha256(prompts) if Path(prompts).is_file() else "missing")
+    text = prompts if prompts.startswith("builtin:") else _digest(prompts)
     search = r["search"]
+    asked = recipe.data.questions
+    questions = (
+        None
+        if asked is None
+        else [r["data"]["questions"], sha256(asked.file) if Path(asked.file).is_file() else "missing"]
+    )
     plan = {k: v for k, v in r["evaluation"].items() if k != "resamples"}
     parts: dict[str, Any] = {
         "traces": [
+            r["engine"]["name"],
             _local_files(recipe.model.name),
             r["seed"],
             r["model"],
@@ -110,11 +157,11 @@ def _keys(recipe: Recipe) -> dict[str, str]:
             r["evaluation"]["rows"],
         ],
         "probe": {k: v for k, v in r["probe"].items() if k != "expert_tokens"},
-        "score": r["probe"]["expert_tokens"],
-        "search": [{k: v for k, v in search.items() if k != "limits"}, r["data"]["validation"], plan],
-        "edit": search["limits"],
+        "score": [r["probe"]["expert_tokens"], sorted(_score_files(recipe))],
+        "search": [_searched(recipe), r["data"]["validation"], questions, plan],
+        "edit": [search, r["evaluation"]["resamples"]],
         "export": r["exports"],
-        "evaluate": [r["data"]["test"], r["evaluation"]["resamples"]],
+        "evaluate": r["data"]["test"],
         "report": r["name"],
     }
     keys, before = {}, importlib.metadata.version("steer2edit")
@@ -122,6 +169,26 @@ def _keys(recipe: Recipe) -> dict[str, str]:
         before = hashlib.sha256(json.dumps([before, stage, parts[stage]]).encode()).hexdigest()[:16]
         keys[stage] = before
     return keys
+
+
+def _digest(path: str) -> str:
+    return sha256(path) if Path(path).is_file() else "missing"
+
+
+def _searched(recipe: Recipe) -> dict[str, Any]:
+    """What of the search section the trials depend on: of the rule and the limits only where they steer the search."""
+    s = recipe.search.model_dump(mode="json")
+    steered = recipe.search.method == "tpe" or recipe.search.refine
+    keys = set(s) - (set() if steered else {"limits", "rule", "tolerance", "reference"})
+    found = {key: s[key] for key in sorted(keys)}
+    return found | ({"degenerate": s["limits"]["degenerate"]} if recipe.search.sanity else {})
+
+
+def _score_files(recipe: Recipe) -> dict[Variant, str]:
+    from .variants import FULL, SCORED
+
+    files: dict[Variant, str] = {FULL: "scores.safetensors"}
+    return files | {name: f"scores-{name}.safetensors" for name in recipe.search.variants if name in SCORED}
 
 
 def _local_files(name: str) -> list[Any]:
@@ -132,11 +199,11 @@ def _local_files(name: str) -> list[Any]:
 
 
 def _traces(run: Run) -> list[str]:
-    from .behaviours.safety import load_prompts, make_traces
+    from .behaviours.safety import make_traces
     from .traces import write_traces
 
-    b, data = run.recipe.behaviour, run.recipe.data
-    prompts = load_prompts(data.prompts, "probe", {str(k): n for k, n in data.probe.items()})
+    b = run.recipe.behaviour
+    prompts = run.prompts("probe")
     with showing("own answers") as progress:
         traces, left_out = make_traces(
             run.engine,
@@ -154,23 +221,18 @@ def _traces(run: Run) -> list[str]:
 
 
 def _probe(run: Run) -> list[str]:
-    from .probe import collect
+    from .models import load_tokenizer
+    from .probe import plan_pass, probe_of
     from .traces import read_traces
 
-    p = run.recipe.probe
-    engine = run.engine
+    p, model = run.recipe.probe, run.recipe.model
+    traces = read_traces(run.path("traces.jsonl"))
+    plan = plan_pass(
+        load_tokenizer(model), traces, chat=model.chat, part=p.part, positions=p.positions, max_tokens=p.max_tokens
+    )
     with showing("probe") as progress:
-        probe = collect(
-            engine.model,
-            engine.tokenizer,
-            read_traces(run.path("traces.jsonl")),
-            chat=engine.chat,
-            part=p.part,
-            positions=p.positions,
-            max_tokens=p.max_tokens,
-            batch_tokens=p.batch_tokens,
-            progress=progress,
-        )
+        sums = run.host.run_pass(plan, p.batch_tokens, progress)
+        probe = probe_of(plan, sums, {"batch_tokens": p.batch_tokens})
     for what in ("skipped_empty", "cut_at_max_tokens"):
         for label, count in probe.counts[what].items():
             if count:
@@ -183,56 +245,50 @@ def _score(run: Run) -> list[str]:
     from .probe import Probe
     from .scoring import score
 
-    scores = score(
-        run.engine.model, Probe.load(run.path("probe.safetensors")), expert_tokens=run.recipe.probe.expert_tokens
-    )
-    if few := scores.provenance["experts_left_alone"]:
-        say(f"  {len(few)} experts, reached by fewer than {run.recipe.probe.expert_tokens} tokens, are left alone")
-    scores.save(run.path("scores.safetensors"))
+    probe = Probe.load(run.path("probe.safetensors"))
+    wanted = _score_files(run.recipe)
+    for variant, file in wanted.items():
+        few = run.recipe.probe.expert_tokens
+        scores = run.host.call(partial(score, probe=probe, expert_tokens=few, variant=variant))
+        scores.save(run.path(file))
+    if alone := scores.provenance["experts_left_alone"]:
+        say(f"  {len(alone)} experts, reached by fewer than {run.recipe.probe.expert_tokens} tokens, are left alone")
     run.__dict__.pop("scores", None)
-    return ["scores.safetensors"]
+    return list(wanted.values())
 
 
 def _search(run: Run) -> list[str]:
-    from .behaviours.safety import load_prompts
-    from .search import candidates, run_trials
+    from .report.live import watching
+    from .search import run_study
 
-    data = run.recipe.data
-    prompts = load_prompts(data.prompts, "validation", {str(k): n for k, n in data.validation.items()})
-    tried = candidates(run.recipe)
-    journal = run.path(f"search/journal-{run.keys['search']}.jsonl")
-    journal.parent.mkdir(exist_ok=True)
-    with showing(f"sweep of {len(tried) - 1} configurations") as progress:
-        trials = run_trials(run.engine, run.scores, tried, prompts, run.recipe, journal, progress)
-    write_jsonl(run.path("search/trials.jsonl"), ({k: v for k, v in t.items() if k != "texts"} for t in trials))
-    return ["search/trials.jsonl"]
+    bench = run.bench("search", "validation", "search")
+    with watching(run.recipe) as (progress, told):
+        study = run_study(bench, run.recipe, progress, told)
+    for row in study.discarded:
+        say(f"  discarded: {row['id']}, {row['why']}")
+    write_jsonl(run.path("search/trials.jsonl"), ({k: v for k, v in t.items() if k != "texts"} for t in study.trials))
+    write_jsonl(run.path("search/discarded.jsonl"), study.discarded)
+    write_json(run.path("search/study.json"), {"evaluations": study.evaluations, "refined": study.refined})
+    return ["search/trials.jsonl", "search/discarded.jsonl", "search/study.json"]
 
 
 def _edit(run: Run) -> list[str]:
-    from .search import choose, edit_of, require_choice
+    from .front import choose
+    from .search import Study, require_choice, summary
+    from .trials import edit_of
 
+    s = run.recipe.search
     trials = read_jsonl(run.path("search/trials.jsonl"))
     chosen = require_choice(trials, run.recipe)
-    steered = choose(trials, "steering", run.recipe)
-    edit_of(chosen, run.scores).save(run.path("edit.safetensors"))
-    brief = (
-        "id",
-        "config",
-        "refusal",
-        "over_refusal",
-        "over_refusal_borderline",
-        "degenerate",
-        "utility_loss",
-        "nll_rise",
-    )
-    choice = {
-        "rule": "highest refusal rate on validation within the limits; of equals the smallest utility loss",
-        "limits": run.recipe.search.limits.model_dump(),
-        "tried": {kind: sum(t["kind"] == kind for t in trials) for kind in ("steering", "edit")},
-        "edit": {k: chosen[k] for k in brief},
-        "steering": None if steered is None else {k: steered[k] for k in brief},
+    steered = choose([t for t in trials if t["kind"] == "steering"], s.rule, s.limits.model_dump(), s.tolerance)
+    edit_of(chosen["config"], run.scores).save(run.path("edit.safetensors"))
+    left_out = ("counts", "flags", "losses", "round", "kind")
+    brief = {
+        k: None if t is None else {n: v for n, v in t.items() if n not in left_out}
+        for k, t in (("edit", chosen), ("steering", steered))
     }
-    write_json(run.path("choice.json"), choice)
+    study = Study(trials, read_jsonl(run.path("search/discarded.jsonl")), **read_json(run.path("search/study.json")))
+    write_json(run.path("choice.json"), summary(study, run.recipe) | brief)
     other = steered["id"] if steered else "no steering strength within the limits"
     say(f"  chosen on validation: {chosen['id']}, {other}")
     return ["edit.safetensors", "choice.json"]
@@ -240,58 +296,111 @@ def _edit(run: Run) -> list[str]:
 
 def _export(run: Run) -> list[str]:
     from .export.adapter import obstacle
-    from .models import HUB_NAMES
 
     edit = Edit.load(run.path("edit.safetensors"))
-    files: list[str] = []
-    for old in ("adapter", "checkpoint"):
+    for old in EXPORTS:
         remove(run.path(old))
     wanted: set[str] = set(run.recipe.exports)
+    not_written: dict[str, str] = {}
     if "adapter" in wanted and (reason := obstacle(edit)):
-        say(f"  PEFT cannot hold this edit ({reason}): a checkpoint is written in the adapter's place")
-        wanted = {"checkpoint"}
-    if "adapter" in wanted:
-        folder = edit.save_adapter(
-            run.path("adapter"), base=HUB_NAMES.get(run.recipe.model.name, run.recipe.model.name)
+        not_written["adapter"] = (
+            f"PEFT cannot hold this edit ({reason}): a checkpoint is written in the adapter's place"
         )
-        files += [f"adapter/{file.name}" for file in sorted(folder.iterdir())]
-        if any(site.site.expert is not None for site in edit.edited().values()):
-            say("  the experts' edits are LoRAs of fused parameters (target_parameters); PEFT mixes none in a batch")
-    if "checkpoint" in wanted:
-        from .export.checkpoint import export_checkpoint
-        from .models import local_folder
+        wanted |= {"checkpoint"}
+    if run.recipe.model.name.endswith(".gguf"):
+        reason = f"a GGUF file is no safetensors checkpoint (got: {run.recipe.model.name}). Export an adapter instead."
+        not_written |= {kind: f"no {kind}: {reason}" for kind in ("checkpoint", "steering") if kind in wanted}
+    for kind in EXPORTS:
+        if kind in wanted and kind not in not_written and (reason := EXPORTS[kind](run, edit)):
+            not_written[kind] = f"no {kind}: {reason}"
+    for reason in not_written.values():
+        say(f"  {reason}")
+    told = {kind: {"not_written": not_written[kind]} if kind in not_written else {"folder": kind} for kind in EXPORTS}
+    write_json(run.path("exports.json"), {kind: told[kind] for kind in EXPORTS if kind in wanted})
+    files = [f for kind in EXPORTS for f in sorted(run.path(kind).rglob("*")) if f.is_file()]
+    cards = [run.path(f"{kind}/{CARD}") for kind in EXPORTS]
+    return ["exports.json", *(str(f.relative_to(run.folder)) for f in files if f not in cards)]
 
-        export_checkpoint(local_folder(run.recipe.model.name, run.recipe.model.revision), edit, run.path("checkpoint"))
-        here = sorted(run.path("checkpoint").iterdir())
-        files += [f"checkpoint/{f.name}" for f in here if f.is_file() and f.name != CARD]
-    return files
+
+def _adapter(run: Run, edit: Edit) -> None:
+    from .models import HUB_NAMES
+
+    name = run.recipe.model.name
+    edit.save_adapter(run.path("adapter"), base=HUB_NAMES.get(name, name))
+    if any(site.site.expert is not None for site in edit.edited().values()):
+        say("  the experts' edits are LoRAs of fused parameters (target_parameters); PEFT mixes none in a batch")
+
+
+def _checkpoint(run: Run, edit: Edit) -> None:
+    from .export.checkpoint import export_checkpoint
+    from .models import local_folder
+
+    folder = local_folder(run.recipe.model.name, run.recipe.model.revision)
+    with showing("checkpoint, MB") as progress:
+        export_checkpoint(folder, edit, run.path("checkpoint"), progress=megabytes(progress))
+
+
+def _gguf(run: Run, edit: Edit) -> str | None:
+    from .export.gguf import obstacle, save_gguf_adapter
+
+    if error := obstacle(edit):
+        return str(error)
+    save_gguf_adapter(edit, run.path("gguf/adapter.gguf"))
+    return None
+
+
+def _steering(run: Run, edit: Edit) -> str | None:
+    from .errors import ModelError
+    from .export.bias import export_steering
+    from .models import local_folder
+    from .trials import steering_vectors
+    from .variants import FULL
+
+    chosen = read_json(run.path("choice.json"))["steering"]
+    if chosen is None:
+        return "no steering strength was chosen: none was tried, or none stays within the limits on validation."
+    folder = local_folder(run.recipe.model.name, run.recipe.model.revision)
+    vectors = steering_vectors(run.scores[FULL])
+    try:
+        export_steering(folder, vectors, chosen["config"]["gamma"], run.path("steering"))
+    except ModelError as error:  # few architectures have a place for the biases
+        return str(error)
+    return None
+
+
+# What the export stage writes, each into a folder of its own; why it does not, if it does not.
+EXPORTS: dict[str, Callable[[Run, Edit], str | None]] = {
+    "adapter": _adapter,
+    "checkpoint": _checkpoint,
+    "gguf": _gguf,
+    "steering": _steering,
+}
 
 
 def _evaluate(run: Run) -> list[str]:
-    from .behaviours.safety import load_prompts
     from .evaluate import interval, paired_difference
-    from .search import BASE, Candidate, run_trials
+    from .trials import BASE, Candidate
 
-    data, plan, seed = run.recipe.data, run.recipe.evaluation, run.recipe.seed
+    plan, seed = run.recipe.evaluation, run.recipe.seed
     choice = read_json(run.path("choice.json"))
     tried = [BASE]
     tried += [Candidate(choice[k]["id"], k, choice[k]["config"]) for k in ("steering", "edit") if choice[k]]
-    prompts = load_prompts(data.prompts, "test", {str(k): n for k, n in data.test.items()})
-    journal = run.path(f"evaluation/journal-{run.keys['evaluate']}.jsonl")
-    journal.parent.mkdir(exist_ok=True)
+    bench = run.bench("evaluate", "test", "evaluation")
     with showing("test") as progress:
-        rows = run_trials(run.engine, run.scores, tried, prompts, run.recipe, journal, progress)
+        rows = bench.run(tried, "test", progress)
     systems = {}
     for row in rows:
         flags = row["flags"]
         systems[row["kind"]] = {
             "id": row["id"],
+            "config": row["config"],
             "refusal": interval(flags["harmful"], plan.resamples, seed),
             "over_refusal": interval(flags.get("benign", []), plan.resamples, seed),
             "over_refusal_borderline": interval(flags.get("borderline", []), plan.resamples, seed),
             "degenerate": interval(flags["degenerate"], plan.resamples, seed),
             "nll_rise": interval(row["losses"]["nll_rise"], plan.resamples, seed),
             "utility_loss": interval(row["losses"]["kl"], plan.resamples, seed),
+            "accuracy": interval(flags["right"], plan.resamples, seed),
         }
     by_kind = {row["kind"]: row for row in rows}
     differences = {
@@ -305,38 +414,37 @@ def _evaluate(run: Run) -> list[str]:
         "split": "test",
         "systems": systems,
         "refusal_differences": differences,
-        "agreement": _agreement(run, prompts[0].text),
+        "agreement": run.host.call(_agreement, Edit.load(run.path("edit.safetensors")), bench.ids[0]),
     }
     write_json(run.path("evaluation/results.json"), result)
     answers = (
         {"prompt": p.text, "kind": p.kind} | {row["kind"]: row["texts"][i] for row in rows}
-        for i, p in enumerate(prompts)
+        for i, p in enumerate(bench.prompts)
     )
     write_jsonl(run.path("evaluation/answers.jsonl"), answers)
     return ["evaluation/results.json", "evaluation/answers.jsonl"]
 
 
-def _agreement(run: Run, prompt: str) -> dict[str, Any]:
+def _agreement(model: Any, edit: Edit, prompt: Sequence[int]) -> dict[str, Any]:
     """Largest difference of logits between the edit as an intervention and baked into the weights, on one prompt.
 
     Not measured, and said so, where the weights cannot be written: quantised or offloaded ones.
     """
     import torch
 
-    from .behaviours.safety import messages
     from .errors import ModelError
+    from .weights import device_of
 
-    edit, engine = Edit.load(run.path("edit.safetensors")), run.engine
-    ids = torch.tensor([engine.tokens(messages(prompt, run.recipe.behaviour.system))], device=engine.device)
+    ids = torch.tensor([prompt], device=device_of(model))
     with torch.inference_mode():
-        with edit.applied(engine.model):
-            hooked = engine.model(ids).logits.float()
+        with edit.applied(model):
+            hooked = model(ids).logits.float()
         try:
-            report = edit.apply(engine.model)
+            report = edit.apply(model)
         except ModelError as error:  # the intervention has just run, so that it is the edit's base
             return {"not_measured": str(error)}
-        baked = engine.model(ids).logits.float()
-        edit.revert(engine.model)
+        baked = model(ids).logits.float()
+        edit.revert(model)
     return {"largest_logit_difference": float((hooked - baked).abs().max()), "rounding_loss": report.rounding_loss}
 
 
@@ -352,7 +460,7 @@ def _report(run: Run) -> list[str]:
     files += heat_map(Edit.load(run.path("edit.safetensors")), run.path("figures/lambda"))
     edit = Edit.load(run.path("edit.safetensors"))
     write_text(run.path("report.md"), markdown(run.recipe, choice, results, edit))
-    for kind in ("adapter", "checkpoint"):
+    for kind in EXPORTS:
         if run.path(kind).is_dir():
             write_text(run.path(f"{kind}/{CARD}"), model_card(run.recipe, edit, results, kind))
             files.append(run.path(f"{kind}/{CARD}"))
@@ -375,12 +483,13 @@ def run_all(run: Run) -> None:
     """Every stage that is not whole yet, and all after it."""
     _prepare(run)
     fresh = False
-    for stage in STAGES:
-        if not fresh and run.is_whole(stage):
-            say(f"{stage}: there already")
-            continue
-        fresh = True
-        _run_stage(run, stage)
+    with contextlib.closing(run):
+        for stage in STAGES:
+            if not fresh and run.is_whole(stage):
+                say(f"{stage}: there already")
+                continue
+            fresh = True
+            _run_stage(run, stage)
 
 
 def run_stage(run: Run, stage: str, recipe_name: str) -> None:
@@ -395,7 +504,8 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
                 fix=f"Run `steer2edit {before} {recipe_name}` first, or all with `steer2edit run {recipe_name}`.",
             )
     _prepare(run)
-    _run_stage(run, stage)
+    with contextlib.closing(run):
+        _run_stage(run, stage)
 
 
 def _prepare(run: Run) -> None:

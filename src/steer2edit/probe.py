@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -237,8 +237,36 @@ def collect(
         ProbeError: an activation is not finite; names the site and the trace.
         ModelError: the model is not supported or fails the self-check, or has no chat template while `plain` is off.
     """
-    traces = [*positive, *negative]
     chat = replace(chat, plain=plain or chat.plain)
+    plan = plan_pass(
+        tokenizer, [*positive, *negative], chat=chat, part=part, positions=positions, max_tokens=max_tokens
+    )
+    sums = (checked_pass if check else run_pass)(model, plan, None, batch_tokens, progress)
+    return probe_of(plan, sums, {"batch_tokens": batch_tokens})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The traces as spans of tokens, and what was counted on the way.
+
+    Attributes:
+        spans, owners, rows: of each response its span, its trace, and its group's number.
+        groups: (label, group), in order.
+        provenance: how the spans were made.
+    """
+
+    spans: Sequence[Span]
+    owners: Sequence[Trace]
+    rows: Sequence[int]
+    groups: Sequence[tuple[Label, str]]
+    counts: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def plan_pass(
+    tokenizer: Any, traces: Sequence[Trace], *, chat: Chat, part: Part, positions: Positions, max_tokens: int
+) -> Plan:
+    """Every trace's span. Raises TraceError if a label has no trace, or none with a response."""
     groups = sorted({(t.label, t.group) for t in traces})
     spans: list[Span] = []
     owners: list[Trace] = []
@@ -246,7 +274,6 @@ def collect(
         label: {"responses": 0, "tokens": 0, "groups": {}, "group_tokens": {}} for label in LABELS
     }
     skipped, cut = Counter[str](), Counter[str]()
-    sites = find_sites(model)
     for trace in traces:
         span, was_cut = response_span(
             tokenizer, trace, chat=chat, part=part, positions=positions, max_tokens=max_tokens
@@ -271,41 +298,101 @@ def collect(
                 fix="Give both sides: responses that show the behaviour, and responses that don't.",
             )
     counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
-
-    if check:
-        self_check(model)
     row_of = {group: i for i, group in enumerate(groups)}
-    rows = [row_of[t.label, t.group] for t in owners]
+    provenance = {
+        "positions": positions,
+        "part": part,
+        "chat": dataclasses.asdict(chat) | {"template": _digest(getattr(tokenizer, "chat_template", None))},
+        "max_tokens": max_tokens,
+    }
+    return Plan(spans, owners, [row_of[t.label, t.group] for t in owners], groups, counts, provenance)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a pass over some of a plan's responses adds up to; those of several passes add up to the whole's.
+
+    Attributes:
+        sites: the model's, in order.
+        totals: (site or block key, "input" or "output") → [groups, k] fp64.
+        reached: an expert's site key → [groups], tokens that reached it.
+        provenance: of the model that ran.
+    """
+
+    sites: tuple[Site, ...]
+    totals: Mapping[tuple[str, str], Tensor]
+    reached: Mapping[str, Tensor]
+    provenance: Mapping[str, Any]
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.sites, _added(self.totals, other.totals), _added(self.reached, other.reached), self.provenance)
+
+
+K = TypeVar("K")
+
+
+def _added(one: Mapping[K, Tensor], other: Mapping[K, Tensor]) -> dict[K, Tensor]:
+    return {key: sum(of[key] for of in (one, other) if key in of) for key in {**one, **other}}  # type: ignore[misc]
+
+
+def checked_pass(
+    model: nn.Module,
+    plan: Plan,
+    which: Sequence[int] | None,
+    batch_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sums:
+    """As `run_pass`, after doctor's self-check if this model has not passed it yet."""
+    self_check(model)
+    return run_pass(model, plan, which, batch_tokens, progress)
+
+
+def run_pass(
+    model: nn.Module,
+    plan: Plan,
+    which: Sequence[int] | None,
+    batch_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sums:
+    """Runs a plan's responses, or some of them, through the model.
+
+    Raises:
+        ProbeError: an activation is not finite.
+    """
+    which = range(len(plan.spans)) if which is None else which
+    sites = find_sites(model)
     device = device_of(model)
-    with _Collector(model, sites, len(groups)) as collector, torch.inference_mode():
+    with _Collector(model, sites, len(plan.groups)) as collector, torch.inference_mode():
         done = 0
-        for batch in batches_by_length([len(s.ids) for s in spans], batch_tokens):
-            _forward(model, [spans[i] for i in batch], [rows[i] for i in batch], collector, device)
+        for batch in batches_by_length([len(plan.spans[i].ids) for i in which], batch_tokens):
+            here = [which[i] for i in batch]
+            _forward(model, [plan.spans[i] for i in here], [plan.rows[i] for i in here], collector, device)
             if collector.first_not_finite():
                 collector.__exit__()  # its hooks would count the texts that are now run one by one
-                _blame(model, sites, [(spans[i], owners[i]) for i in batch], device)
+                _blame(model, sites, [(plan.spans[i], plan.owners[i]) for i in here], device)
             done += len(batch)
             if progress:
-                progress(done, len(spans))
-
-    means = _Means(groups, counts, collector)
-    inputs = {site.key: means.of(site.key, "input", site.inputs) for site in sites}
-    blocks = {site.block_key: site.d for site in sites}
-    outputs = {key: means.of(key, "output", d) for key, d in blocks.items()}
-    counts["experts"] = {site.key: means.reached(site.key) for site in sites if site.expert is not None}
+                progress(done, len(which))
     config: Any = model.config
     provenance = {
         "model": getattr(config, "_name_or_path", ""),
         "model_type": config.model_type,
         "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
-        "positions": positions,
-        "part": part,
-        "chat": dataclasses.asdict(chat) | {"template": _digest(getattr(tokenizer, "chat_template", None))},
-        "max_tokens": max_tokens,
-        "batch_tokens": batch_tokens,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
-    return Probe(sites, inputs, outputs, counts, provenance)
+    totals = {place: total.value() for place, total in collector.sums.items()}
+    return Sums(sites, totals, dict(collector.reached), provenance)
+
+
+def probe_of(plan: Plan, sums: Sums, provenance: Mapping[str, Any]) -> Probe:
+    """Sums over all of a plan's responses → means."""
+    means = _Means(plan.groups, plan.counts, sums)
+    inputs = {site.key: means.of(site.key, "input", site.inputs) for site in sums.sites}
+    blocks = {site.block_key: site.d for site in sums.sites}
+    outputs = {key: means.of(key, "output", d) for key, d in blocks.items()}
+    experts = {site.key: means.reached(site.key) for site in sums.sites if site.expert is not None}
+    counts = {**plan.counts, "experts": experts}
+    return Probe(sums.sites, inputs, outputs, counts, {**sums.provenance, **plan.provenance, **provenance})
 
 
 def _digest(template: Any) -> str | None:
@@ -316,8 +403,8 @@ def _digest(template: Any) -> str | None:
 class _Means:
     """Sums of each group → means of each label."""
 
-    def __init__(self, groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], collector: _Collector):
-        self.labels, self.collector = [label for label, _ in groups], collector
+    def __init__(self, groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], sums: Sums):
+        self.labels, self.sums = [label for label, _ in groups], sums
         self.responses, self.spans = (
             torch.tensor([counts[label][what].get(group, 0) for label, group in groups], dtype=torch.float64)
             for what in ("groups", "group_tokens")
@@ -328,13 +415,13 @@ class _Means:
 
     def reached(self, key: str) -> dict[str, int]:
         """Tokens of each label that reached an expert."""
-        tokens = self.collector.reached.get(key, torch.zeros(len(self.labels), dtype=torch.long))
+        tokens = self.sums.reached.get(key, torch.zeros(len(self.labels), dtype=torch.long))
         return {label: int(tokens[self._mine(label)].sum()) for label in LABELS}
 
     def of(self, key: str, side: str, width: int) -> dict[Label, Tensor]:
-        found = self.collector.sums.get((key, side))
-        total = found.value() if found else torch.zeros(len(self.labels), width, dtype=torch.float64)  # [groups, k]
-        tokens = self.collector.reached.get(key)
+        found = self.sums.totals.get((key, side))
+        total = torch.zeros(len(self.labels), width, dtype=torch.float64) if found is None else found  # [groups, k]
+        tokens = self.sums.reached.get(key)
         means: dict[Label, Tensor] = {}
         for label in LABELS:
             mine = self._mine(label)

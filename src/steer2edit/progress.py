@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 Progress = Callable[[int, int], None]
 _quiet = False
@@ -22,6 +23,17 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def is_quiet() -> bool:
+    return _quiet
+
+
+def columns() -> tuple[Any, ...]:
+    """Of a bar on a terminal: what, how far, how much, how long."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+
+
 @contextlib.contextmanager
 def showing(label: str) -> Iterator[Progress]:
     """Gives a function to call with (done, in all)."""
@@ -29,14 +41,18 @@ def showing(label: str) -> Iterator[Progress]:
         yield lambda done, total: None
     elif sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with Progress(*columns(), console=Console(stderr=True)) as bar:
             task = bar.add_task(f"  {label}", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
         yield _Lines(label)
+
+
+def megabytes(progress: Progress) -> Progress:
+    """For work that counts bytes."""
+    return lambda done, total: progress(done // 10**6, total // 10**6)
 
 
 class _Lines:

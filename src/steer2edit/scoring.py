@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import Variant
 from .edit import Scores, SiteScores, output_direction, read, scores_from, unit
 from .errors import ModelError, ProbeError
 from .fingerprint import from_reading, signs
@@ -21,6 +22,7 @@ from .parallel import in_parallel
 from .probe import Probe
 from .shards import site_reader
 from .sites import Site, find_sites, same_sites
+from .variants import FULL, rescored
 from .weights import is_plain, read_weight
 
 Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
@@ -36,6 +38,7 @@ def score(
     *,
     vectors: Vectors | None = None,
     expert_tokens: int = EXPERT_TOKENS,
+    variant: Variant = FULL,
 ) -> Scores:
     """Scores every site: v̂, k̂, g, with no (ρ, α) in it.
 
@@ -46,6 +49,7 @@ def score(
             {3: v}, one a block {"3.attn": v, "3.mlp": v}, or one a site. A site without one is left alone, and
             `provenance` says so.
         expert_tokens: an expert that fewer tokens reached is left alone, and `provenance` says so.
+        variant: of the ablations, k_mean, k_svd and g_dot score in another way.
 
     Raises:
         ModelError: the probe was made on another model, or a weight was never loaded.
@@ -66,7 +70,8 @@ def score(
                 raise ModelError(
                     f"the weight of {site.place} is not finite", got="NaN or infinity", fix="Load it again."
                 )
-            return scores_from(site, v, mu, reading), from_reading(reading, *weight.shape)
+            scored = rescored(variant, scores_from(site, v, mu, reading), mu, weight)
+            return scored, from_reading(reading, *weight.shape)
 
     # One at a time where a weight has to be fetched, dequantised, or is not the CPU's own.
     at_hand = not isinstance(model, nn.Module) or all(
@@ -84,6 +89,7 @@ def score(
         "sites_without_vector": without,
         "experts_left_alone": too_few,
         "expert_tokens": expert_tokens,
+        "variant": variant,
         "sites_with_zero_vector": [key for key, s in scores.items() if s.v_norm == 0],
     }
     return Scores(scores, fingerprint, provenance)

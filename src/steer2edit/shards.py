@@ -134,8 +134,8 @@ def stored_place(site: Site, stored: Stored, wanted_by: str) -> Place:
         raise FileError(
             f"{stored.name} is not plain floating point",
             got=stored.dtype_name,
-            fix="Use a checkpoint in F32, F16 or BF16; or give the loaded model to score(), which dequantises it, and "
-            "serve the edit as an adapter.",
+            fix="Use a checkpoint in F32, F16 or BF16 (dequantise this one first); or give the loaded model to "
+            "score(), which dequantises it, and serve the edit as an adapter.",
         )
     start, end, shape = stored.start, stored.end, stored.shape
     fused = len(shape) == 3 and site.expert is not None and shape[0] == site.experts

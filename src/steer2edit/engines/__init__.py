@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..intervention import Intervention
+from ..traces import Chat
 
 Progress = Callable[[int, int], None]
 
@@ -48,6 +49,15 @@ class Losses:
 
 
 class Engine(Protocol):
+    """
+    Attributes:
+        slots: rows that run at once; an engine may lower it, and a resumed study sets it to where it was.
+    """
+
+    tokenizer: Any
+    chat: Chat
+    slots: int
+
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]: ...
 
     def begins_thinking(self, ids: Sequence[int]) -> bool:

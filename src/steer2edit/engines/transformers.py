@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..architectures import ARCHITECTURES
 from ..errors import Steer2EditError
 from ..intervention import NOTHING, Intervention, Interventions
+from ..progress import say
 from ..traces import CHAT, THOUGHT, Chat, answer_start, begins_thinking, prompt_tokens
 from ..weights import device_of
 from . import Answer, Losses, Progress, Request
@@ -34,6 +36,7 @@ class TransformersEngine:
 
     Args:
         rows: slots of the decode batch. Part of the batch plan: bf16 results depend on it, fp32 ones in the last bits.
+            `slots` holds what is left of them where memory ran out.
         chat: what the chat template is told; plain text for base models.
     """
 
@@ -45,8 +48,9 @@ class TransformersEngine:
         known = any(whole.model_type in a.model_types for a in ARCHITECTURES)
         # Other layers keep a state of their own (linear attention), and of unknown families it is not known.
         self.slotted = known and set(getattr(self.config, "layer_types", None) or ATTENTION) <= ATTENTION
-        self.stops = _stop_ids(model, tokenizer)
+        self.stops = stop_ids(model, tokenizer)
         self.forward_passes = 0
+        self.logits = LOGITS
 
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
@@ -64,6 +68,8 @@ class TransformersEngine:
         Args:
             requests: prompts of at least one token, each with its row of `table`.
             max_new_tokens: an answer is cut there.
+
+        Where the memory of the device does not do, the rows are halved, for good, and the requests run again.
         """
         if max_new_tokens < 1:
             raise Steer2EditError("no token was asked for", got=max_new_tokens, fix="Ask for at least one new token.")
@@ -71,8 +77,22 @@ class TransformersEngine:
             return []
         longest = max(len(r.ids) for r in requests)
         self._check_length(longest + max_new_tokens)
-        if not self.slotted:
-            return self._generate_in_step(requests, table, max_new_tokens, progress)
+        generate = self._generate_in_slots if self.slotted else self._generate_in_step
+        while True:
+            try:
+                return generate(requests, table, max_new_tokens, progress)
+            except RuntimeError as error:
+                if self.slots == 1 or not should_reduce_batch_size(error):
+                    raise
+            # Outside the handler, whose traceback holds the tensors of the try that failed.
+            self.slots = max(1, min(self.slots, len(requests)) // 2)
+            clear_device_cache(garbage_collection=True)
+            say(f"  out of memory: going on with {self.slots} rows at once")
+
+    def _generate_in_slots(
+        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Progress | None
+    ) -> list[Answer]:
+        longest = max(len(r.ids) for r in requests)
         prefix = _common_prefix([r.ids for r in requests])
         made: list[list[int]] = [[] for _ in requests]
         ended = [False] * len(requests)
@@ -122,16 +142,7 @@ class TransformersEngine:
                     under_way = [len(made[i]) for i in slots if i is not None]
                     whole = len(requests) - len(waiting) - len(under_way)
                     progress(whole + sum(under_way) // max_new_tokens, len(requests))
-        return [self._answer(*one) for one in zip(requests, made, ended, strict=True)]
-
-    def _answer(self, request: Request, ids: Sequence[int], ended: bool) -> Answer:
-        text, raw = (self.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
-        start = answer_start(raw, self.begins_thinking(request.ids))
-        if start and raw != text:  # the tags are special tokens, which the text is without
-            ends = next((i for i in range(len(ids)) if THOUGHT in self.tokenizer.decode(ids[: i + 1])), len(ids))
-            thought = self.tokenizer.decode(ids[: ends + 1], skip_special_tokens=True)
-            start = len(thought) + len(text[len(thought) :]) - len(text[len(thought) :].lstrip())
-        return Answer(tuple(ids), text, ended, start)
+        return [answer_of(self.tokenizer, *one) for one in zip(requests, made, ended, strict=True)]
 
     def begins_thinking(self, ids: Sequence[int]) -> bool:
         return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
@@ -164,7 +175,7 @@ class TransformersEngine:
                 self.forward_passes += out.shape[1] - width
                 for i, made in zip(some, out[:, width:].tolist(), strict=True):
                     end = next((i for i, token in enumerate(made) if token in self.stops), len(made))
-                    answers.append(self._answer(requests[i], made[:end], end < len(made)))
+                    answers.append(answer_of(self.tokenizer, requests[i], made[:end], end < len(made)))
                 if progress:
                     progress(len(answers), len(requests))
         return answers
@@ -182,7 +193,24 @@ class TransformersEngine:
 
         Args:
             pairs: prompt ids and answer ids, neither empty.
+
+        Where the memory of the device does not do, fewer interventions run at once.
         """
+        while True:
+            try:
+                return self._losses(pairs, table, progress)
+            except RuntimeError as error:
+                if self.logits < LOGITS // 1024 or not should_reduce_batch_size(error):
+                    raise
+            self.logits //= 2
+            clear_device_cache(garbage_collection=True)
+
+    def _losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None,
+    ) -> Losses:
         full = [NOTHING, *table]
         kl, nll = torch.zeros(len(pairs), len(full)), torch.zeros(len(pairs), len(full))
         if not pairs:
@@ -191,7 +219,7 @@ class TransformersEngine:
         self._check_length(longest)
         prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
         vocabulary = self.config.vocab_size
-        rows_at_once = max(2, LOGITS // (vocabulary * max(len(a) for _, a in pairs)))
+        rows_at_once = max(2, self.logits // (vocabulary * max(len(a) for _, a in pairs)))
         with Interventions(self.model, full) as running:
             for first in range(0, len(full), rows_at_once):
                 rows = list(range(first, min(first + rows_at_once, len(full))))
@@ -323,7 +351,19 @@ class TransformersEngine:
         return masks if len(types) > 1 else masks.get("sliding_attention", masks["full_attention"])
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def answer_of(tokenizer: Any, request: Request, ids: Sequence[int], ended: bool) -> Answer:
+    """The answer that generated ids are, without the end-of-turn token."""
+    text, raw = (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
+    start = answer_start(raw, begins_thinking(tokenizer.decode(list(request.ids[-8:]))))
+    if start and raw != text:  # the tags are special tokens, which the text is without
+        ends = next((i for i in range(len(ids)) if THOUGHT in tokenizer.decode(ids[: i + 1])), len(ids))
+        thought = tokenizer.decode(ids[: ends + 1], skip_special_tokens=True)
+        start = len(thought) + len(text[len(thought) :]) - len(text[len(thought) :].lstrip())
+    return Answer(tuple(ids), text, ended, start)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a turn, as the model's configurations and the tokenizer name them."""
     found: set[Any] = set()
     for value in (
         getattr(model.generation_config, "eos_token_id", None),

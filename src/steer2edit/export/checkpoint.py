@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bake import Presence, decide, not_finite, patched
+from ..bake import Presence, check_weights, decide, not_finite, patched
+from ..composition import Combination
 from ..edit import Change, Reading, SiteEdit, Sums, Verbs
 from ..errors import EditError, FileError, ModelError
 from ..files import append_jsonl, clear_temporaries, read_journal, sync
 from ..fingerprint import differing, from_reading, signs
 from ..parallel import pool
 from ..progress import say
-from ..shards import Stored, open_shards, stored_name, stored_place
+from ..shards import Stored, open_shards, site_reader, stored_name, stored_place
 from ..sites import Site
 
 JOURNAL = "steer2edit-export.jsonl"
@@ -90,6 +91,7 @@ def export_checkpoint(
     shards = open_shards(base)
     pieces = pieces_of(edit, shards)
     files = checkpoint_files(base)
+    compare(edit, base)
     rest = [name for name in files if name not in shards and Path(name).suffix not in OTHER_WEIGHTS]
     left_out = sorted(set(files) - set(rest) - set(shards))
     if MANIFEST in rest:
@@ -130,14 +132,40 @@ def export_checkpoint(
     return out
 
 
+def compare(edit: Verbs, base: Path) -> None:
+    """Refuses another base by the smallest weight that each part of the edit changes: a glance before the work, which
+    looks at all of them.
+
+    Raises:
+        ModelError: `base` is another model. EditError: the edit is in it already.
+        FileError: it is no `safetensors` checkpoint, or those weights are not plain floating point.
+    """
+    parts = []
+    for part in edit.parts:
+        if edited := part.edited():
+            key = min(edited, key=lambda key: edited[key].site.d * edited[key].site.inputs)
+            known = {key: part.fingerprint[key]} if key in part.fingerprint else {}
+            parts.append(replace(part, sites={key: edited[key]}, fingerprint=known))
+    read = site_reader(base)
+    try:
+        check_weights(Combination(tuple(parts)), read)
+    except EditError:  # the edit seems to be in it: one weight of another base may look so, all of them do not
+        check_weights(edit, read)
+
+
 def pieces_of(edit: Verbs, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[Piece]]:
-    """File → the bytes of each of the edit's sites in it. All of them are looked at, the edited ones changed."""
+    """File → the bytes of each of the edit's sites in it. All of them are looked at, the edited ones changed.
+
+    Left out are sites that the edit leaves alone and that are not plain floating point: those are only copied.
+    """
     tensors = {name: (file, stored) for file, held in shards.items() for name, stored in held.items()}
     found: dict[str, list[Piece]] = {}
     changes = edit.changes()
     for key, site in {key: s.site for part in edit.parts for key, s in part.sites.items()}.items():
         name = stored_name(site, tensors)
         file, stored = tensors[name]
+        if stored.dtype is None and key not in changes:
+            continue
         place = stored_place(site, stored, "the edit")
         label = f"{name}[{site.expert}]" if place.fused else name
         parts = tuple(part.sites.get(key) for part in edit.parts)

@@ -50,21 +50,9 @@ def save_gguf_adapter(edit: Verbs, path: str | Path, model_type: str | None = No
     changes = edit.changes()
     if not changes:
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
-    if experts := [change.site.place for change in changes.values() if change.site.output]:
-        raise EditError(
-            "edits of a mixture of experts are not written for llama.cpp",
-            got=experts[0],
-            fix="Export a checkpoint, and convert that.",
-        )
-    probe: Any = edit.parts[0].provenance.get("probe", {})
-    model_type = model_type or probe.get("model_type")
-    name = ARCHITECTURES.get(model_type or "")
-    if name is None:
-        raise ModelError(
-            "an adapter for llama.cpp cannot be written for this family",
-            got=f"model_type {model_type!r}",
-            fix=f"Known: {', '.join(ARCHITECTURES)}. Otherwise export a checkpoint, and convert that.",
-        )
+    if error := obstacle(edit, model_type):
+        raise error
+    name = ARCHITECTURES[_model_type(edit, model_type)]
     architecture = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(architecture, 1 + max(change.site.layer for change in changes.values()))
     rank = max(len(change.a) for change in changes.values())
@@ -91,3 +79,25 @@ def save_gguf_adapter(edit: Verbs, path: str | Path, model_type: str | None = No
         writer.write_tensors_to_file()
         writer.close()
     return Path(path)
+
+
+def obstacle(edit: Verbs, model_type: str | None = None) -> EditError | ModelError | None:
+    """Why an adapter for llama.cpp cannot hold the edit, or None."""
+    if experts := [change.site.place for change in edit.changes().values() if change.site.output]:
+        return EditError(
+            "edits of a mixture of experts are not written for llama.cpp",
+            got=experts[0],
+            fix="Export a checkpoint, and convert that.",
+        )
+    if _model_type(edit, model_type) not in ARCHITECTURES:
+        return ModelError(
+            "an adapter for llama.cpp cannot be written for this family",
+            got=f"model_type {_model_type(edit, model_type)!r}",
+            fix=f"Known: {', '.join(ARCHITECTURES)}. Otherwise export a checkpoint, and convert that.",
+        )
+    return None
+
+
+def _model_type(edit: Verbs, told: str | None) -> str:
+    probe: Any = edit.parts[0].provenance.get("probe", {})
+    return told or str(probe.get("model_type"))

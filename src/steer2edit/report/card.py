@@ -10,8 +10,9 @@ import yaml
 
 from ..config import Recipe
 from ..edit import Edit
+from ..front import RULES
 from ..models import EMBEDDED, HUB_NAMES
-from .page import markdown_table
+from .page import describe, markdown_table
 
 _PAPER = "[arXiv 2602.09870](https://arxiv.org/abs/2602.09870)"
 _USE = {
@@ -26,6 +27,23 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
 ```""",
+    "gguf": """With llama.cpp, on a GGUF file of BASE:
+
+    llama-cli -m MODEL.gguf --lora adapter.gguf""",
+}
+_USE["steering"] = _USE["checkpoint"]
+_WHAT = {
+    "adapter": "A LoRA adapter",
+    "checkpoint": "A checkpoint",
+    "gguf": "A LoRA adapter for llama.cpp",
+    "steering": "A checkpoint",
+}
+_LIBRARY = {"adapter": "peft", "checkpoint": "transformers", "gguf": "gguf", "steering": "transformers"}
+_TAGS = {
+    "adapter": ["model-editing", "lora"],
+    "checkpoint": ["model-editing"],
+    "gguf": ["model-editing", "lora", "llama-cpp"],
+    "steering": [],
 }
 
 
@@ -35,43 +53,49 @@ def base_name(name: str) -> str:
 
 
 def model_card(recipe: Recipe, edit: Edit, results: Mapping[str, Any], kind: str) -> str:
-    """The card of an exported adapter or checkpoint.
+    """The card of what a run exports.
 
     Args:
         results: a run's `evaluation/results.json`.
-        kind: "adapter" or "checkpoint".
+        kind: "adapter", "checkpoint", "gguf", or "steering": the baseline, as biases of a checkpoint.
     """
     base = base_name(recipe.model.name)
     header = {
         "base_model": base,
-        "base_model_relation": "adapter" if kind == "adapter" else "finetune",
-        "library_name": "peft" if kind == "adapter" else "transformers",
+        "base_model_relation": "adapter" if "lora" in _TAGS[kind] else "finetune",
+        "library_name": _LIBRARY[kind],
         "pipeline_tag": "text-generation",
-        "tags": ["steer2edit", "activation-steering", "model-editing", *(["lora"] if kind == "adapter" else [])],
+        "tags": ["steer2edit", "activation-steering", *_TAGS[kind]],
     }
-    edited = {block: f"{s['edited']} of {s['components']}" for block, s in edit.summary().items()}
     counts: Mapping[str, Any] = edit.provenance.get("probe", {}).get("counts", {})
     told = ", ".join(f"{counts[label]['responses']} {label}" for label in ("positive", "negative") if label in counts)
     allowed = {name: value for name, value in recipe.search.limits.model_dump().items() if value is not None}
-    limits = ", ".join(f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in allowed.items()) or "no limits"
+    limits = ", ".join(f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in allowed.items()) or "none"
+    chosen = f"chosen on validation prompts:\n  {RULES[recipe.search.rule][0]}. Limits: {limits}"
+    steered = kind == "steering"
+    title = "steered" if steered else "edited"
+    became = (
+        "is\nadded to the output of each attention and MLP block, as biases"
+        if steered
+        else "was\nturned into rank-1 edits of single attention heads and MLP neurons"
+    )
+    config = describe(results["systems"]["steering" if steered else "edit"]["config"])
+    made = f"- Hyper-parameters: {config}; {chosen}." if steered else _how(edit, config, chosen)
     quantised = " The model was run with its weights rounded to 4 bits (Q4_1)." if recipe.model.name == EMBEDDED else ""
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
 
-# {recipe.name}: {base}, edited for {recipe.behaviour.name}
+# {recipe.name}: {base}, {title} for {recipe.behaviour.name}
 
-{"A LoRA adapter" if kind == "adapter" else "A checkpoint"} that changes how {base} behaves, made without training.
-A steering vector, the mean activation on responses that show the behaviour minus the mean on those that don't, was
-turned into rank-1 edits of single attention heads and MLP neurons (Steer2Edit, {_PAPER}).
+{_WHAT[kind]} that changes how {base} behaves, made without training.
+A steering vector, the mean activation on responses that show the behaviour minus the mean on those that don't, {became}
+(Steer2Edit, {_PAPER}).
 
 ## How it was made
 
 - Behaviour: {recipe.behaviour.name}. Data: {recipe.data.prompts}; {told or "see the recipe"} responses were probed.
-- Hyper-parameters: ρ_attn {_number(edit.config.get("rho_attn"))}, ρ_mlp {_number(edit.config.get("rho_mlp"))},
-  α {_number(edit.config.get("alpha"))}, strength {edit.strength:g}; chosen on validation prompts: the highest refusal
-  rate within {limits}.
-- Edited: {edited.get("attn", "0")} attention heads, {edited.get("mlp", "0")} MLP neurons. Edit `{edit.id}`.
+{made}
 
 ## What was measured
 
@@ -87,10 +111,12 @@ chosen by the same rule.{quantised}
 ## Intended use and limits
 
 For research on how behaviours are represented and changed. More refusals of harmful requests come with more of
-harmless ones: see the table. The edit was measured on short English requests of one data set, with greedy answers, and
+harmless ones: see the table. It was measured on short English requests of one data set, with greedy answers, and
 is no safeguard by itself. What holds for the base model (its licence, its languages, its limits) holds here too.
 """
 
 
-def _number(value: Any) -> str:
-    return "off" if value is None else f"{value:g}"
+def _how(edit: Edit, config: str, chosen: str) -> str:
+    edited = {block: f"{s['edited']} of {s['components']}" for block, s in edit.summary().items()}
+    return f"""- Hyper-parameters: {config}, strength {edit.strength:g}; {chosen}.
+- Edited: {edited.get("attn", "0")} attention heads, {edited.get("mlp", "0")} MLP neurons. Edit `{edit.id}`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from ..config import Recipe
 from ..edit import Edit
 
 _NAMES = {"base": "original", "steering": "steering", "edit": "edit"}
+_SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ"}
 _COLUMNS = {
     "refusal": "refusal (harmful)",
     "over_refusal": "over-refusal (benign)",
@@ -17,18 +17,21 @@ _COLUMNS = {
     "degenerate": "degenerate",
     "nll_rise": "NLL rise per token",
     "utility_loss": "KL per token",
+    "accuracy": "accuracy (choices)",
 }
 
 
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the test results: mean [95 % interval]."""
-    header = ["on test", *_COLUMNS.values()]
+    sizes = next(iter(results["systems"].values()))
+    # Accuracy is only measured where the recipe names questions.
+    columns = {name: title for name, title in _COLUMNS.items() if name != "accuracy" or sizes[name]["n"]}
+    header = ["on test", *columns.values()]
     rows = []
     for kind, system in results["systems"].items():
-        name = _NAMES[kind] if kind == "base" else f"{_NAMES[kind]} ({describe(system['id'])})"
-        rows.append([name, *(_cell(system[column]) for column in _COLUMNS)])
-    sizes = next(iter(results["systems"].values()))
-    rows.append(["n", *(str(sizes[column]["n"]) for column in _COLUMNS)])
+        name = _NAMES[kind] if kind == "base" else f"{_NAMES[kind]} ({describe(system['config'])})"
+        rows.append([name, *(_cell(system[column]) for column in columns)])
+    rows.append(["n", *(str(sizes[column]["n"]) for column in columns)])
     return header, rows
 
 
@@ -37,13 +40,9 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     return "\n".join([_row(header), _row(["---"] * len(header)), *map(_row, rows)])
 
 
-def describe(name: str) -> str:
-    """`edit-0.2-off-0.1` → `ρ_attn 0.2, ρ_mlp off, α 0.1`."""
-    kind, _, rest = name.partition("-")
-    if kind == "steering":
-        return f"γ {rest}"
-    rho_attn, rho_mlp, alpha = re.split(r"(?<!e)-", rest)  # but not 1e-05
-    return f"ρ_attn {rho_attn}, ρ_mlp {rho_mlp}, α {alpha}"
+def describe(config: Mapping[str, Any]) -> str:
+    """A configuration in words: `ρ_attn 0.2, ρ_mlp off, α 0.1`, or `γ 0.4`."""
+    return ", ".join(f"{_SIGNS.get(name, name)} {'off' if value is None else value}" for name, value in config.items())
 
 
 def _cell(value: Mapping[str, Any]) -> str:
@@ -71,7 +70,22 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         f"On validation, out of {choice['tried']['edit']} edits and {choice['tried']['steering']} steering strengths:"
         f" {choice['rule']}. Limits: {_limits(choice['limits'])}.",
         "",
+        "| on validation | tried | configurations × prompts | hypervolume | on the front |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    for kind in ("edit", "steering"):
+        volume = choice["hypervolume"][kind]
+        cells = [kind, choice["tried"][kind], choice["evaluations"][kind], _cell(volume), len(choice["front"][kind])]
+        lines.append(_row([str(cell) for cell in cells]))
+    lines += [
+        "",
+        f"The hypervolume is the share of refusal from 0 to 1 and KL from 0 to {recipe.search.reference:g} that the"
+        " trials within the limits dominate, with a 95 % bootstrap interval over prompts. "
+        + (f"{choice['discarded']} configurations were discarded." if choice["discarded"] else ""),
+        "",
+    ]
+    if choice["refined"]:
+        lines += [f"The second grid was laid around {choice['refined']['around']}.", ""]
     for kind in ("edit", "steering"):
         c = choice[kind]
         if c is None:
@@ -80,7 +94,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         else:
             over = "not measured" if c["over_refusal"] is None else f"{c['over_refusal']:.2f}"
             lines.append(
-                f"- {kind}: {describe(c['id'])}; on validation refusal {c['refusal']:.2f}, over-refusal {over}."
+                f"- {kind}: {describe(c['config'])}; on validation refusal {c['refusal']:.2f}, over-refusal {over}."
             )
     lines += ["", "![trade-off](figures/trade_off.png)", "", "## The edit", ""]
     for block, s in edit.summary().items():

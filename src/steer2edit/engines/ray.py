@@ -1,0 +1,258 @@
+"""The engine that is spread over machines: replicas of the model as Ray actors, among which a batch is divided.
+
+Only this process asks and tells: it keeps the journal and the study, the replicas make text, losses and sums. A replica
+that dies is started again and its part of the batch made again; a part's result is taken once.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import operator
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from ..config import EnginePlan, Model
+from ..errors import Steer2EditError
+from ..intervention import Intervention
+from ..models import load_tokenizer
+from ..probe import Plan, Sums, checked_pass
+from ..progress import be_quiet, say
+from ..traces import begins_thinking, prompt_tokens
+from . import Answer, Losses, Progress, Request
+from .host import Host
+
+T = TypeVar("T")
+
+
+class Replica:
+    """What an actor holds: a host of the model."""
+
+    def __init__(self, model: dict[str, Any], plan: dict[str, Any], rows: int):
+        be_quiet()
+        self.host = Host(Model.model_validate(model), EnginePlan.model_validate(plan), rows)
+
+    def generate(self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int) -> Any:
+        return self.host.engine.generate(requests, table, max_new_tokens), self.host.engine.slots
+
+    def losses(self, pairs: Sequence[Any], table: Sequence[Intervention]) -> Losses:
+        return self.host.engine.losses(pairs, table)
+
+    def run_pass(self, plan: Plan, which: Sequence[int], batch_tokens: int) -> Sums:
+        return self.host.call(checked_pass, plan, which, batch_tokens)
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        return self.host.call(function, *arguments)
+
+    def set_rows(self, rows: int) -> None:
+        self.host.rows = self.host.engine.slots = rows
+
+
+class RayEngine:
+    """An engine whose rows run on other machines. A context; leaving it lets the replicas go.
+
+    Args:
+        model: which every replica loads from its own disk or from the Hub.
+        plan: how many replicas and what each reserves; the address of a running cluster, "auto" for the one that this
+            machine belongs to, None to start one here.
+        rows: slots of each replica.
+
+    Raises:
+        Steer2EditError: Ray is not installed, or no cluster answers.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: EnginePlan,
+        *,
+        rows: int = 64,
+    ):
+        try:
+            import ray
+        except ImportError:
+            raise Steer2EditError(
+                "spreading over machines needs Ray", got="no such module", fix="pip install 'steer2edit[ray]'"
+            ) from None
+        self._ray = ray
+        if plan.address and ":" in plan.address:
+            _check_address(plan.address)
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            try:
+                ray.init(
+                    address=plan.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+                )
+            except ConnectionError as error:
+                raise _no_cluster(plan.address, error) from None
+        self.tokenizer, self.chat = load_tokenizer(model), model.chat
+        self._slots = rows
+        self._check_room(plan)
+        actor: Any = ray.remote(Replica).options(
+            num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=-1, max_task_retries=3, scheduling_strategy="SPREAD"
+        )
+        told = model.model_dump(mode="json"), plan.model_dump(mode="json")
+        self._replicas = [actor.remote(*told, rows) for _ in range(plan.replicas)]
+
+    def _check_room(self, plan: EnginePlan) -> None:
+        """Ray would wait without a word for what the cluster does not have."""
+        there = self._ray.cluster_resources()
+        for name, each in (("CPU", plan.cpus), ("GPU", plan.gpus)):
+            if each * plan.replicas > there.get(name, 0):
+                raise Steer2EditError(
+                    "the Ray cluster is too small",
+                    got=f"{there.get(name, 0):g} {name}s, {each * plan.replicas:g} for {plan.replicas} replicas",
+                    fix=f"Lower engine.replicas or engine.{name.lower()}s, or add nodes.",
+                )
+            if each * plan.replicas > (free := self._ray.available_resources().get(name, 0)):
+                say(f"  waiting for the Ray cluster: {free:g} of its {there[name]:g} {name}s are free")
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @slots.setter
+    def slots(self, rows: int) -> None:
+        if rows != self._slots:
+            self._slots = rows
+            self._get([replica.set_rows.remote(rows) for replica in self._replicas])
+
+    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
+
+    def begins_thinking(self, ids: Sequence[int]) -> bool:
+        return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """As TransformersEngine.generate; neighbours stay together, since they share their intervention's prefix."""
+        held = self._ray.put(list(table))
+        parts = _parts(len(requests), len(self._replicas))
+        made = self._get(
+            [
+                replica.generate.remote([requests[i] for i in part], held, max_new_tokens)
+                for replica, part in zip(self._replicas, parts, strict=False)
+            ],
+            [len(part) for part in parts],
+            progress,
+        )
+        if made:
+            self.slots = min(slots for _, slots in made)
+        return [answer for answers, _ in made for answer in answers]
+
+    def losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None = None,
+    ) -> Losses:
+        held = self._ray.put(list(table))
+        parts = _parts(len(pairs), len(self._replicas))
+        made = self._get(
+            [
+                replica.losses.remote([pairs[i] for i in part], held)
+                for replica, part in zip(self._replicas, parts, strict=False)
+            ],
+            [len(part) * (1 + len(table)) for part in parts],
+            progress,
+        )
+        if not made:
+            return Losses(torch.zeros(0, len(table)), torch.zeros(0, len(table)), torch.zeros(0))
+        kl, nll, base_nll = ([getattr(m, name) for m in made] for name in ("kl", "nll", "base_nll"))
+        return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
+
+    def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> Sums:
+        """The probe's pass, divided; the parts' fp64 sums are added up."""
+        held = self._ray.put(plan)
+        # Every n-th of the responses by length, so that the parts take equally long.
+        order = sorted(range(len(plan.spans)), key=lambda i: -len(plan.spans[i].ids))
+        parts = [part for n in range(len(self._replicas)) if (part := order[n :: len(self._replicas)])]
+        made = self._get(
+            [
+                replica.run_pass.remote(held, part, batch_tokens)
+                for replica, part in zip(self._replicas, parts, strict=False)
+            ],
+            [len(part) for part in parts],
+            progress,
+        )
+        return functools.reduce(operator.add, made)
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(model, *arguments)` where a model is: on the first replica."""
+        return self._get([self._replicas[0].call.remote(function, *arguments)])[0]
+
+    @property
+    def engine(self) -> RayEngine:
+        return self
+
+    def where(self) -> dict[str, str]:
+        """What runs is elsewhere."""
+        return {}
+
+    def close(self) -> None:
+        for replica in self._replicas:
+            self._ray.kill(replica)
+        if self._ours:
+            self._ray.shutdown()
+        self._replicas = []
+
+    def __enter__(self) -> RayEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _get(self, parts: Sequence[Any], sizes: Sequence[int] = (), progress: Progress | None = None) -> list[Any]:
+        """What the replicas give, in order. Their errors of ours are raised as they were."""
+        waiting, done = list(parts), 0
+        try:
+            while waiting:
+                ready, waiting = self._ray.wait(waiting)
+                self._ray.get(ready)
+                if progress and sizes:
+                    done += sum(sizes[parts.index(part)] for part in ready)
+                    progress(done, sum(sizes))
+            return self._ray.get(list(parts))
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, Steer2EditError):
+                raise cause from None
+            raise
+        except self._ray.exceptions.RayActorError as error:
+            raise Steer2EditError(
+                "a replica died, and again when its work was retried",
+                got=str(error).splitlines()[0],
+                fix="Look at Ray's logs; too little memory is the usual cause. The same command goes on from here.",
+            ) from None
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: Exception) -> Steer2EditError:
+    return Steer2EditError(
+        "no Ray cluster answers",
+        got=f"{address}: {error}",
+        fix="Start one with `ray start --head`, or mend the address.",
+    )
+
+
+def _parts(count: int, parts: int) -> list[range]:
+    """Neighbours together, sizes that differ by one at most, none empty."""
+    ends = [count * i // parts for i in range(parts + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(ends) if b > a]
