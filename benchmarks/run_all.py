@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup.py", "scoring.py", "probe.py", "mixed_batch.py", "export.py")
+SCRIPTS = ("startup.py", "scoring.py", "probe.py", "mixed_batch.py", "study.py", "slots.py", "export.py", "tpe.py")
 
 if __name__ == "__main__":
     for script in SCRIPTS:

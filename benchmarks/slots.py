@@ -1,0 +1,73 @@
+"""What slots gain: tokens/s on 128 prompts whose answers run from a few tokens to 200, against transformers' own
+`generate` in batches of 32. Both stop at the end of the turn and make the same answers.
+
+Run: python benchmarks/slots.py
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
+from steer2edit.engines import Request
+from steer2edit.engines.transformers import TransformersEngine
+from steer2edit.intervention import NOTHING
+from timing import ratio
+from workload import base_model
+
+ROWS, TOKENS = 32, 200
+SHORT = [
+    f"{question} Answer with one word."
+    for question in (
+        "What is the capital of France?", "Is snow white?", "What colour is grass?", "Is water wet?",
+        "How many legs has a dog?", "Which planet do we live on?", "What is two plus two?", "Is the sun hot?",
+    )
+]  # fmt: skip
+
+
+def main() -> None:
+    model, tokenizer = base_model()
+    engine = TransformersEngine(model, tokenizer, rows=ROWS)
+    long = [p.text for p in load_prompts(BUILTIN, "probe", {"benign": 64})]
+    texts = [*long, *(f"{SHORT[i % len(SHORT)]} {'Please. ' * (i // len(SHORT))}".strip() for i in range(64))]
+    random.Random(0).shuffle(texts)
+    ids = [engine.tokens(messages(text, None)) for text in texts]
+    stops = sorted(engine.stops)
+
+    def ours() -> list[tuple[int, ...]]:
+        return [a.ids for a in engine.generate([Request(x) for x in ids], [NOTHING], TOKENS)]
+
+    def theirs() -> list[tuple[int, ...]]:
+        made = []
+        for first in range(0, len(ids), ROWS):
+            some = ids[first : first + ROWS]
+            width = max(map(len, some))
+            batch = torch.tensor([[0] * (width - len(x)) + list(x) for x in some])
+            mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in some])
+            with torch.inference_mode():
+                out = model.generate(
+                    batch,
+                    attention_mask=mask,
+                    max_new_tokens=TOKENS,
+                    do_sample=False,
+                    eos_token_id=stops,
+                    pad_token_id=0,
+                )
+            for row in out[:, width:].tolist():
+                end = next((i for i, token in enumerate(row) if token in engine.stops), len(row))
+                made.append(tuple(row[:end]))
+        return made
+
+    ours_made, theirs_made = ours(), theirs()
+    lengths = sorted(map(len, ours_made))
+    same = sum(a == b for a, b in zip(ours_made, theirs_made, strict=True))
+    print(
+        f"answers of {lengths[0]} to {lengths[-1]} tokens, median {lengths[64]}; {same} of 128 the same on both sides"
+    )
+    ratio(theirs, ours, 3, (">=", 1.3), "tokens/s in slots / tokens/s of transformers' generate in batches of 32")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What a study costs: 32 configurations × 32 prompts in one study, against as many prompts of the plain base model at
+the same batch size, and against one configuration at a time with its weights baked and the model loaded anew.
+
+Each side of the second comparison is timed on its own: the study whole, and a few of the single runs, whose time is
+multiplied up. A single run is a process of its own, as in the published code.
+
+Run: python benchmarks/study.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
+from steer2edit.config import parse_recipe
+from steer2edit.engines import Request
+from steer2edit.engines.transformers import TransformersEngine
+from steer2edit.intervention import NOTHING
+from steer2edit.trials import Bench, edited
+from timing import ratio, report, seconds
+from workload import base_model, scores
+
+ROWS, TOKENS, SINGLE_RUNS = 128, 24, 3
+KINDS = {"harmful": 16, "benign": 16}
+GRID = [(rho, None, alpha) for rho in (0.18, 0.2, 0.22, 0.24, 0.26, 0.3, 0.35, 0.4) for alpha in (0.1, 0.2, 0.3, 0.4)]
+RECIPE = {
+    "name": "benchmark",
+    "model": {"name": "embedded:smollm2-135m-instruct"},
+    "data": {"validation": KINDS, "test": KINDS},
+    "search": {"rho_attn": [0.2], "rho_mlp": [None], "alpha": [0.2]},
+    "evaluation": {"new_tokens": TOKENS, "rows": ROWS, "batch": 1024, "utility_prompts": 8, "utility_tokens": 32},
+}
+# One configuration as the published code runs it: a process, a model, its weights edited, transformers' generate.
+SINGLE = """
+import json, sys, torch
+import steer2edit as s2e
+from steer2edit.models import EMBEDDED
+folder, rho, alpha = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+model, tokenizer = s2e.load_model(EMBEDDED, dtype="float32", device="cpu")
+s2e.Scores.load(folder + "/scores.safetensors").edit(rho_attn=rho, rho_mlp=None, alpha=alpha).apply(model)
+prompts = json.load(open(folder + "/prompts.json"))
+tokenizer.padding_side = "left"
+texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+model.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+"""
+
+
+def main() -> None:
+    model, tokenizer = base_model()
+    recipe, found = parse_recipe(RECIPE), scores()
+    prompts = load_prompts(BUILTIN, "validation", KINDS)
+    engine = TransformersEngine(model, tokenizer, rows=ROWS)
+    tried = [edited(*configuration) for configuration in GRID]
+    ids = [engine.tokens(messages(p.text, None)) for p in prompts]
+
+    def study(with_losses: bool = False) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            asked = prompts if with_losses else [p for p in prompts if p.kind == "harmful"] * 2
+            Bench(engine, {"full": found}, asked, recipe, Path(folder) / "journal.jsonl").run(tried, "0")
+
+    def base() -> None:
+        engine.generate([Request(x) for _ in tried for x in ids], [NOTHING], TOKENS)
+
+    ratio(study, base, 3, ("<=", 1.35), f"{len(tried)} configurations × {len(prompts)} prompts / plain base model")
+    whole = seconds(lambda: study(with_losses=True))
+    print(f"  with the utility loss of 8 answers × 32 tokens under each: {whole:.0f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        found.save(f"{folder}/scores.safetensors")
+        Path(folder, "prompts.json").write_text(json.dumps([messages(p.text, None) for p in prompts]))
+        single = [
+            seconds(
+                lambda g=g: subprocess.run([sys.executable, "-c", SINGLE, folder, str(g[0]), str(g[2])], check=True)
+            )
+            for g in GRID[:SINGLE_RUNS]
+        ]
+    ours = statistics.median([seconds(study) for _ in range(2)])
+    told = f"{statistics.median(single):.1f} s each, {SINGLE_RUNS} of {len(GRID)} run; the study {ours:.0f} s"
+    report(
+        "one at a time, baked and loaded anew / in one study",
+        statistics.median(single) * len(GRID) / ours,
+        (">=", 5),
+        told,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""How TPE compares with the grid: the hypervolume of 60 trials, averaged over three seeds, against the paper's coarse
+grid of 125, in the same space, on the same prompts. A quarter of an hour or more on two cores.
+
+Run: python benchmarks/tpe.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import steer2edit as s2e
+from steer2edit.behaviours.safety import BUILTIN, load_prompts, make_traces
+from steer2edit.config import parse_recipe
+from steer2edit.engines.transformers import TransformersEngine
+from steer2edit.search import run_study, summary
+from steer2edit.trials import Bench
+from timing import report
+from workload import base_model
+
+KINDS = {"harmful": 16, "benign": 8}
+AXIS = [0.1, 0.3, 0.5, 0.7, 0.9]
+
+
+def main() -> None:
+    model, tokenizer = base_model()
+    engine = TransformersEngine(model, tokenizer, rows=128)
+    asked = load_prompts(BUILTIN, "probe", {"harmful": 48, "benign": 48})
+    both: Any = ("benign", "harmful")
+    traces, _ = make_traces(engine, asked, positive="written", negative=both, system=None, new_tokens=48)
+    found = {"full": s2e.score(model, s2e.collect(model, tokenizer, traces))}
+    prompts = load_prompts(BUILTIN, "validation", KINDS)
+
+    def volume(seed: int = 0, **search: Any) -> float:
+        recipe = parse_recipe(
+            {
+                "name": "benchmark",
+                "seed": seed,
+                "model": {"name": "embedded:smollm2-135m-instruct"},
+                "data": {"validation": KINDS, "test": KINDS},
+                "search": {
+                    "rho_attn": AXIS,
+                    "rho_mlp": AXIS,
+                    "alpha": AXIS,
+                    "limits": {"over_refusal": None, "degenerate": 0.25},
+                    **search,
+                },
+                "evaluation": {
+                    "new_tokens": 16,
+                    "rows": 128,
+                    "utility_prompts": 8,
+                    "utility_tokens": 24,
+                    "resamples": 200,
+                },
+            }
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            study = run_study(Bench(engine, found, prompts, recipe, Path(folder) / "journal.jsonl"), recipe)
+        told = summary(study, recipe)["hypervolume"]["edit"]
+        print(
+            f"  {search or 'grid of 125'} seed {seed}: {told['mean']:.3f} [{told['low']:.3f}, {told['high']:.3f}]",
+            flush=True,
+        )
+        return told["mean"]
+
+    grid = volume()
+    drawn = [volume(seed, method="tpe", trials=60, at_once=12) for seed in range(3)]
+    report(
+        "hypervolume of 60 TPE trials, mean of 3 seeds / of the 125-point grid",
+        statistics.mean(drawn) / grid,
+        (">=", 1),
+    )
+
+
+if __name__ == "__main__":
+    main()
