@@ -14,18 +14,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
+from steer2edit.behaviours.safety import BUILTIN, Prompt, load_prompts, messages
 from steer2edit.config import parse_recipe
 from steer2edit.engines import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.intervention import NOTHING
 from steer2edit.trials import Bench, edited
-from timing import ratio, report, seconds
+from timing import report, seconds
 from workload import base_model, scores
 
-ROWS, TOKENS, SINGLE_RUNS = 128, 24, 3
+ROWS, TOKENS, SINGLE_RUNS = 128, 16, 3
 KINDS = {"harmful": 16, "benign": 16}
 GRID = [(rho, None, alpha) for rho in (0.18, 0.2, 0.22, 0.24, 0.26, 0.3, 0.35, 0.4) for alpha in (0.1, 0.2, 0.3, 0.4)]
 RECIPE = {
@@ -47,7 +48,7 @@ prompts = json.load(open(folder + "/prompts.json"))
 tokenizer.padding_side = "left"
 texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
 batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-model.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+model.generate(**batch, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id)
 """
 
 
@@ -59,34 +60,33 @@ def main() -> None:
     tried = [edited(*configuration) for configuration in GRID]
     ids = [engine.tokens(messages(p.text, None)) for p in prompts]
 
-    def study(with_losses: bool = False) -> None:
+    harmful = [p for p in prompts if p.kind == "harmful"] * 2  # without benign ones no losses are measured
+
+    def study(asked: Sequence[Prompt] = harmful) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            asked = prompts if with_losses else [p for p in prompts if p.kind == "harmful"] * 2
             Bench(engine, {"full": found}, asked, recipe, Path(folder) / "journal.jsonl").run(tried, "0")
 
     def base() -> None:
         engine.generate([Request(x) for _ in tried for x in ids], [NOTHING], TOKENS)
 
-    ratio(study, base, 3, ("<=", 1.35), f"{len(tried)} configurations × {len(prompts)} prompts / plain base model")
-    whole = seconds(lambda: study(with_losses=True))
-    print(f"  with the utility loss of 8 answers × 32 tokens under each: {whole:.0f} s")
+    def single(rho: float, alpha: float, folder: str) -> float:
+        return seconds(lambda: subprocess.run([sys.executable, "-c", SINGLE, folder, str(rho), str(alpha)], check=True))
+
+    # Each takes a minute and more: no round is for warming up.
+    ours, plain = [seconds(study)], [seconds(base), seconds(base)]
+    ours.append(seconds(study))
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
+    label = f"{len(tried)} configurations × {len(prompts)} prompts / plain base model"
+    report(label, statistics.mean(ratios), ("<=", 1.35), f"rounds {', '.join(f'{r:.3f}' for r in ratios)}")
     with tempfile.TemporaryDirectory() as folder:
         found.save(f"{folder}/scores.safetensors")
-        Path(folder, "prompts.json").write_text(json.dumps([messages(p.text, None) for p in prompts]))
-        single = [
-            seconds(
-                lambda g=g: subprocess.run([sys.executable, "-c", SINGLE, folder, str(g[0]), str(g[2])], check=True)
-            )
-            for g in GRID[:SINGLE_RUNS]
-        ]
-    ours = statistics.median([seconds(study) for _ in range(2)])
-    told = f"{statistics.median(single):.1f} s each, {SINGLE_RUNS} of {len(GRID)} run; the study {ours:.0f} s"
-    report(
-        "one at a time, baked and loaded anew / in one study",
-        statistics.median(single) * len(GRID) / ours,
-        (">=", 5),
-        told,
-    )
+        Path(folder, "prompts.json").write_text(json.dumps([messages(p.text, None) for p in harmful]))
+        took = statistics.median(single(rho, alpha, folder) for rho, _, alpha in GRID[:SINGLE_RUNS])
+    label = "one at a time, baked and loaded anew / in one study"
+    told = f"{took:.1f} s each, {SINGLE_RUNS} of {len(GRID)} run; the study {statistics.mean(ours):.0f} s"
+    report(label, took * len(GRID) / statistics.mean(ours), (">=", 5), told)
+    whole = seconds(lambda: study(prompts)) / statistics.mean(plain)
+    print(f"with the utility loss of 8 answers × 32 tokens under each / plain base model: {whole:.3f} (no bound)")
 
 
 if __name__ == "__main__":

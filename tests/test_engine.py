@@ -10,7 +10,7 @@ import torch
 from steer2edit.engines import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
-from steer2edit.intervention import NOTHING
+from steer2edit.intervention import NOTHING, steering
 from steer2edit.traces import Chat
 
 Prompts = list[tuple[int, ...]]
@@ -228,3 +228,67 @@ def test_a_chat_prompt_is_the_rendered_template(pico: Any, tokenizer: Any, mergi
     assert tokenizer.decode(engine.tokens([{"role": "user", "content": "Hello"}])) == told
     plain = TransformersEngine(pico(), merging_tokenizer, chat=Chat(plain=True))
     assert merging_tokenizer.decode(plain.tokens([{"role": "user", "content": "Hello"}])) == "Hello"
+
+
+def _short_of_memory(model: Any, monkeypatch: pytest.MonkeyPatch, most: int, message: str) -> list[int]:
+    """Makes the model's attention fail on more rows than `most`, as a device does whose memory is full; what it saw."""
+    seen: list[int] = []
+    forward = model.model.layers[1].forward
+
+    def failing(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(hidden))
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError(message)
+        return forward(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(model.model.layers[1], "forward", failing)
+    return seen
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB.", "MPS backend out of memory (…)"])
+def test_where_memory_runs_out_the_rows_are_halved_for_good_and_the_answers_stay(
+    message: str, pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pico("llama")
+    told = greedy(model, prompts, 6)
+    engine = without_stops(TransformersEngine(model, tokenizer, rows=64))
+    seen = _short_of_memory(model, monkeypatch, 1, message)
+    assert run(engine, prompts, 6) == told
+    assert engine.slots == 1  # 5 requests in 64 slots: then 2 at once, then 1
+    assert max(seen) > 1
+    seen.clear()
+    assert run(engine, prompts, 6) == told
+    assert max(seen) == 1
+
+
+def test_what_does_not_fit_in_one_row_and_what_is_no_lack_of_memory_is_raised(
+    pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pico("llama")
+    engine = without_stops(TransformersEngine(model, tokenizer, rows=4))
+    with monkeypatch.context() as short:
+        _short_of_memory(model, short, 0, "CUDA out of memory.")
+        with pytest.raises(torch.OutOfMemoryError):
+            run(engine, prompts, 6)
+    assert engine.slots == 1
+    engine.slots = 4
+    _short_of_memory(model, monkeypatch, 1, "something else")
+    with pytest.raises(torch.OutOfMemoryError, match="something else"):
+        run(engine, prompts, 6)
+    assert engine.slots == 4
+
+
+def test_losses_take_fewer_interventions_at_once_where_memory_runs_out(
+    pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pico("llama")
+    engine = TransformersEngine(model, tokenizer)
+    vectors = {"0.attn": torch.ones(model.config.hidden_size)}
+    table = [steering(vectors, gamma) for gamma in (0.1, 0.2, 0.3, 0.4)]
+    pairs = [(p, (5, 6, 7)) for p in prompts]
+    told = engine.losses(pairs, table)
+    seen = _short_of_memory(model, monkeypatch, 3, "CUDA out of memory.")  # the base and two more
+    made = engine.losses(pairs, table)
+    assert max(seen) == 5
+    torch.testing.assert_close(made.kl, told.kl, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(made.nll, told.nll, atol=1e-6, rtol=1e-4)

@@ -31,15 +31,18 @@ from transformers import AutoTokenizer
 import steer2edit as s2e
 from conftest import make_tokenizer
 from families import make_family
-from runs import save_pico
+from runs import save_pico, tiny_recipe
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, written_refusals
+from steer2edit.config import parse_recipe
 from steer2edit.engines import Request, vllm_worker
 from steer2edit.engines.server import ServerEngine
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.engines.vllm import VllmEngine
 from steer2edit.errors import ModelError, Steer2EditError
+from steer2edit.files import read_json, read_jsonl
 from steer2edit.intervention import NOTHING, Intervention, Term, steering
 from steer2edit.models import EMBEDDED, embedded_checkpoint, load_model
+from steer2edit.pipeline import Run, run_all
 
 PYTHON = os.environ.get("STEER2EDIT_VLLM_PYTHON")
 
@@ -625,6 +628,23 @@ class TestVllm:
             engine = ServerEngine(url, real.tokenizer, model="edited", rows=20)
             answers = engine.generate([Request(ids) for ids in real.ids], [NOTHING], NEW)
             assert [a.ids for a in answers] == told
+
+    def test_a_run_chooses_what_a_run_with_transformers_chooses(self, tmp_path: Path) -> None:
+        raw = tiny_recipe(EMBEDDED, behaviour__new_tokens=8, search__rho_attn=[0.2, 0.3]).model_dump(mode="json")
+        options = {"max_model_len": 512}
+        for name, engine in (("ours", {}), ("theirs", {"name": "vllm", "python": PYTHON, "options": options})):
+            run_all(Run(tmp_path / name, parse_recipe(raw | {"engine": engine})))
+        ours, theirs = (tmp_path / name for name in ("ours", "theirs"))
+        assert (ours / "traces.jsonl").read_text() == (theirs / "traces.jsonl").read_text()
+        trials = [read_jsonl(folder / "search/trials.jsonl") for folder in (ours, theirs)]
+        for one, other in zip(*trials, strict=True):
+            assert (one["id"], one["flags"]) == (other["id"], other["flags"])
+            assert one["utility_loss"] == pytest.approx(other["utility_loss"], abs=1e-3)
+        assert any(trial["utility_loss"] > 0.01 for trial in trials[0])
+        answers = [(folder / "evaluation/answers.jsonl").read_text() for folder in (ours, theirs)]
+        assert answers[0] == answers[1]
+        stages = read_json(theirs / "manifest.json")["stages"]
+        assert set(stages["search"]["model"]) == {"vllm"}
 
     @staticmethod
     def baked(real: Any, edit: s2e.Edit) -> list[tuple[int, ...]]:

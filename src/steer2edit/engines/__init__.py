@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..intervention import Intervention
-from ..traces import Chat
+from ..traces import Chat, begins_thinking, prompt_tokens
 
 Progress = Callable[[int, int], None]
 
@@ -49,8 +49,10 @@ class Losses:
 
 
 class Engine(Protocol):
-    """
+    """Makes and scores text under interventions.
+
     Attributes:
+        tokenizer, chat: by which prompts become token ids.
         slots: rows that run at once; an engine may lower it, and a resumed study sets it to where it was.
     """
 
@@ -58,11 +60,13 @@ class Engine(Protocol):
     chat: Chat
     slots: int
 
-    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]: ...
+    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        """A prompt's token ids, up to where the answer begins."""
+        return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
 
     def begins_thinking(self, ids: Sequence[int]) -> bool:
         """Whether a prompt ends inside the model's thinking, as some templates make it."""
-        ...
+        return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
 
     def generate(
         self,

@@ -22,8 +22,7 @@ from ..intervention import Intervention
 from ..models import load_tokenizer
 from ..probe import Plan, Sums, checked_pass
 from ..progress import be_quiet, say
-from ..traces import begins_thinking, prompt_tokens
-from . import Answer, Losses, Progress, Request
+from . import Answer, Engine, Losses, Progress, Request
 from .host import Host
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ class Replica:
         self.host.rows = self.host.engine.slots = rows
 
 
-class RayEngine:
+class RayEngine(Engine):
     """An engine whose rows run on other machines. A context; leaving it lets the replicas go.
 
     Args:
@@ -120,12 +119,6 @@ class RayEngine:
         if rows != self._slots:
             self._slots = rows
             self._get([replica.set_rows.remote(rows) for replica in self._replicas])
-
-    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
-
-    def begins_thinking(self, ids: Sequence[int]) -> bool:
-        return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
 
     def generate(
         self,

@@ -13,12 +13,12 @@ from typing import Any
 
 from ..errors import Steer2EditError
 from ..intervention import Intervention
-from ..traces import CHAT, Chat, begins_thinking, prompt_tokens
-from . import Answer, Losses, Progress, Request
+from ..traces import CHAT, Chat
+from . import Answer, Engine, Losses, Progress, Request
 from .transformers import answer_of
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """Makes text with a server. It can only generate, and only under adapters that the server holds: no steering, no
     losses.
 
@@ -50,12 +50,6 @@ class ServerEngine:
         self.slots, self.seconds = rows, seconds
         self.stops = {*stops, tokenizer.eos_token_id} - {None}
         self._key = key
-
-    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
-
-    def begins_thinking(self, ids: Sequence[int]) -> bool:
-        return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
 
     def load_adapter(self, intervention: str, folder: str | Path, name: str | None = None) -> None:
         """Has the server load an adapter that `save_adapter` wrote, for the interventions of that name.

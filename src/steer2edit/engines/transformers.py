@@ -18,9 +18,9 @@ from ..architectures import ARCHITECTURES
 from ..errors import Steer2EditError
 from ..intervention import NOTHING, Intervention, Interventions
 from ..progress import say
-from ..traces import CHAT, THOUGHT, Chat, answer_start, begins_thinking, prompt_tokens
+from ..traces import CHAT, THOUGHT, Chat, answer_start, begins_thinking
 from ..weights import device_of
-from . import Answer, Losses, Progress, Request
+from . import Answer, Engine, Losses, Progress, Request
 from .slots import SlotCache
 
 # Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
@@ -31,7 +31,7 @@ PREFILL = 2048
 ATTENTION = {"full_attention", "sliding_attention"}
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Makes and scores text with a model in this process.
 
     Args:
@@ -51,9 +51,6 @@ class TransformersEngine:
         self.stops = stop_ids(model, tokenizer)
         self.forward_passes = 0
         self.logits = LOGITS
-
-    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
 
     @torch.inference_mode()
     def generate(
@@ -144,9 +141,6 @@ class TransformersEngine:
                     progress(whole + sum(under_way) // max_new_tokens, len(requests))
         return [answer_of(self.tokenizer, *one) for one in zip(requests, made, ended, strict=True)]
 
-    def begins_thinking(self, ids: Sequence[int]) -> bool:
-        return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
-
     def _generate_in_step(
         self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Progress | None
     ) -> list[Answer]:
@@ -196,19 +190,23 @@ class TransformersEngine:
 
         Where the memory of the device does not do, fewer interventions run at once.
         """
+        # Logits of one intervention on the longest answer.
+        each = self.config.vocab_size * max((len(answer) for _, answer in pairs), default=1)
         while True:
+            rows = max(2, min(1 + len(table), self.logits // each))
             try:
-                return self._losses(pairs, table, progress)
+                return self._losses(pairs, table, rows, progress)
             except RuntimeError as error:
-                if self.logits < LOGITS // 1024 or not should_reduce_batch_size(error):
+                if rows == 2 or not should_reduce_batch_size(error):
                     raise
-            self.logits //= 2
+            self.logits = rows // 2 * each
             clear_device_cache(garbage_collection=True)
 
     def _losses(
         self,
         pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
         table: Sequence[Intervention],
+        rows_at_once: int,
         progress: Progress | None,
     ) -> Losses:
         full = [NOTHING, *table]
@@ -218,8 +216,6 @@ class TransformersEngine:
         longest = max(len(p) + len(a) for p, a in pairs)
         self._check_length(longest)
         prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
-        vocabulary = self.config.vocab_size
-        rows_at_once = max(2, self.logits // (vocabulary * max(len(a) for _, a in pairs)))
         with Interventions(self.model, full) as running:
             for first in range(0, len(full), rows_at_once):
                 rows = list(range(first, min(first + rows_at_once, len(full))))

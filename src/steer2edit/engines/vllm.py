@@ -30,8 +30,8 @@ from ..errors import Steer2EditError
 from ..intervention import Intervention, Interventions, Term
 from ..models import empty_model, load_config, local_folder
 from ..sites import find_sites
-from ..traces import CHAT, Chat, begins_thinking, prompt_tokens
-from . import Answer, Losses, Progress, Request
+from ..traces import CHAT, Chat
+from . import Answer, Engine, Losses, Progress, Request
 from .transformers import answer_of, stop_ids
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -52,7 +52,7 @@ class _Ready:
     vectors: str | None = None
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Makes and scores text with a model in a vLLM worker process. A context; the worker ends with it or with us.
 
     Every row of a batch carries its own edit. Rows that steer run apart, one batch for each steering vector, since
@@ -134,12 +134,6 @@ class VllmEngine:
         started = self._process.ask("start", seconds=boot_seconds, options=own | adapters | options, modules=modules)
         self.version: str = started["vllm"]
         self._adaptable = set(started["adaptable"])
-
-    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
-
-    def begins_thinking(self, ids: Sequence[int]) -> bool:
-        return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
 
     def generate(
         self,
