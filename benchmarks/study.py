@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import steer2edit as s2e
 from steer2edit.behaviours.safety import BUILTIN, Prompt, load_prompts, messages
 from steer2edit.config import parse_recipe
 from steer2edit.engines import Request
@@ -24,7 +25,7 @@ from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.intervention import NOTHING
 from steer2edit.trials import Bench, edited
 from timing import report, seconds
-from workload import base_model, scores
+from workload import base_model, probe
 
 ROWS, TOKENS, SINGLE_RUNS = 128, 16, 3
 KINDS = {"harmful": 16, "benign": 16}
@@ -36,14 +37,16 @@ RECIPE = {
     "search": {"rho_attn": [0.2], "rho_mlp": [None], "alpha": [0.2]},
     "evaluation": {"new_tokens": TOKENS, "rows": ROWS, "batch": 1024, "utility_prompts": 8, "utility_tokens": 32},
 }
-# One configuration as the published code runs it: a process, a model, its weights edited, transformers' generate.
+# One configuration as the published code runs it: a process, a model, its weights scored and edited, transformers'
+# generate.
 SINGLE = """
 import json, sys, torch
 import steer2edit as s2e
 from steer2edit.models import EMBEDDED
 folder, rho, alpha = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
 model, tokenizer = s2e.load_model(EMBEDDED, dtype="float32", device="cpu")
-s2e.Scores.load(folder + "/scores.safetensors").edit(rho_attn=rho, rho_mlp=None, alpha=alpha).apply(model)
+scores = s2e.score(model, s2e.Probe.load(folder + "/probe.safetensors"))
+scores.edit(rho_attn=rho, rho_mlp=None, alpha=alpha).apply(model)
 prompts = json.load(open(folder + "/prompts.json"))
 tokenizer.padding_side = "left"
 texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
@@ -54,7 +57,8 @@ model.generate(**batch, max_new_tokens=16, do_sample=False, pad_token_id=tokeniz
 
 def main() -> None:
     model, tokenizer = base_model()
-    recipe, found = parse_recipe(RECIPE), scores()
+    recipe, seen = parse_recipe(RECIPE), probe()
+    found = s2e.score(model, seen)
     prompts = load_prompts(BUILTIN, "validation", KINDS)
     engine = TransformersEngine(model, tokenizer, rows=ROWS)
     tried = [edited(*configuration) for configuration in GRID]
@@ -79,14 +83,12 @@ def main() -> None:
     label = f"{len(tried)} configurations × {len(prompts)} prompts / plain base model"
     report(label, statistics.mean(ratios), ("<=", 1.35), f"rounds {', '.join(f'{r:.3f}' for r in ratios)}")
     with tempfile.TemporaryDirectory() as folder:
-        found.save(f"{folder}/scores.safetensors")
+        seen.save(f"{folder}/probe.safetensors")
         Path(folder, "prompts.json").write_text(json.dumps([messages(p.text, None) for p in harmful]))
         took = statistics.median(single(rho, alpha, folder) for rho, _, alpha in GRID[:SINGLE_RUNS])
     label = "one at a time, baked and loaded anew / in one study"
     told = f"{took:.1f} s each, {SINGLE_RUNS} of {len(GRID)} run; the study {statistics.mean(ours):.0f} s"
     report(label, took * len(GRID) / statistics.mean(ours), (">=", 5), told)
-    whole = seconds(lambda: study(prompts)) / statistics.mean(plain)
-    print(f"with the utility loss of 8 answers × 32 tokens under each / plain base model: {whole:.3f} (no bound)")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ def traces(tokenizer: Any, count: int = 48) -> list[s2e.Trace]:
     return found
 
 
-def scores() -> s2e.Scores:
+def probe() -> s2e.Probe:
     model, tokenizer = base_model()
-    return s2e.score(model, s2e.collect(model, tokenizer, traces(tokenizer, 16)))
+    return s2e.collect(model, tokenizer, traces(tokenizer, 16))
+
+
+def scores() -> s2e.Scores:
+    return s2e.score(base_model()[0], probe())

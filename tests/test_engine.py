@@ -149,7 +149,7 @@ def test_prompts_are_prefilled_in_parts_as_all_at_once(
     admit = engine._admit
     monkeypatch.setattr(engine, "_admit", lambda r, *rest: (sizes.append(len(r)), admit(r, *rest)))
     assert run(engine, prompts, 6) == told
-    assert sizes == ([1] * 5 if at_once == 1 else [2, 2, 1])
+    assert sizes == ([1] * 5 if at_once == 1 else [3, 2])
 
 
 def test_finished_rows_leave_the_batch(pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: Any) -> None:

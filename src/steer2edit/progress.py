@@ -62,11 +62,15 @@ class _Lines:
         self.label, self.every = label, every
         self.started = self.last = time.monotonic()
         self.first: int | None = None
+        self.whole = False
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if self.first is None:
             self.first = done
+        if self.whole:
+            return
+        self.whole = done >= total
         if now - self.last < self.every and done < total:
             return
         if done >= total and now - self.started < 2:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..architectures import ARCHITECTURES
 from ..errors import Steer2EditError
 from ..intervention import NOTHING, Intervention, Interventions
+from ..probe import batches_by_length
 from ..progress import say
 from ..traces import CHAT, THOUGHT, Chat, answer_start, begins_thinking
 from ..weights import device_of
@@ -104,11 +105,9 @@ class TransformersEngine(Engine):
                 free = [i for i, slot in enumerate(slots) if slot is None]
                 if waiting and 4 * len(free) >= len(slots):
                     new = [waiting.pop(0) for _ in free[: len(waiting)]]
-                    for some in _chunks(new, max(1, PREFILL // longest)):
-                        start = new.index(some[0])
-                        self._admit(
-                            [requests[i] for i in some], free[start : start + len(some)], cache, running, shared
-                        )
+                    # Prompts of about the same length together: next to nothing is padding.
+                    for part in batches_by_length([len(requests[i].ids) - len(prefix) for i in new], PREFILL):
+                        self._admit([requests[new[i]] for i in part], [free[i] for i in part], cache, running, shared)
                     for slot, i in zip(free, new, strict=False):
                         slots[slot] = i
                         token[slot], at[slot] = requests[i].ids[-1], len(requests[i].ids) - 1

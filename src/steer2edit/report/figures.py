@@ -29,7 +29,7 @@ def trade_off(trials: Sequence[Mapping[str, Any]], choice: Mapping[str, Any], pa
         base = [t for t in known if t["kind"] == "base"]
         axis.plot(_of(steered, cost), _of(steered, "refusal"), "-o", color=_STEERING, ms=4, lw=1.2, label="steering, γ")
         for t in steered:
-            axis.annotate(f"{t['config']['gamma']:g}", (t[cost], t["refusal"]), fontsize=6, xytext=(3, -8), **_POINTS)
+            axis.annotate(f"{t['config']['gamma']:.2g}", (t[cost], t["refusal"]), fontsize=6, xytext=(3, -8), **_POINTS)
         axis.plot(_of(edits, cost), _of(edits, "refusal"), "*", color=_EDIT, ms=9, label="edits")
         axis.plot(_of(base, cost), _of(base, "refusal"), "s", color=_BASE, ms=6, label="original model")
         chosen = [t for t in known if choice.get(t["kind"]) and t["id"] == choice[t["kind"]]["id"]]

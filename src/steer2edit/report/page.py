@@ -42,7 +42,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 def describe(config: Mapping[str, Any]) -> str:
     """A configuration in words: `ρ_attn 0.2, ρ_mlp off, α 0.1`, or `γ 0.4`."""
-    return ", ".join(f"{_SIGNS.get(name, name)} {'off' if value is None else value}" for name, value in config.items())
+    told = {name: f"{value:.4g}" if name == "gamma" else value for name, value in config.items()}
+    return ", ".join(f"{_SIGNS.get(name, name)} {'off' if value is None else value}" for name, value in told.items())
 
 
 def _cell(value: Mapping[str, Any]) -> str:
