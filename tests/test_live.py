@@ -17,8 +17,6 @@ from steer2edit.report.page import describe, markdown, markdown_table
 from steer2edit.search import Study
 from steer2edit.trials import edited, steered
 
-RECIPE = tiny_recipe()
-
 
 def _trial(candidate: Any, refusal: float, cost: float | None, over_refusal: float | None = 0.125) -> dict[str, Any]:
     return {
@@ -57,7 +55,7 @@ class Terminal(io.StringIO):
 
 
 def _watch(study: Study | None) -> None:
-    with watching(RECIPE) as (progress, told):
+    with watching() as (progress, told):
         progress(3, 40)
         if study:
             told(study)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +20,6 @@ from steer2edit.models import load_model
 pytestmark = [
     pytest.mark.lm_eval,
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),
 ]
 
 QUESTIONS = [f"{words} {number}" for words in ("What is", "Do I bake", "Who wrote", "I am") for number in range(5)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
 from runs import command, tiny_recipe
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
 from steer2edit.files import read_jsonl
-from steer2edit.models import EMBEDDED, load_model
+from steer2edit.models import EMBEDDED, embedded_checkpoint, load_model
 from steer2edit.traces import prompt_tokens
 
 pytestmark = [
@@ -73,3 +75,35 @@ def test_the_real_model_from_prompts_to_an_adapter(
         adapted = PeftModel.from_pretrained(model, str(out / "adapter")).eval()(ids).logits
     assert (adapted - applied).abs().max() < 1e-3
     assert (applied - base).abs().max() > 0.1
+
+
+def test_what_is_exported_answers_as_the_baked_model_in_transformers_and_in_peft(tmp_path: Path) -> None:
+    model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
+    found = load_prompts(BUILTIN, "probe", {"harmful": 8, "benign": 8})
+    answers = {
+        "harmful": ("I'm sorry, but I can't help with that.", "positive"),
+        "benign": ("Sure! Here it is.", "negative"),
+    }
+    scores = s2e.score(model, s2e.collect(model, tokenizer, [s2e.Trace(p.text, *answers[p.kind]) for p in found]))
+    edit = scores.edit(rho_attn=0.3, rho_mlp=0.6, alpha=0.3)
+    prompts = load_prompts(BUILTIN, "test", {"harmful": 10, "benign": 10})
+    ids = [torch.tensor([prompt_tokens(tokenizer, messages(p.text, None))]) for p in prompts]
+
+    def tokens(of: Any) -> list[list[int]]:
+        with torch.inference_mode():
+            return [
+                of.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False)[
+                    0
+                ].tolist()
+                for x in ids
+            ]
+
+    base = tokens(model)
+    folder = s2e.export_checkpoint(embedded_checkpoint(), edit, tmp_path / "edited")
+    edit.save_adapter(tmp_path / "adapter")
+    edit.apply(model)
+    baked = tokens(model)
+    edit.revert(model)
+    assert sum(a != b for a, b in zip(baked, base, strict=True)) >= 10
+    assert tokens(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()) == baked
+    assert tokens(PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()) == baked

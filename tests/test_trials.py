@@ -402,3 +402,12 @@ def test_losses_come_from_the_nll_and_not_from_the_kl(tmp_path: Path) -> None:
     )
     rows = _run(engine, tmp_path / "j.jsonl")
     assert (rows[1]["utility_loss"], rows[1]["nll_rise"]) == (0.25, 2.0)
+
+
+def test_a_resumed_bench_goes_on_with_the_rows_that_memory_had_left(tmp_path: Path) -> None:
+    first = FakeEngine()
+    first.slots = 2  # of 8, as an engine has it that ran out of memory
+    _run(first, tmp_path / "journal.jsonl")
+    again = FakeEngine()
+    _run(again, tmp_path / "journal.jsonl")
+    assert (again.slots, again.asked) == (2, [])

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from .config import Recipe, Variant
 from .edit import Edit, Scores
 from .errors import FileError, RecipeError
-from .files import clear_temporaries, read_json, read_jsonl, remove, sha256, write_json, write_jsonl, write_text
-from .progress import megabytes, say, showing
+from .export.stage import CARD, EXPORTS, export
+from .files import clear_temporaries, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
+from .progress import say, showing
 
 if TYPE_CHECKING:
     from .behaviours.safety import Prompt, Split
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from .trials import Bench
 
 MANIFEST = "manifest.json"
-# The model card of an export; a checkpoint comes with the base's, and the report writes its own over it.
-CARD = "README.md"
 
 
 class Run:
@@ -139,11 +138,7 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     text = prompts if prompts.startswith("builtin:") else _digest(prompts)
     search = r["search"]
     asked = recipe.data.questions
-    questions = (
-        None
-        if asked is None
-        else [r["data"]["questions"], sha256(asked.file) if Path(asked.file).is_file() else "missing"]
-    )
+    questions = None if asked is None else [r["data"]["questions"], _digest(asked.file)]
     plan = {k: v for k, v in r["evaluation"].items() if k != "resamples"}
     parts: dict[str, Any] = {
         "traces": [
@@ -262,7 +257,7 @@ def _search(run: Run) -> list[str]:
     from .search import run_study
 
     bench = run.bench("search", "validation", "search")
-    with watching(run.recipe) as (progress, told):
+    with watching() as (progress, told):
         study = run_study(bench, run.recipe, progress, told)
     for row in study.discarded:
         say(f"  discarded: {row['id']}, {row['why']}")
@@ -292,89 +287,6 @@ def _edit(run: Run) -> list[str]:
     other = steered["id"] if steered else "no steering strength within the limits"
     say(f"  chosen on validation: {chosen['id']}, {other}")
     return ["edit.safetensors", "choice.json"]
-
-
-def _export(run: Run) -> list[str]:
-    from .export.adapter import obstacle
-
-    edit = Edit.load(run.path("edit.safetensors"))
-    for old in EXPORTS:
-        remove(run.path(old))
-    wanted: set[str] = set(run.recipe.exports)
-    not_written: dict[str, str] = {}
-    if "adapter" in wanted and (reason := obstacle(edit)):
-        not_written["adapter"] = (
-            f"PEFT cannot hold this edit ({reason}): a checkpoint is written in the adapter's place"
-        )
-        wanted |= {"checkpoint"}
-    if run.recipe.model.name.endswith(".gguf"):
-        reason = f"a GGUF file is no safetensors checkpoint (got: {run.recipe.model.name}). Export an adapter instead."
-        not_written |= {kind: f"no {kind}: {reason}" for kind in ("checkpoint", "steering") if kind in wanted}
-    for kind in EXPORTS:
-        if kind in wanted and kind not in not_written and (reason := EXPORTS[kind](run, edit)):
-            not_written[kind] = f"no {kind}: {reason}"
-    for reason in not_written.values():
-        say(f"  {reason}")
-    told = {kind: {"not_written": not_written[kind]} if kind in not_written else {"folder": kind} for kind in EXPORTS}
-    write_json(run.path("exports.json"), {kind: told[kind] for kind in EXPORTS if kind in wanted})
-    files = [f for kind in EXPORTS for f in sorted(run.path(kind).rglob("*")) if f.is_file()]
-    cards = [run.path(f"{kind}/{CARD}") for kind in EXPORTS]
-    return ["exports.json", *(str(f.relative_to(run.folder)) for f in files if f not in cards)]
-
-
-def _adapter(run: Run, edit: Edit) -> None:
-    from .models import HUB_NAMES
-
-    name = run.recipe.model.name
-    edit.save_adapter(run.path("adapter"), base=HUB_NAMES.get(name, name))
-    if any(site.site.expert is not None for site in edit.edited().values()):
-        say("  the experts' edits are LoRAs of fused parameters (target_parameters); PEFT mixes none in a batch")
-
-
-def _checkpoint(run: Run, edit: Edit) -> None:
-    from .export.checkpoint import export_checkpoint
-    from .models import local_folder
-
-    folder = local_folder(run.recipe.model.name, run.recipe.model.revision)
-    with showing("checkpoint, MB") as progress:
-        export_checkpoint(folder, edit, run.path("checkpoint"), progress=megabytes(progress))
-
-
-def _gguf(run: Run, edit: Edit) -> str | None:
-    from .export.gguf import obstacle, save_gguf_adapter
-
-    if error := obstacle(edit):
-        return str(error)
-    save_gguf_adapter(edit, run.path("gguf/adapter.gguf"))
-    return None
-
-
-def _steering(run: Run, edit: Edit) -> str | None:
-    from .errors import ModelError
-    from .export.bias import export_steering
-    from .models import local_folder
-    from .trials import steering_vectors
-    from .variants import FULL
-
-    chosen = read_json(run.path("choice.json"))["steering"]
-    if chosen is None:
-        return "no steering strength was chosen: none was tried, or none stays within the limits on validation."
-    folder = local_folder(run.recipe.model.name, run.recipe.model.revision)
-    vectors = steering_vectors(run.scores[FULL])
-    try:
-        export_steering(folder, vectors, chosen["config"]["gamma"], run.path("steering"))
-    except ModelError as error:  # few architectures have a place for the biases
-        return str(error)
-    return None
-
-
-# What the export stage writes, each into a folder of its own; why it does not, if it does not.
-EXPORTS: dict[str, Callable[[Run, Edit], str | None]] = {
-    "adapter": _adapter,
-    "checkpoint": _checkpoint,
-    "gguf": _gguf,
-    "steering": _steering,
-}
 
 
 def _evaluate(run: Run) -> list[str]:
@@ -473,7 +385,7 @@ STAGES: dict[str, Callable[[Run], list[str]]] = {
     "score": _score,
     "search": _search,
     "edit": _edit,
-    "export": _export,
+    "export": export,
     "evaluate": _evaluate,
     "report": _report,
 }

@@ -241,7 +241,7 @@ def collect(
     plan = plan_pass(
         tokenizer, [*positive, *negative], chat=chat, part=part, positions=positions, max_tokens=max_tokens
     )
-    sums = (checked_pass if check else run_pass)(model, plan, None, batch_tokens, progress)
+    sums = run_pass(model, plan, None, batch_tokens, progress, check)
     return probe_of(plan, sums, {"batch_tokens": batch_tokens})
 
 
@@ -335,30 +335,24 @@ def _added(one: Mapping[K, Tensor], other: Mapping[K, Tensor]) -> dict[K, Tensor
     return {key: sum(of[key] for of in (one, other) if key in of) for key in {**one, **other}}  # type: ignore[misc]
 
 
-def checked_pass(
-    model: nn.Module,
-    plan: Plan,
-    which: Sequence[int] | None,
-    batch_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Sums:
-    """As `run_pass`, after doctor's self-check if this model has not passed it yet."""
-    self_check(model)
-    return run_pass(model, plan, which, batch_tokens, progress)
-
-
 def run_pass(
     model: nn.Module,
     plan: Plan,
     which: Sequence[int] | None,
     batch_tokens: int,
     progress: Callable[[int, int], None] | None = None,
+    check: bool = True,
 ) -> Sums:
     """Runs a plan's responses, or some of them, through the model.
+
+    Args:
+        check: run doctor's self-check first, if this model has not passed it yet.
 
     Raises:
         ProbeError: an activation is not finite.
     """
+    if check:
+        self_check(model)
     which = range(len(plan.spans)) if which is None else which
     sites = find_sites(model)
     device = device_of(model)

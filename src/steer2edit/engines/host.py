@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..config import EnginePlan, Model
 from ..models import load_section, load_tokenizer, local_folder
-from ..probe import Plan, Sums, checked_pass
+from ..probe import Plan, Sums, run_pass
 from ..progress import say
 from ..weights import device_of
 from . import Engine, Progress
@@ -73,7 +73,7 @@ class Host:
 
     def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> Sums:
         """The probe's pass over all of a plan."""
-        return self.call(checked_pass, plan, None, batch_tokens, progress)
+        return self.call(run_pass, plan, None, batch_tokens, progress)
 
     def where(self) -> dict[str, str]:
         """What runs: the model's dtype and device, or vLLM's version."""

@@ -20,7 +20,7 @@ from ..config import EnginePlan, Model
 from ..errors import Steer2EditError
 from ..intervention import Intervention
 from ..models import load_tokenizer
-from ..probe import Plan, Sums, checked_pass
+from ..probe import Plan, Sums, run_pass
 from ..progress import be_quiet, say
 from . import Answer, Engine, Losses, Progress, Request
 from .host import Host
@@ -42,7 +42,7 @@ class Replica:
         return self.host.engine.losses(pairs, table)
 
     def run_pass(self, plan: Plan, which: Sequence[int], batch_tokens: int) -> Sums:
-        return self.host.call(checked_pass, plan, which, batch_tokens)
+        return self.host.call(run_pass, plan, which, batch_tokens)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         return self.host.call(function, *arguments)

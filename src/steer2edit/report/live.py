@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..config import Recipe
 from ..front import pareto
 from ..progress import Progress, columns, is_quiet, say, showing
 from .page import describe
@@ -23,7 +22,7 @@ _ROWS = 8
 
 
 @contextlib.contextmanager
-def watching(recipe: Recipe) -> Iterator[tuple[Progress, Told]]:
+def watching() -> Iterator[tuple[Progress, Told]]:
     """Gives what to call with (steps done, in all), and what to call with the study after each round."""
     if is_quiet() or not sys.stderr.isatty():
         with showing(_LABEL) as progress:
