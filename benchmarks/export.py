@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import steer2edit as s2e
-from steer2edit.files import remove
-from steer2edit.probe import Probe
-from steer2edit.sites import Site
+from steer2edit.files.writing import remove
+from steer2edit.method.site import Site
+from steer2edit.probing.probe import Probe
 from timing import ratio, report
 
 D, HEADS, NEURONS, VOCABULARY = 4096, 32, 14336, 32000

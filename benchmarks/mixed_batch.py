@@ -8,7 +8,7 @@ from __future__ import annotations
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
 from steer2edit.engines import Request
 from steer2edit.engines.transformers import TransformersEngine
-from steer2edit.intervention import NOTHING
+from steer2edit.method.intervention import NOTHING
 from timing import ratio
 from workload import base_model, scores
 

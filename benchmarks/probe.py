@@ -13,9 +13,9 @@ import sys
 import torch
 
 import steer2edit as s2e
-from steer2edit.probe import batches_by_length
-from steer2edit.sites import module_of
-from steer2edit.traces import response_span
+from steer2edit.models.sites import module_of
+from steer2edit.probing.collect import batches_by_length
+from steer2edit.probing.spans import response_span
 from timing import ratio, report
 from workload import base_model, traces
 

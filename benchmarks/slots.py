@@ -14,7 +14,7 @@ import torch
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
 from steer2edit.engines import Request
 from steer2edit.engines.transformers import TransformersEngine
-from steer2edit.intervention import NOTHING
+from steer2edit.method.intervention import NOTHING
 from timing import report, seconds
 from workload import base_model
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import steer2edit as s2e
 from steer2edit.behaviours.safety import BUILTIN, Prompt, load_prompts, messages
-from steer2edit.config import parse_recipe
 from steer2edit.engines import Request
 from steer2edit.engines.transformers import TransformersEngine
-from steer2edit.intervention import NOTHING
-from steer2edit.trials import Bench, edited
+from steer2edit.method.intervention import NOTHING
+from steer2edit.recipe import parse_recipe
+from steer2edit.search.bench import Bench
+from steer2edit.search.candidates import edited
 from timing import report, seconds
 from workload import base_model, probe
 
@@ -42,7 +43,7 @@ RECIPE = {
 SINGLE = """
 import json, sys, torch
 import steer2edit as s2e
-from steer2edit.models import EMBEDDED
+from steer2edit.models.embedded import EMBEDDED
 folder, rho, alpha = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
 model, tokenizer = s2e.load_model(EMBEDDED, dtype="float32", device="cpu")
 scores = s2e.score(model, s2e.Probe.load(folder + "/probe.safetensors"))

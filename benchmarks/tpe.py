@@ -13,10 +13,10 @@ from typing import Any
 
 import steer2edit as s2e
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, make_traces
-from steer2edit.config import parse_recipe
 from steer2edit.engines.transformers import TransformersEngine
-from steer2edit.search import run_study, summary
-from steer2edit.trials import Bench
+from steer2edit.recipe import parse_recipe
+from steer2edit.search.bench import Bench
+from steer2edit.search.study import run_study, summary
 from timing import report
 from workload import base_model
 

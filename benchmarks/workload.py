@@ -7,7 +7,7 @@ from typing import Any
 
 import steer2edit as s2e
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, written_refusals
-from steer2edit.models import EMBEDDED
+from steer2edit.models.embedded import EMBEDDED
 
 
 @cache

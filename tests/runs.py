@@ -13,13 +13,14 @@ import torch
 
 from conftest import make_pico, make_tokenizer
 from steer2edit import cli, progress
-from steer2edit.config import Recipe, parse_recipe
-from steer2edit.edit import Scores, read, score_site
+from steer2edit.edits import Scores
 from steer2edit.engines import Answer, Losses, Request
-from steer2edit.fingerprint import from_reading, signs
-from steer2edit.intervention import Intervention
-from steer2edit.sites import Site
-from steer2edit.traces import Chat
+from steer2edit.method.fingerprint import from_reading, signs
+from steer2edit.method.intervention import Intervention
+from steer2edit.method.scores import read, score_site
+from steer2edit.method.site import Site
+from steer2edit.probing.chat import Chat
+from steer2edit.recipe import Recipe, parse_recipe
 
 
 class Characters:

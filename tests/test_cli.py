@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from runs import command, save_pico, tiny_recipe
-from steer2edit.config import Recipe, load_recipe, shipped_recipes
-from steer2edit.pipeline import STAGES, Run, run_all
+from steer2edit.pipeline.run import Run
+from steer2edit.pipeline.stages import STAGES, run_all
 from steer2edit.progress import be_quiet
+from steer2edit.recipe import Recipe, load_recipe, shipped_recipes
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from pydantic import TypeAdapter
 
 import steer2edit as s2e
 from families import FAMILIES
-from steer2edit.architectures import ARCHITECTURES, Architecture
-from steer2edit.config import Recipe, Section
-from steer2edit.doctor import families
+from steer2edit.files.schema import Section
+from steer2edit.models.architectures import ARCHITECTURES, Architecture
+from steer2edit.models.inventory import families
+from steer2edit.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "add_a_family.md").read_text(encoding="utf-8")

@@ -20,10 +20,13 @@ from torch import Tensor
 
 import oracle
 import steer2edit as s2e
-from steer2edit.edit import Scores, SiteEdit, input_direction, magnitudes, output_direction, read, score_site
+from steer2edit.edits import Scores
 from steer2edit.errors import EditError, FileError
-from steer2edit.files import read_tensors, write_tensors
-from steer2edit.sites import Site
+from steer2edit.files.tensors import read_tensors, write_tensors
+from steer2edit.method.change import SiteEdit
+from steer2edit.method.scores import read, score_site
+from steer2edit.method.site import Site
+from steer2edit.method.theorems import input_direction, magnitudes, output_direction
 
 seeds = st.integers(0, 2**32 - 1)
 

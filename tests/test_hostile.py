@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 import steer2edit as s2e
 from conftest import make_tokenizer, make_traces
 from families import make_family
-from steer2edit.composition import Combination, combine
+from steer2edit.edits import Combination, combine, load_any
 from steer2edit.errors import FileError, Steer2EditError
-from steer2edit.store import load_any
 
 KINDS = ("probe", "scores", "edit", "combination")
 LOADERS: dict[str, Callable[[Path], Any]] = {

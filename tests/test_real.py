@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 import steer2edit as s2e
 from runs import command, tiny_recipe
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
-from steer2edit.files import read_jsonl
-from steer2edit.models import EMBEDDED, embedded_checkpoint, load_model
-from steer2edit.traces import prompt_tokens
+from steer2edit.files.reading import read_jsonl
+from steer2edit.models.embedded import EMBEDDED, embedded_checkpoint
+from steer2edit.models.load import load_model
+from steer2edit.probing.chat import prompt_tokens
 
 pytestmark = [
     pytest.mark.real,

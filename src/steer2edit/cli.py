@@ -20,12 +20,17 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe keys to override, like search.steering=[0.1,0.2].")]
+
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub id, folder or .gguf file in place of the recipe's.")
 ]
+
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs/NAME by default.")]
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
 
 
@@ -58,14 +63,14 @@ def main() -> None:
 def _open(recipe: str, overrides: list[str] | None, model: str | None, out: Path | None, quiet: bool) -> Any:
     import json
 
-    from .config import load_recipe
     from .progress import be_quiet
+    from .recipe import load_recipe
 
     be_quiet(quiet)
     # An override's value is YAML, a name is a text whatever it looks like.
     changes = [*(overrides or []), *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     parsed = load_recipe(recipe, changes)
-    from .pipeline import Run  # after the recipe, so that a mistake there is told at once
+    from .pipeline.run import Run  # after the recipe, so that a mistake there is told at once
 
     return Run(out or Path("runs") / parsed.name, parsed)
 
@@ -90,8 +95,9 @@ def demo(overrides: Overrides = None, out: Out = None, quiet: Quiet = False, jso
 
 
 def _run_and_show(run: Any, json: bool) -> None:
-    from .files import read_jsonl
-    from .pipeline import load_results, run_all
+    from .files.reading import read_jsonl
+    from .pipeline.run import load_results
+    from .pipeline.stages import run_all
 
     run_all(run)
     results = load_results(run.folder)
@@ -118,7 +124,7 @@ def _stage(name: str, help: str) -> None:
     def command(
         recipe: RecipeName, overrides: Overrides = None, model: ModelName = None, out: Out = None, quiet: Quiet = False
     ) -> None:
-        from .pipeline import run_stage
+        from .pipeline.stages import run_stage
 
         opened = _open(recipe, overrides, model, out, quiet)
         run_stage(opened, name, recipe)
@@ -128,12 +134,19 @@ def _stage(name: str, help: str) -> None:
 
 
 _stage("traces", "Stage 1: make the traces, responses that show the behaviour and responses that don't.")
+
 _stage("probe", "Stage 2: run the traces through the model once and keep each site's means.")
+
 _stage("score", "Stage 3: score every attention head and neuron.")
+
 _stage("search", "Stage 4: try the recipe's edits and steering strengths on validation.")
+
 _stage("edit", "Stage 5: choose one of each by the recipe's rule and write the edit.")
+
 _stage("export", "Stage 6: write the edit for other tools.")
+
 _stage("evaluate", "Stage 7: measure original, steering and edit on test.")
+
 _stage("report", "Stage 8: draw the figures and write the report.")
 
 
@@ -145,11 +158,11 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what is in a probe, scores, an edit or a run."""
-    from .inspection import describe, show
+    from .report.inspection import describe, show
 
     found = describe(file, top)
     if picture is not None:
-        from .edit import Edit
+        from .edits import Edit
         from .report.figures import heat_map
 
         edit_file = file / "edit.safetensors" if file.is_dir() else file
@@ -179,11 +192,13 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say whether a model is supported, what would be edited, what not and why, and what each stage needs."""
-    from .config import Model, load_recipe, parse, shipped_recipes
+    from .engines.plan import Model
     from .errors import ModelError
+    from .files.schema import parse
+    from .recipe import load_recipe, shipped_recipes
 
     if families:
-        from .doctor import families as table
+        from .models.inventory import families as table
 
         print(table())
         return
@@ -194,9 +209,12 @@ def doctor(
     else:
         options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype, "device": device}
         section = parse(Model, {"name": model, **options})
-    from .architectures import describe_as
-    from .doctor import examine, self_check, show
-    from .models import empty_model, load_config, load_section
+    from .engines.plan import load_section
+    from .models.architectures import describe_as
+    from .models.inventory import examine
+    from .models.load import empty_model, load_config
+    from .models.selfcheck import self_check
+    from .report.doctor import show
 
     if weights:
         loaded, _ = load_section(section)
@@ -234,14 +252,15 @@ def apply_edits(
 ) -> None:
     """Write edit files as a checkpoint, an adapter, a GGUF adapter or one edit file; no recipe is needed."""
     from .errors import EditError
+    from .method.site import BLOCKS
     from .progress import be_quiet, say
-    from .sites import BLOCKS
 
     be_quiet(quiet)
     chosen = _layers(layers)
     if blocks is not None and blocks not in BLOCKS:
         raise EditError("no such block type", got=blocks, fix=f"Use one of {', '.join(BLOCKS)}, or leave --blocks out.")
-    from .export.artefact import KINDS, gather, meetings, write
+    from .edits import meetings
+    from .pipeline.apply import KINDS, gather, write
 
     if kind not in KINDS:
         raise EditError("an edit cannot be written as that", got=f"--as {kind}", fix=f"Use one of {', '.join(KINDS)}.")
@@ -274,8 +293,8 @@ def apply_edits(
 def _layers(text: str | None) -> range | None:
     import re
 
-    from .config import layers_of
     from .errors import EditError
+    from .search.candidates import layers_of
 
     if text is None:
         return None
@@ -295,8 +314,8 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check, bit by bit, that a checkpoint is the base with the edit in it and nothing else; exit code 1 if not."""
-    from .audit import verify as check
-    from .store import load_any
+    from .artefacts.audit import verify as check
+    from .edits import load_any
 
     found = check(base, load_any(edit), edited)
     if json:
@@ -319,7 +338,7 @@ def diff(
     json: Json = False,
 ) -> None:
     """Say what differs between two checkpoints, and whether it is a rank-1 edit of heads and neurons."""
-    from .audit import diff as compare
+    from .artefacts.audit import diff as compare
 
     found = compare(base, edited, top)
     if json:
@@ -327,7 +346,7 @@ def diff(
         return
     from rich.console import Console
 
-    from .inspection import show
+    from .report.inspection import show
 
     for row in found["sites"]:
         row["largest"] = ", ".join(f"{i}: {lam:+.2f}" for i, lam in row["largest"])
@@ -341,9 +360,9 @@ def recipes(
     json: Json = False,
 ) -> None:
     """List the shipped recipes, or copy one to change it."""
-    from .config import shipped_recipes
     from .errors import FileError, RecipeError
-    from .files import write_text
+    from .files.writing import write_text
+    from .recipe import shipped_recipes
 
     shipped = shipped_recipes()
     if copy is None:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+
 R = TypeVar("R")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Progress = Callable[[int, int], None]
+
 _quiet = False
 
 

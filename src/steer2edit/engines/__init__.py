@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..intervention import Intervention
-from ..traces import Chat, begins_thinking, prompt_tokens
+from ..method.intervention import Intervention
+from ..probing.chat import Chat, begins_thinking, prompt_tokens
 
 Progress = Callable[[int, int], None]
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ..config import EnginePlan, Model
-from ..models import load_section, load_tokenizer, local_folder
-from ..probe import Plan, Sums, run_pass
+from ..engines import Engine, Progress
+from ..models.load import local_folder
+from ..models.weights import device_of
+from ..probing.collect import Plan, Sums, run_pass
 from ..progress import say
-from ..weights import device_of
-from . import Engine, Progress
+from .plan import EnginePlan, Model, load_section, load_tokenizer
 
 T = TypeVar("T")
 

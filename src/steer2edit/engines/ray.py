@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config import EnginePlan, Model
+from ..engines import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
-from ..intervention import Intervention
-from ..models import load_tokenizer
-from ..probe import Plan, Sums, run_pass
+from ..method.intervention import Intervention
+from ..probing.collect import Plan, Sums, run_pass
 from ..progress import be_quiet, say
-from . import Answer, Engine, Losses, Progress, Request
 from .host import Host
+from .plan import EnginePlan, Model, load_tokenizer
 
 T = TypeVar("T")
 

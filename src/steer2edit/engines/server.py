@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..engines import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
-from ..intervention import Intervention
-from ..traces import CHAT, Chat
-from . import Answer, Engine, Losses, Progress, Request
+from ..method.intervention import Intervention
+from ..probing.chat import CHAT, Chat
 from .transformers import answer_of
 
 

@@ -14,20 +14,23 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from ..architectures import ARCHITECTURES
+from ..engines import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
-from ..intervention import NOTHING, Intervention, Interventions
-from ..probe import batches_by_length
+from ..method.intervention import NOTHING, Intervention
+from ..models.architectures import ARCHITECTURES
+from ..models.hooks import Interventions
+from ..models.weights import device_of
+from ..probing.chat import CHAT, THOUGHT, Chat, answer_start, begins_thinking
+from ..probing.collect import batches_by_length
 from ..progress import say
-from ..traces import CHAT, THOUGHT, Chat, answer_start, begins_thinking
-from ..weights import device_of
-from . import Answer, Engine, Losses, Progress, Request
 from .slots import SlotCache
 
 # Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
 LOGITS = 64_000_000
+
 # Tokens of prompts that are run at once: enough to fill the cores, few enough to stay in a CPU's cache.
 PREFILL = 2048
+
 # Layers whose state is keys and values, a position each: what the slots can hold.
 ATTENTION = {"full_attention", "sliding_attention"}
 

@@ -25,18 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import Architecture, describe_as
+from ..engines import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
-from ..intervention import Intervention, Interventions, Term
-from ..models import empty_model, load_config, local_folder
-from ..sites import find_sites
-from ..traces import CHAT, Chat
-from . import Answer, Engine, Losses, Progress, Request
+from ..method.intervention import Intervention, Term
+from ..models.architectures import Architecture, describe_as
+from ..models.hooks import Interventions
+from ..models.load import empty_model, load_config, local_folder
+from ..models.sites import find_sites
+from ..probing.chat import CHAT, Chat
 from .transformers import answer_of, stop_ids
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
+
 # Log-probabilities of the base model that the worker holds at once while scoring: 16 M numbers, 64 MB in fp32.
 _HELD = 16_000_000
+
 # What the engine sets itself, since its results depend on it.
 _OURS = {
     "model", "worker_extension_cls", "enforce_eager", "skip_tokenizer_init", "generation_config", "disable_log_stats",

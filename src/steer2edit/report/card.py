@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
-from ..config import Recipe
-from ..edit import Edit
-from ..front import RULES
-from ..models import EMBEDDED, HUB_NAMES
+from ..edits import Edit
+from ..models.embedded import EMBEDDED, HUB_NAMES
+from ..recipe import Recipe
+from ..search.front import RULES
 from .page import describe, markdown_table
 
 _PAPER = "[arXiv 2602.09870](https://arxiv.org/abs/2602.09870)"
+
 _USE = {
     "adapter": """```python
 from peft import PeftModel
@@ -31,14 +32,18 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
 
     llama-cli -m MODEL.gguf --lora adapter.gguf""",
 }
+
 _USE["steering"] = _USE["checkpoint"]
+
 _WHAT = {
     "adapter": "A LoRA adapter",
     "checkpoint": "A checkpoint",
     "gguf": "A LoRA adapter for llama.cpp",
     "steering": "A checkpoint",
 }
+
 _LIBRARY = {"adapter": "peft", "checkpoint": "transformers", "gguf": "gguf", "steering": "transformers"}
+
 _TAGS = {
     "adapter": ["model-editing", "lora"],
     "checkpoint": ["model-editing"],

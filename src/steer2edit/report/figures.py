@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..edit import Edit
-from ..files import replacing
+from ..edits import Edit
+from ..files.writing import replacing
 
 _STEERING, _EDIT, _BASE = "#c44e52", "#1f5fa8", "#555555"
 

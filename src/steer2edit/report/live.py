@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..front import pareto
 from ..progress import Progress, columns, is_quiet, say, showing
+from ..search.front import pareto
 from .page import describe
 
 if TYPE_CHECKING:
-    from ..search import Study
+    from ..search.study import Study
 
 Told = Callable[["Study"], None]
+
 _LABEL = "search"
+
 # Rows of the front that are shown, spread evenly over it.
 _ROWS = 8
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import Recipe
-from ..edit import Edit
+from ..edits import Edit
+from ..recipe import Recipe
 
 _NAMES = {"base": "original", "steering": "steering", "edit": "edit"}
+
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ"}
+
 _COLUMNS = {
     "refusal": "refusal (harmful)",
     "over_refusal": "over-refusal (benign)",

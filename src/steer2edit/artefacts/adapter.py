@@ -1,0 +1,101 @@
+"""An edit as a PEFT LoRA adapter: ΔW = u aᵀ is a LoRA of rank 1, exactly; several combined are one of their number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..edits import Verbs
+from ..errors import EditError
+from ..files.writing import replacing_folder
+from ..method.site import Site
+
+_NOTE = "steer2edit.json"
+
+
+def save_adapter(edit: Verbs, folder: str | Path, base: str | None = None) -> Path:
+    """Writes `adapter_model.safetensors` and `adapter_config.json`, fp32, scaling 1, of the rank of the edit.
+
+    Sites of an edited block type that the edit leaves alone get a zero row, so that PEFT finds every tensor it expects.
+    Experts that share one 3-D parameter become a LoRA of that parameter (PEFT's `target_parameters`).
+
+    Args:
+        base: the base model's name or path for `base_model_name_or_path`; the probe's model if None.
+
+    Raises:
+        FileError: `folder` holds something that is no adapter of ours.
+        EditError: every λ is 0, so that there is nothing to write, or PEFT cannot hold the edit.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    changes = edit.changes()
+    if not changes:
+        raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
+    if reason := obstacle(edit):
+        raise EditError(
+            "PEFT cannot hold this edit", got=reason, fix="Export a checkpoint instead (export_checkpoint)."
+        )
+    blocks = {change.site.block for change in changes.values()}
+    everywhere = {key: s.site for part in edit.parts for key, s in part.sites.items()}
+    sites = {key: site for key, site in everywhere.items() if site.block in blocks}
+    rank = max(len(change.a) for change in changes.values())
+    tensors: dict[str, Tensor] = {}
+    for key, site in sites.items():
+        name, experts = f"base_model.model.{site.module}", site.experts or 1
+        a = tensors.setdefault(f"{name}.lora_A.weight", torch.zeros(experts * rank, site.inputs))
+        b = tensors.setdefault(f"{name}.lora_B.weight", torch.zeros(site.d, rank * experts))
+        if change := changes.get(key):
+            # Of a fused parameter PEFT keeps the rows expert by expert, and the columns rank by rank.
+            at, own = site.expert or 0, len(change.a)
+            a.view(experts, rank, -1)[at, :own] = change.a
+            b.view(-1, rank, experts)[:, :own, at] = change.u
+    if base is None:
+        base = edit.parts[0].provenance.get("probe", {}).get("model")
+    modules, parameters = _targets(edit, list(everywhere.values()), list(sites.values()))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # scaling 1
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base,
+        fan_in_fan_out=any(site.transposed and site.expert is None for site in sites.values()),
+        target_modules=modules,
+        target_parameters=parameters or None,
+    )
+    with replacing_folder(folder, ours=_NOTE) as temporary:
+        save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
+        config.save_pretrained(str(temporary))
+        parts = [{"id": p.id, "config": dict(p.config), "strength": p.strength} for p in edit.parts]
+        note = {"edit": edit.id, "parts": parts}
+        (temporary / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def obstacle(edit: Verbs) -> str | None:
+    """Why PEFT cannot hold the edit, or None."""
+    alone = [change.site.place for change in edit.changes().values() if change.site.experts == 1]
+    return f"a fused parameter of one expert ({alone[0]})" if alone else None
+
+
+def _targets(edit: Verbs, everywhere: Sequence[Site], sites: Sequence[Site]) -> tuple[list[str], list[str]]:
+    """LoraConfig's target_modules and target_parameters."""
+    # In a model with experts PEFT takes every module called down_proj for the experts' old name, so that all of the MLP
+    # sites are named as parameters there.
+    moe = any(site.experts is not None for site in sites)
+    by_parameter = [site for site in sites if moe and site.block == "mlp"]
+    by_module = [site for site in sites if site not in by_parameter]
+    # By its last name where a block type is edited in every layer and nothing else has that name, else by the full one.
+    others = {site.module.rsplit(".", 1)[-1] for site in everywhere if site not in by_module}
+    short = {site.module.rsplit(".", 1)[-1] for site in by_module}
+    layers = {block: [s.layer for s in by_module if s.block == block] for block in {s.block for s in by_module}}
+    whole = all(sorted(found) == list(range(edit.parts[0].layers)) for found in layers.values())
+    towers = any("language_model" in site.module for site in by_module)  # a vision tower has projections of its own
+    names = short if whole and not towers and not short & others else {site.module for site in by_module}
+    return sorted(names), sorted({f"{site.module}.{site.parameter}" for site in by_parameter})

@@ -1,0 +1,246 @@
+"""What was changed in a checkpoint: `verify` compares it with the base and the edit, bit by bit; `diff` recovers the
+edit from base and checkpoint alone. Neither builds a model or holds more than a few tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..edits import Verbs
+from ..files.reading import sha256
+from ..files.shards import Stored, checkpoint_reader, open_shards
+from ..method.change import patched
+from ..method.site import Site
+from ..method.theorems import input_direction
+from ..models.sites import find_sites
+from ..parallel import in_parallel
+from .checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, Piece, checkpoint_files, pieces_of
+from .places import upright
+
+# Files that an export adds, that only say where the tensors are, or that are for people: a card of its own.
+_OURS = {MANIFEST, JOURNAL, "model.safetensors.index.json", "README.md"}
+
+
+def verify(base: str | Path, edit: Verbs, edited: str | Path) -> dict[str, Any]:
+    """Whether a checkpoint is the base with the edit in it, and nothing else.
+
+    Returns:
+        tensors: name → "equal", "edited as told", "foreign" (of another content), "missing" or "extra".
+        files: the same for all files that hold no tensors. counts: how many of each. as_told: whether every tensor and
+            every file is equal or edited as told, and every edited one is.
+
+    Raises:
+        FileError: a folder is not a `safetensors` checkpoint. ModelError: the edit is another model's.
+    """
+    base, edited = Path(base), Path(edited)
+    ours, theirs = open_shards(base), open_shards(edited)
+    here, there = _by_name(ours), _by_name(theirs)
+    pieces: dict[str, list[Piece]] = {}
+    for some in pieces_of(edit, ours).values():
+        for piece in some:
+            pieces.setdefault(piece.tensor, []).append(piece)
+    read, read_edited = checkpoint_reader(base), checkpoint_reader(edited)
+
+    def one(name: str) -> str:
+        if name not in there:
+            return "missing"
+        a, b = here[name], there[name]
+        if (a.shape, a.dtype_name) != (b.shape, b.dtype_name):
+            return "foreign"
+        mine, other = read(name), read_edited(name)
+        changed = [p for p in pieces.get(name, []) if p.change]
+        if not changed:
+            return "equal" if _same(mine, other) else "foreign"
+        return (
+            "edited as told"
+            if all(_as_told(p, mine, other) for p in changed) and _rest(changed, mine, other)
+            else "foreign"
+        )
+
+    tensors = dict(zip(here, in_parallel(one, here), strict=True))
+    tensors |= dict.fromkeys(there.keys() - here.keys(), "extra")
+    files = _files(base, edited, {*ours, *theirs})
+    bad = {"foreign", "missing", "extra"}
+    return {
+        "kind": "verify",
+        "edit": edit.id,
+        "tensors": tensors,
+        "files": files,
+        "counts": {word: list(tensors.values()).count(word) for word in dict.fromkeys(tensors.values())},
+        "as_told": not bad & {*tensors.values(), *files.values()} and "edited as told" in tensors.values(),
+    }
+
+
+def _by_name(shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, Stored]:
+    return {name: stored for held in shards.values() for name, stored in held.items()}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Byte for byte: a NaN is itself, and 0 is not −0."""
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _part(piece: Piece, tensor: Tensor) -> Tensor:
+    """The site's weight [d, n·c] in the tensor that holds it."""
+    expert = piece.site.expert
+    fused = tensor.dim() == 3 and expert is not None
+    return upright(piece.site, tensor[expert] if fused else tensor, fused)
+
+
+def _as_told(piece: Piece, mine: Tensor, other: Tensor) -> bool:
+    assert piece.change is not None
+    columns = piece.change.columns()
+    a, b = _part(piece, mine), _part(piece, other)
+    for start in range(0, len(a), 256):
+        told = a[start : start + 256].clone()
+        rows = slice(start, start + len(told))
+        told[:, columns] = patched(told[:, columns], piece.change, columns, rows)
+        if not _same(told, b[rows]):
+            return False
+    return True
+
+
+def _rest(changed: Iterable[Piece], mine: Tensor, other: Tensor) -> bool:
+    """Of a tensor of several experts: whether those that the edit leaves alone are the base's."""
+    if mine.dim() != 3:
+        return True
+    edited = {piece.site.expert for piece in changed}
+    return all(_same(mine[i], other[i]) for i in range(len(mine)) if i not in edited)
+
+
+def _files(base: Path, edited: Path, shards: set[str]) -> dict[str, str]:
+    here, there = (
+        {name for name in checkpoint_files(folder) if name not in shards | _OURS} for folder in (base, edited)
+    )
+    found = dict.fromkeys(sorted(there - here), "extra")
+    for name in sorted(here):
+        if name not in there:
+            found[name] = "missing"
+        else:
+            found[name] = "equal" if sha256(base / name) == sha256(edited / name) else "foreign"
+    # An export leaves out weights in other formats, and says so in its manifest.
+    left_out = _left_out(edited)
+    return {name: word for name, word in found.items() if word != "missing" or name not in left_out}
+
+
+def _left_out(edited: Path) -> set[str]:
+    from ..files.reading import read_json
+
+    if not (edited / MANIFEST).is_file():
+        return set()
+    manifest = read_json(edited / MANIFEST)
+    names = manifest.get("left_out") if isinstance(manifest, dict) else None
+    names = names if isinstance(names, list) else []
+    return {name for name in names if isinstance(name, str) and Path(name).suffix in OTHER_WEIGHTS}
+
+
+def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
+    """What differs between two checkpoints of one shape, and whether it is a component edit of rank 1.
+
+    For a weight that differs, D = W' − W is compared with u aᵀ, the best of rank 1. What is left over is measured
+    against the rounding that the files' dtype explains. λ_i = a_i·k̂_i with k̂_i = W_iᵀu/‖W_iᵀu‖, whatever u's sign. Of
+    a neuron (c = 1) k̂_i is ±1, so that any change of rank 1 of an MLP's weight is aligned: the heads tell more.
+
+    Returns:
+        sites: for each weight of a site that differs: its key and tensor, `rank` (how many singular values stand out of
+            the rounding), `share` of ‖D‖² in the first, `rounding` (the share of ‖D‖² that rounding explains),
+            `aligned` (mean |cos(a_i, k̂_i)|, weighted by ‖a_i‖²), `components` changed, the `largest` λ, the verdict.
+        others: names of other tensors that differ. verdict: whether all that differs is a component edit of rank 1.
+
+    Raises:
+        FileError: a folder is not a `safetensors` checkpoint. ModelError: the model is not supported.
+    """
+    from ..models.load import empty_model, load_config
+
+    base, edited = Path(base), Path(edited)
+    here, there = _by_name(open_shards(base)), _by_name(open_shards(edited))
+    read, read_edited = checkpoint_reader(base), checkpoint_reader(edited)
+    sites: dict[str, list[Site]] = {}
+    for site in find_sites(empty_model(load_config(base))):
+        name = next((n for n in (site.tensor, *site.aliases) if n in here), None)
+        if name is not None:
+            sites.setdefault(name, []).append(site)
+
+    def one(name: str) -> list[dict[str, Any]] | str | None:
+        if name not in there or (here[name].shape, here[name].dtype) != (there[name].shape, there[name].dtype):
+            return name
+        mine, other = read(name), read_edited(name)
+        if _same(mine, other):
+            return None
+        if name not in sites or here[name].dtype is None:
+            return name
+        return list(_sites(sites[name], mine, other, top))
+
+    rows: list[dict[str, Any]] = []
+    others = sorted(there.keys() - here.keys())
+    for result in in_parallel(one, here):
+        if isinstance(result, str):
+            others.append(result)
+        elif result:
+            rows += result
+    order = {site.key: i for i, site in enumerate(s for some in sites.values() for s in some)}
+    rows.sort(key=lambda row: order[row["site"]])
+    return {
+        "kind": "diff",
+        "sites": rows,
+        "others": others,
+        "verdict": bool(rows) and not others and all(row["verdict"] == "rank-1 component edit" for row in rows),
+    }
+
+
+def _sites(sites: Iterable[Site], mine: Tensor, other: Tensor, top: int) -> Iterator[dict[str, Any]]:
+    for site in sites:
+        fused = mine.dim() == 3 and site.expert is not None
+        a, b = (upright(site, t[site.expert] if fused else t, fused) for t in (mine, other))
+        if not _same(a, b):
+            yield {"site": site.key, "tensor": site.tensor} | recover(site, a, b, top)
+
+
+def recover(site: Site, W: Tensor, edited: Tensor, top: int = 5) -> dict[str, Any]:
+    """The rank-1 edit between two weights [d, n·c]: see `diff`."""
+    w = W.float()
+    D = edited.float() - w
+    power = float(D.double().square().sum())
+    if not 0 < power < float("inf"):
+        nothing = {"rank": 0, "share": 0.0, "rounding": 0.0, "aligned": 0.0, "components": 0, "largest": []}
+        return nothing | {"verdict": "not finite" if power else "only signs of zeros"}
+    # Rounding to the nearest moves a number by up to half a step, evenly: a variance of step²/12.
+    steps = 2.0 ** torch.frexp(edited.float()).exponent.double() * torch.finfo(edited.dtype).eps / 2
+    changed = (D != 0).any(dim=0)
+    spread = steps[:, changed].square() / 12 if edited.dtype is not torch.float32 else torch.zeros(1, 1)
+    noise = float(spread.sum()) + 1e-12 * power
+    u, s, v = torch.svd_lowrank(D, q=min(6, *D.shape), niter=4)
+    u, a = u[:, 0], s[0] * v[:, 0]
+    left = max(0.0, power - float(s[0]) ** 2)
+    # The largest singular value of noise alone is at most about the root of its strongest row and column.
+    strongest = sum(float(spread.sum(dim=dim).max()) ** 0.5 for dim in (0, 1))
+    floor = 3**0.5 * strongest + 1e-5 * float(s[0])
+    along = (u @ w).view(site.n, site.width)
+    k, _ = input_direction(along)
+    rows = a.view(site.n, site.width)
+    lam = (rows * k).sum(dim=1)  # [n]
+    sizes = rows.square().sum(dim=1)
+    cosines = lam.abs() / rows.norm(dim=1).clamp_min(1e-30)
+    aligned = float((cosines * sizes).sum() / sizes.sum())
+    touched = changed.view(site.n, site.width).any(dim=1)
+    # At most a few times what rounding explains, and what it may explain is not all there is.
+    is_one = left <= 3 * noise + 1e-6 * power and float(s[0]) ** 2 > noise
+    if not is_one:
+        verdict = "no edit of rank 1" if power > 4 * noise else "lost in rounding"
+    else:
+        verdict = "rank-1 component edit" if aligned > 0.9 else "rank 1, not along what drives the components"
+    largest = [(int(i), float(lam[i])) for i in lam.abs().topk(min(top, site.n)).indices if touched[i]]
+    return {
+        "rank": int((s > floor).sum()),
+        "share": float(s[0]) ** 2 / power,
+        "rounding": min(1.0, noise / power),
+        "aligned": aligned,
+        "components": int(touched.sum()),
+        "largest": largest,
+        "verdict": verdict,
+    }

@@ -1,0 +1,131 @@
+"""Scores and edits on disk: `safetensors` files, fp32, with the sites and the configuration in the header."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..edits import Edit, Scores
+from ..errors import EditError, FileError
+from ..files.tensors import read_tensors, write_tensors
+from ..method.change import SiteEdit
+from ..method.fingerprint import SKETCHES
+from ..method.scores import SiteScores
+from ..method.site import Site
+
+if TYPE_CHECKING:
+    from ..edits import Combination
+
+FORMAT = 1
+
+SCORES = ("u", "k", "g", "reach")
+
+EDIT = (*SCORES, "lam")
+
+
+def save_scores(scores: Scores, path: str | Path) -> None:
+    header = {"v_norm": {key: s.v_norm for key, s in scores.sites.items()}, "provenance": dict(scores.provenance)}
+    tensors, sites = _packed(scores.sites, SCORES, scores.fingerprint)
+    write_tensors(path, tensors, {"kind": "scores", "format": FORMAT, "sites": sites} | header)
+
+
+def load_scores(path: str | Path) -> Scores:
+    tensors, header = read_tensors(path, "scores")
+    with _whole(path, "scores"):
+        sites, fingerprint = _unpacked(tensors, header["sites"], SCORES)
+        norms = {key: float(header["v_norm"][key]) for key in sites}
+        if not all(0 <= norm < math.inf for norm in norms.values()):
+            raise ValueError("a norm that is not finite")
+        rows = {key: SiteScores(**row, v_norm=norms[key]) for key, row in sites.items()}
+        return Scores(rows, fingerprint, dict(header["provenance"]))
+
+
+def save_edit(edit: Edit, path: str | Path) -> None:
+    tensors, header = _packed_edit(edit)
+    write_tensors(path, tensors, {"kind": "edit", "format": FORMAT} | header)
+
+
+def load_edit(path: str | Path) -> Edit:
+    tensors, header = read_tensors(path, "edit")
+    with _whole(path, "edit"):
+        return _unpacked_edit(tensors, header)
+
+
+def save_combination(combination: Combination, path: str | Path) -> None:
+    packed = [_packed_edit(edit) for edit in combination.edits]
+    tensors = {f"{i}/{name}": tensor.clone() for i, (own, _) in enumerate(packed) for name, tensor in own.items()}
+    write_tensors(path, tensors, {"kind": "combination", "format": FORMAT, "edits": [header for _, header in packed]})
+
+
+def load_combination(path: str | Path) -> Combination:
+    from ..edits import combine
+
+    tensors, header = read_tensors(path, "combination")
+    with _whole(path, "combination"):
+        edits = []
+        for i, own in enumerate(header["edits"]):
+            mine = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{i}/")}
+            edits.append(_unpacked_edit(mine, own))
+        return combine(*edits)
+
+
+def _packed_edit(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, sites = _packed(edit.sites, EDIT, edit.fingerprint)
+    header = {"config": dict(edit.config), "provenance": dict(edit.provenance), "strength": edit.strength}
+    return tensors, {"sites": sites} | header
+
+
+def _unpacked_edit(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Edit:
+    sites, fingerprint = _unpacked(tensors, header["sites"], EDIT)
+    rows = {key: SiteEdit(**row) for key, row in sites.items()}
+    provenance = dict(header["provenance"])
+    layers, probe = provenance.get("layers", 0), provenance.get("probe", {})
+    if type(layers) is not int or not 0 <= layers < 2**20 or not isinstance(probe, dict):
+        raise ValueError("a provenance of another kind")
+    edit = Edit(rows, dict(header["config"]), fingerprint, provenance)
+    return edit.with_strength(float(header["strength"]))
+
+
+def _packed(
+    sites: Mapping[str, Any], fields: tuple[str, ...], fingerprint: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    tensors = {f"{key}.{name}": getattr(row, name).float() for key, row in sites.items() for name in fields[1:]}
+    # v is the block's, and so is u: kept once for all the experts of a block, where they have the same one.
+    for key, row in sites.items():
+        u = row.u.float()
+        if not torch.equal(tensors.setdefault(f"{row.site.block_key}.u", u), u):
+            tensors[f"{key}.u"] = u
+    tensors |= {f"{key}.sketch": value for key, value in fingerprint.items()}
+    return tensors, [row.site.to_json() for row in sites.values()]
+
+
+def _unpacked(
+    tensors: Mapping[str, Tensor], sites: list[dict[str, Any]], fields: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for site in map(Site.from_json, sites):
+        shapes = {"u": (site.d,), "k": (site.n, site.width), "g": (site.n,), "reach": (site.n,), "lam": (site.n,)}
+        row = {name: tensors[f"{site.key}.{name}"] for name in fields[1:]}
+        row["u"] = tensors.get(f"{site.key}.u", tensors[f"{site.block_key}.u"])
+        for name in fields:
+            if row[name].shape != shapes[name]:
+                raise ValueError(f"tensor {site.key}.{name} should have shape {shapes[name]}")
+        rows[site.key] = {"site": site} | row
+    sketches = {key: tensors[f"{key}.sketch"] for key in rows if f"{key}.sketch" in tensors}
+    if any(sketch.shape != (SKETCHES + 1,) for sketch in sketches.values()):
+        raise ValueError("a sketch of another size")
+    return rows, sketches
+
+
+@contextlib.contextmanager
+def _whole(path: str | Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, EditError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise FileError(f"{path} is not a whole {kind} file", got=repr(error), fix="Make it anew.") from None

@@ -1,0 +1,390 @@
+"""Scores, edits and combinations of edits, with all that can be done with them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .artefacts.store import load_combination, load_edit
+from .errors import EditError
+from .files.tensors import read_header
+from .method.change import Change, SiteEdit
+from .method.fingerprint import differing
+from .method.scores import SiteScores
+from .method.site import BLOCKS
+from .method.theorems import check_budget, magnitudes
+from .method.variants import FULL, SCORED, VARIANTS
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+    from .method.intervention import Intervention
+    from .models.bake import Applied
+
+
+@dataclass(frozen=True)
+class Combination(Verbs):
+    """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and taken out as one edit of rank r is."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def parts(self) -> tuple[Edit, ...]:
+        return self.edits
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(" ".join(edit.id for edit in self.edits).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        from .artefacts.store import save_combination
+
+        save_combination(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Combination:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        from .artefacts.store import load_combination
+
+        return load_combination(path)
+
+    def changes(self) -> dict[str, Change]:
+        found: dict[str, list[Change]] = {}
+        for edit in self.edits:
+            for key, change in edit.changes().items():
+                found.setdefault(key, []).append(change)
+        return {
+            key: Change(some[0].site, torch.cat([c.u for c in some], dim=1), torch.cat([c.a for c in some]))
+            for key, some in found.items()
+        }
+
+
+def combine(*edits: Edit) -> Combination:
+    """Edits as one.
+
+    Raises:
+        EditError: there is none, two are the same, or they were made on other models.
+    """
+    if not edits or len({edit.id for edit in edits}) < len(edits):
+        raise EditError(
+            "edits cannot be combined",
+            got="none" if not edits else "the same edit twice",
+            fix="Give edits that differ.",
+        )
+    for first, edit in itertools.combinations(edits, 2):
+        for key in first.sites.keys() & edit.sites.keys():
+            a, b = first.sites[key].site, edit.sites[key].site
+            known = all(key in e.fingerprint for e in (first, edit))
+            stranger = known and differing({key: first.fingerprint[key]}, {key: edit.fingerprint[key]})
+            if (a.d, a.n, a.width) != (b.d, b.n, b.width) or stranger:
+                raise EditError(
+                    "edits of different models cannot be combined",
+                    got=f"site {key}: {a.d} × {a.n} × {a.width} and {b.d} × {b.n} × {b.width}, or other weights",
+                    fix="Combine edits that were scored on the same base.",
+                )
+    return Combination(edits)
+
+
+def interference(one: Edit, other: Edit) -> dict[str, Any]:
+    """How two edits get into each other's way, before they are combined.
+
+    Returns:
+        sites: for each site that both change, the cosine of their directions u, of their rows a, and of their ΔW (the
+            product of the two); how many components both change, and how many of those they push opposite ways
+            (⟨ΔW_i, ΔW'_i⟩ < 0). shared, opposed: those counts over all sites; opposed_share: their ratio.
+    """
+    rows: list[dict[str, Any]] = []
+    for key in one.edited().keys() & other.edited().keys():
+        a, b = one.sites[key], other.sites[key]
+        directions = float(torch.nn.functional.cosine_similarity(a.u, b.u, dim=0))
+        sign = 1 if one.strength * other.strength > 0 else -1
+        along = (a.lam * b.lam * (a.k * b.k).sum(dim=1)) * directions * sign  # [n]
+        both = (a.lam != 0) & (b.lam != 0)
+        cos_rows = sign * float(torch.nn.functional.cosine_similarity(a.row, b.row, dim=0))
+        rows.append(
+            {
+                "site": key,
+                "cos u": directions,
+                "cos row": cos_rows,
+                "cos ΔW": directions * cos_rows,
+                "shared": int(both.sum()),
+                "opposed": int((both & (along < 0)).sum()),
+            }
+        )
+    order = list(one.sites)
+    rows.sort(key=lambda row: order.index(row["site"]))
+    shared, opposed = (sum(row[name] for row in rows) for name in ("shared", "opposed"))
+    return {"sites": rows, "shared": shared, "opposed": opposed, "opposed_share": opposed / shared if shared else 0.0}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of every site, from which any (ρ, α) gives an edit by a soft threshold.
+
+    Attributes:
+        sites: site key → its scores, in the model's order.
+        fingerprint: site key → sketch of the base's weight.
+        provenance: of the probe, and of the vectors if they were given.
+    """
+
+    sites: Mapping[str, SiteScores]
+    fingerprint: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _blocks(self) -> dict[str, Tensor]:
+        # A block type's g as one vector: one more configuration costs one soft threshold.
+        by_block = {block: [s.g for s in self.sites.values() if s.site.block == block] for block in BLOCKS}
+        return {block: torch.cat(g) for block, g in by_block.items() if g}
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        # Where a site's components begin in its block type's vector.
+        starts, next_one = {}, dict.fromkeys(BLOCKS, 0)
+        for key, s in self.sites.items():
+            starts[key] = next_one[s.site.block]
+            next_one[s.site.block] += s.site.n
+        return starts
+
+    def edit(self, *, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
+        """The edit of one configuration; ρ = None switches a block type off.
+
+        Raises:
+            EditError: ρ ≤ 0 or α outside [0, 1).
+        """
+        rho = {"attn": rho_attn, "mlp": rho_mlp}
+        for value in rho.values():
+            check_budget(value, alpha)
+        lam = {block: magnitudes(g, rho[block], alpha) for block, g in self._blocks.items()}
+        config = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
+        config = {name: None if value is None else float(value) for name, value in config.items()}
+        return Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
+
+    def save(self, path: str | Path) -> None:
+        from .artefacts.store import save_scores
+
+        save_scores(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        from .artefacts.store import load_scores
+
+        return load_scores(path)
+
+
+class Verbs(ABC):
+    """What can be done with an edit, or with several combined; each verb only calls the module that does the work."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Edit, ...]:
+        """The edits that it is made of."""
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """A short hash of what it does."""
+
+    @abstractmethod
+    def changes(self) -> dict[str, Change]:
+        """Site key → what changes there, of the sites that change."""
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which the model answers as if edited; no weight is touched."""
+        from .models.hooks import intervening
+
+        return intervening(model, self.intervention(), edit=self)
+
+    def intervention(self, name: str = "edit") -> Intervention:
+        """out += u(aᵀx) at each edited site."""
+        from .method.intervention import Intervention, Term
+
+        return Intervention(name, {key: Term(change.u, change.a) for key, change in self.changes().items()})
+
+    def apply(self, model: nn.Module) -> Applied:
+        """Bakes it into the weights and says what rounding to their dtype lost. `revert` undoes it."""
+        from .models.bake import apply
+
+        return apply(self, model)
+
+    def revert(self, model: nn.Module) -> None:
+        """Restores the exact bytes that `apply` found."""
+        from .models.bake import revert
+
+        revert(self, model)
+
+    def save_adapter(self, folder: str | Path, base: str | None = None) -> Path:
+        """Writes it as a PEFT LoRA adapter: of rank 1, or of as many as there are edits combined."""
+        from .artefacts.adapter import save_adapter
+
+        return save_adapter(self, folder, base)
+
+
+class _Thresholded(Mapping[str, SiteEdit]):
+    """Scores with a λ of each site, put together when asked for: a search makes hundreds of edits and reads few."""
+
+    def __init__(self, scores: Mapping[str, SiteScores], lam: Mapping[str, Tensor], starts: Mapping[str, int]):
+        self.scores, self.lam, self.starts = scores, lam, starts
+
+    def __getitem__(self, key: str) -> SiteEdit:
+        s = self.scores[key]
+        lam = self.lam[s.site.block][self.starts[key] :][: s.site.n]
+        return SiteEdit(s.site, s.u, s.k, s.g, s.reach, lam)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def _off(site: SiteEdit) -> SiteEdit:
+    return replace(site, lam=torch.zeros_like(site.lam))
+
+
+@dataclass(frozen=True)
+class Edit(Verbs):
+    """An edit of a model: for each site u, k̂, g and λ; a few megabytes, as a `safetensors` file.
+
+    Attributes:
+        sites: site key → its edit, in the model's order.
+        config: rho_attn, rho_mlp, alpha.
+        fingerprint: site key → sketch of the base's weight, by which another base is refused.
+        provenance: where the scores came from.
+        strength: scales the whole edit; kept apart from λ.
+    """
+
+    sites: Mapping[str, SiteEdit]
+    config: Mapping[str, Any]
+    fingerprint: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+
+    @property
+    def layers(self) -> int:
+        """How many layers the base has."""
+        layers = self.provenance.get("layers", 0)
+        return layers if isinstance(layers, int) else 0
+
+    def edited(self) -> dict[str, SiteEdit]:
+        """The sites that the edit changes: those with a λ that is not 0."""
+        return {key: site for key, site in self.sites.items() if bool((site.lam != 0).any())}
+
+    @property
+    def parts(self) -> tuple[Edit, ...]:
+        return (self,)
+
+    def changes(self) -> dict[str, Change]:
+        edited = self.edited().items()
+        return {key: Change(s.site, s.u[:, None], (self.strength * s.row)[None]) for key, s in edited}
+
+    def only(self, layers: Container[int] | None = None, blocks: Container[str] = BLOCKS) -> Edit:
+        """The edit of some layers and block types alone: λ = 0 elsewhere. `layers` is a range or a set; None is all."""
+        kept = {
+            key: s if (layers is None or s.site.layer in layers) and s.site.block in blocks else _off(s)
+            for key, s in self.sites.items()
+        }
+        return replace(self, sites=kept)
+
+    def with_strength(self, strength: float) -> Edit:
+        """The same edit, scaled; a negative strength negates it. Raises EditError if the strength is not finite."""
+        if not math.isfinite(strength):
+            raise EditError("the strength must be finite", got=strength, fix="1.0 is the edit as scored.")
+        return replace(self, strength=float(strength))
+
+    def summary(self) -> dict[str, Any]:
+        """For each block type: components in all, edited, reinforced (λ > 0), suppressed (λ < 0), largest |λ|."""
+        table: dict[str, Any] = {}
+        for block in BLOCKS:
+            lams = [s.lam for s in self.sites.values() if s.site.block == block]
+            lam = torch.cat(lams) if lams else torch.zeros(0)
+            table[block] = {
+                "components": lam.numel(),
+                "edited": int((lam != 0).sum()),
+                "reinforced": int((lam > 0).sum()),
+                "suppressed": int((lam < 0).sum()),
+                "largest": float(lam.abs().max()) if lam.numel() else 0.0,
+            }
+        return table
+
+    @property
+    def id(self) -> str:
+        """A short hash of what the edit does: its sites, directions, rows and strength."""
+        digest = hashlib.sha256(repr(self.strength).encode())
+        for key, site in self.edited().items():
+            digest.update(key.encode() + site.u.numpy().tobytes() + site.row.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        from .artefacts.store import save_edit
+
+        save_edit(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        from .artefacts.store import load_edit
+
+        return load_edit(path)
+
+
+def meetings(edit: Verbs) -> list[dict[str, Any]]:
+    """For every two parts of an edit: their ids, how many components both change (shared), and how many of those they
+    push opposite ways (opposed, opposed_share)."""
+    return [
+        {"edits": [a.id, b.id]} | {name: found[name] for name in ("shared", "opposed", "opposed_share")}
+        for a, b in itertools.combinations(edit.parts, 2)
+        for found in [interference(a, b)]
+    ]
+
+
+def load_any(path: str | Path) -> Edit | Combination:
+    """An edit, or several combined, whichever the file holds."""
+    return load_combination(path) if read_header(path).get("kind") == "combination" else load_edit(path)
+
+
+def edit_of_variant(
+    variant: str, scores: Mapping[str, Scores], rho_attn: float | None, rho_mlp: float | None, alpha: float
+) -> Edit:
+    """The edit of one configuration under a variant.
+
+    Args:
+        scores: the full method's under "full", those of `SCORED` variants under their names.
+
+    Raises:
+        EditError: an unknown variant, or one whose scores are not there.
+    """
+    source = variant if variant in SCORED else FULL
+    if variant not in VARIANTS or source not in scores:
+        raise EditError("there are no scores for that variant", got=variant, fix=f"Known: {', '.join(VARIANTS)}.")
+    edit = scores[source].edit(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=0.0 if variant == "l2" else alpha)
+    if variant == "l0":
+        edit = _hard(edit, rho_attn, rho_mlp, alpha)
+    return edit if variant == FULL else replace(edit, config={**edit.config, "variant": variant})
+
+
+def _hard(edit: Edit, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
+    """ℓ0: of the components that Elastic-Net keeps, the K largest by |g|, λ_i = g_i / (ρ(1 − α)).
+
+    That is the maximiser of gᵀλ − ρ(1 − α)/2 · ‖λ‖₂² with at most K components: a hard threshold, not a soft one.
+    """
+    rho = {"attn": rho_attn, "mlp": rho_mlp}
+    sites = {}
+    for key, s in edit.sites.items():
+        budget = rho[s.site.block]
+        lam = s.lam if budget is None else torch.where(s.lam != 0, s.g / (budget * (1 - alpha)), 0.0)
+        sites[key] = replace(s, lam=lam)
+    return replace(edit, sites=sites)

@@ -1,1 +1,0 @@
-"""Edits written for other tools."""

@@ -1,0 +1,76 @@
+"""Text, JSON and JSON Lines, read with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+
+
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileError("no such file", got=path, fix="Check the path.") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise FileError(f"{path} cannot be read as text", got=error, fix="Give a UTF-8 text file.") from None
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except (RecursionError, ValueError) as error:
+        raise FileError(f"{path} is not whole JSON", got=error, fix="Write the file anew.") from None
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, as `numbered_jsonl` reads them, without their numbers."""
+    return [row for _, row in numbered_jsonl(path)]
+
+
+def numbered_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line of a JSON Lines file, blank lines passed over.
+
+    Raises:
+        FileError: with the line's number, where a line is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise FileError(
+                f"line {number} of {path} is not JSON", got=error, fix="Write one JSON object a line; is the file cut?"
+            ) from None
+        if not isinstance(row, dict):
+            raise FileError(
+                f"line {number} of {path} is not an object", got=type(row).__name__, fix="Write one JSON object a line."
+            )
+        rows.append((number, row))
+    return rows
+
+
+def read_journal(path: str | Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a last line that a kill cut short is dropped, and cut off the file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    except ValueError as error:
+        raise FileError(f"{path} is damaged", got=error, fix="Delete it; its batches are then made again.") from None
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,79 @@
+"""`safetensors` files with a header of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FileError
+from .writing import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """A `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
+            str(temporary),
+            metadata={"steer2edit": json.dumps(header, ensure_ascii=False, allow_nan=False)},
+        )
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Args:
+        kind: what the header's `kind` must say, "probe", "scores" or "edit".
+
+    Raises:
+        FileError: if the file is missing, cut short, of another kind, or holds a number that is not finite.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"no {kind} file", got=path, fix="Check the path.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        header = json.loads(metadata["steer2edit"])
+    except KeyError:
+        raise FileError(
+            f"{path} was not written by steer2edit", got="a safetensors file without its header", fix=f"Give a {kind}."
+        ) from None
+    except (RecursionError, SafetensorError, ValueError, OSError) as error:
+        raise FileError(
+            f"{path} is not a whole safetensors file", got=error, fix="It may be cut short: write or copy it again."
+        ) from None
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        found = header.get("kind") if isinstance(header, dict) else type(header).__name__
+        raise FileError(f"{path} does not hold a {kind}", got=found, fix=f"Give a file that holds a {kind}.")
+    for name, tensor in tensors.items():
+        if tensor.dtype is not torch.float32 or not torch.isfinite(tensor).all():
+            raise FileError(f"tensor {name} of {path} is not finite fp32", got=tensor.dtype, fix="Make the file anew.")
+    return tensors, header
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The header that `write_tensors` wrote, without the tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileError("no such file", got=path, fix="Check the path.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})["steer2edit"])
+    except (RecursionError, SafetensorError, ValueError, KeyError, OSError) as error:
+        raise FileError(
+            f"{path} was not written by steer2edit", got=repr(error), fix="Give a probe, scores or an edit."
+        ) from None
+    return header if isinstance(header, dict) else {}

@@ -1,0 +1,122 @@
+"""Files written whole or not at all.
+
+A write goes to a temporary name in the same folder, is synced, and is renamed over the old one, so a reader never meets
+half a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+
+_TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp(\.\w+)?")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path; on a clean exit what was written there is synced and renamed to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
+    """As `replacing`, for a folder: its files are synced, then the whole folder takes the place of the old one.
+
+    Args:
+        ours: a file by which an old folder is known to be one that we wrote.
+
+    Raises:
+        FileError: there is a folder that holds other things.
+    """
+    path = Path(path)
+    if path.exists() and not (path / ours).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise FileError(f"{path} holds other things", got=f"no {ours} in it", fix="Give a new or an empty folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    old = temporary.with_name(temporary.name.removesuffix(".tmp") + ".tmp.old")
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+                sync(file)
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Adds one line and syncs it. A kill in the middle leaves a cut last line, which `read_journal` passes over."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def clear_temporaries(folder: str | Path) -> None:
+    """Removes what `replacing` and `replacing_folder` left in a folder when their process was killed."""
+    for path in list(Path(folder).glob(".*.tmp*")):
+        if _TEMPORARY.fullmatch(path.name):
+            remove(path)
+
+
+def remove(path: str | Path) -> None:
+    """Removes a file or a folder, if there is one."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

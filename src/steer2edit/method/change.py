@@ -1,0 +1,80 @@
+"""What an edit does to one weight, ΔW = u aᵀ, and the protocol `Changes` that all below accepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import EditError
+from .site import Site
+
+
+def patched(part: Tensor, change: Change, columns: Tensor, rows: slice = slice(None)) -> Tensor:
+    """W + ΔW for some of a weight's columns: added in fp32, rounded once.
+
+    Args:
+        part: [d, m] of the weight, in its own dtype; or only its `rows`.
+        columns: [m], their numbers.
+    """
+    return (part.float() + change.delta(rows, columns.cpu()).to(part.device)).to(part.dtype)
+
+
+def not_finite(change: Change, dtype: torch.dtype) -> EditError:
+    return EditError(
+        f"the edited weight of {change.site.place} is not finite in {dtype}",
+        got=f"a change of up to {float(change.delta().abs().max()):g}",
+        fix="Lower the strength, or use bf16 or fp32.",
+    )
+
+
+@dataclass(frozen=True)
+class SiteEdit:
+    """One site's edit, ΔW = u aᵀ with a = λ·k̂. g, λ and k̂ are kept apart: a sign folded into λ would say that a
+    neuron is suppressed when it is reinforced.
+
+    Attributes:
+        u: v̂ [d]. k: k̂ [n, c]. g: importance [n]. reach: ‖W_iᵀv̂‖ [n]. lam: λ [n].
+    """
+
+    site: Site
+    u: Tensor
+    k: Tensor
+    g: Tensor
+    reach: Tensor
+    lam: Tensor
+
+    @property
+    def row(self) -> Tensor:
+        """a = [λ_1 k̂_1ᵀ | … | λ_n k̂_nᵀ], [n·c]: the whole site's edit has rank one."""
+        return (self.lam[:, None] * self.k).flatten()
+
+    def delta(self) -> Tensor:
+        """ΔW = u aᵀ [d, n·c], fp32."""
+        return torch.outer(self.u, self.row)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one edit, or several, do to a weight: ΔW = u a, strengths included.
+
+    Attributes:
+        u: [d, r]. a: [r, n·c].
+    """
+
+    site: Site
+    u: Tensor
+    a: Tensor
+
+    def columns(self) -> Tensor:
+        """Which columns of the weight change [m]."""
+        return torch.nonzero((self.a != 0).any(dim=0)).flatten()
+
+    def delta(self, rows: slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
+        """ΔW, or some rows and columns of it, fp32."""
+        # One outer product after the other, so that the same bytes come out whatever part is asked for.
+        delta = torch.outer(self.u[rows, 0], self.a[0, columns])
+        for rank in range(1, len(self.a)):
+            delta += torch.outer(self.u[rows, rank], self.a[rank, columns])
+        return delta

@@ -1,0 +1,44 @@
+"""Interventions as data: out += u(aᵀx) + b at each site.
+
+An edit is one with b = 0, activation steering one with a = 0, and nothing is one without terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one site's output gains: u(aᵀx) + b.
+
+    Attributes:
+        u: [d, r] and a: [r, n·c], or both None. b: [d], or None.
+    """
+
+    u: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A term for each site key, or block key; what is not named is left alone."""
+
+    name: str
+    terms: Mapping[str, Term] = field(default_factory=dict)
+
+
+NOTHING = Intervention("base")
+
+
+def steering(vectors: Mapping[str, Tensor], gamma: float, name: str | None = None) -> Intervention:
+    """Activation steering at every block that has a vector: out += γv (paper, section 3).
+
+    Args:
+        vectors: block key ("3.attn", "3.mlp") → v [d], not normalised. A block of one site has that site's key.
+    """
+    return Intervention(name or f"steering γ={gamma:g}", {key: Term(b=gamma * v) for key, v in vectors.items()})

@@ -1,0 +1,121 @@
+"""A place where a decoder writes into the residual stream, as data.
+
+A `Site` is one linear map that does so: an attention block's output projection, an MLP's or an expert's down
+projection. Everything that the mathematics needs of it is one view of its weight, W.view(d, n, c): n components of
+width c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import ModelError
+
+Block = Literal["attn", "mlp"]
+
+BLOCKS: tuple[Block, ...] = ("attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear map that writes into the residual stream.
+
+    Attributes:
+        layer: the layer's number, from 0.
+        block: "attn" or "mlp".
+        module: the module in memory that holds the weight.
+        tensor: the weight's name in the checkpoint's files; `aliases`: other names that files have for it. A name that
+            leads to a 3-D tensor is meant at `expert`.
+        d: size of the residual stream, the weight's rows.
+        n: how many components there are: heads, or neurons.
+        width: c, the columns of one component: a head's width, 1 for a neuron.
+        parameter: the weight's name in the module.
+        expert: its number, if the parameter holds those of `experts` experts.
+        shared: an expert that every token visits.
+        transposed: the parameter is [.., inputs, d].
+        output: the module whose output is the block's, where the block has several sites: v is taken there, and
+            steering added.
+    """
+
+    layer: int
+    block: Block
+    module: str
+    tensor: str
+    d: int
+    n: int
+    width: int
+    parameter: str = "weight"
+    expert: int | None = None
+    experts: int | None = None
+    shared: bool = False
+    transposed: bool = False
+    output: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The site's name in files: `3.attn`, `3.mlp`, `3.mlp.shared`, or `3.mlp.17` for an expert."""
+        part = "shared" if self.shared else self.expert
+        return self.block_key if part is None else f"{self.block_key}.{part}"
+
+    @property
+    def block_key(self) -> str:
+        """The block's name in files: `3.mlp`. The steering vector is the block's, whatever its sites."""
+        return f"{self.layer}.{self.block}"
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the weight, n · c."""
+        return self.n * self.width
+
+    @property
+    def block_module(self) -> str:
+        """The module whose output is the block's."""
+        return self.output or self.module
+
+    @property
+    def place(self) -> str:
+        """The weight's name in memory, for people."""
+        return self.module if self.expert is None else f"{self.module}.{self.parameter}[{self.expert}]"
+
+    def to_json(self) -> dict[str, Any]:
+        defaults = {"parameter": "weight", "shared": False, "transposed": False, "output": "", "aliases": ()}
+        row = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: v for k, v in row.items() if v is not None and (k not in defaults or v != defaults[k])}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Site:
+        site = cls(**{**row, "aliases": tuple(row.get("aliases", ()))})
+        integers = [site.layer, site.d, site.n, site.width]
+        integers += (
+            [] if site.expert is None else [site.expert, site.experts or -1, (site.experts or 0) - site.expert - 1]
+        )
+        texts = (site.module, site.tensor, site.parameter, site.output, *site.aliases)
+        if (
+            site.block not in BLOCKS
+            or any(type(i) is not int or i < 0 for i in integers)
+            or any(type(text) is not str for text in texts)
+        ):
+            raise ValueError(f"no site: {row}")
+        return site
+
+
+def same_sites(found: Sequence[Site], wanted: Sequence[Site], wanted_by: str) -> dict[str, Site]:
+    """The model's own sites, by key, for those that a probe or an edit was made on.
+
+    Raises:
+        ModelError: the model has not each of them, in the same shape.
+    """
+    here = {site.key: site for site in found}
+    for site in wanted:
+        other = here.get(site.key)
+        if other is None or (other.d, other.n, other.width) != (site.d, site.n, site.width):
+            got = "no such site" if other is None else f"{other.d} × {other.n} × {other.width}"
+            raise ModelError(
+                f"{wanted_by} was made on another model: site {site.key} should be {site.d} × {site.n} × {site.width}",
+                got=got,
+                fix="Use the model that it was made on.",
+            )
+    return {site.key: here[site.key] for site in wanted}

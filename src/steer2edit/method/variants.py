@@ -1,0 +1,54 @@
+"""The ablations (paper, tables 2–6): each changes one part of the method, in a few lines over edit.py.
+
+k_mean and k_svd take another input direction, g_dot another score: they change what `score` gives. l0 and l2 take
+another penalty: they change what becomes of the scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .scores import SiteScores, unit
+
+Variant = Literal["full", "k_mean", "k_svd", "g_dot", "l0", "l2"]
+
+FULL: Variant = "full"
+
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+# Those that score in another way; the others use the full method's scores.
+SCORED = ("k_mean", "k_svd", "g_dot")
+
+
+def rescored(variant: str, s: SiteScores, mu: Tensor, W: Tensor) -> SiteScores:
+    """The scores of a site as a variant has them.
+
+    Args:
+        mu: [n·c]. W: [d, n·c], any floating dtype.
+    """
+    if variant == "k_mean":  # k_i ← μ_i, of unit length as k̂ is, so that λ means the same
+        return _along(s, unit(mu, s.site.n).cpu())
+    if variant == "k_svd":
+        return _along(s, _top_direction(s, W).cpu())
+    if variant == "g_dot":  # g_i ← v̂ᵀW_iμ_i
+        return replace(s, g=s.reach * (s.k * mu.float().cpu().view_as(s.k)).sum(dim=1))
+    return s
+
+
+def _along(s: SiteScores, k: Tensor) -> SiteScores:
+    """The scores with other input directions. By its reach, v̂ᵀW_i k_i, an edit is known to be in the weights."""
+    return replace(s, k=k, reach=s.reach * (s.k * k).sum(dim=1))
+
+
+def _top_direction(s: SiteScores, W: Tensor) -> Tensor:
+    """Top right singular vector of each W_i [n, c], on k̂'s side: a singular vector has no sign of its own."""
+    if s.site.width == 1:
+        return s.k
+    blocks = W.float().view(s.site.d, s.site.n, s.site.width).transpose(0, 1)  # [n, d, c]
+    top = torch.linalg.eigh(blocks.transpose(1, 2) @ blocks).eigenvectors[..., -1]  # [n, c]
+    k = s.k.to(top.device)
+    return torch.where((top * k).sum(dim=1, keepdim=True) < 0, -top, top) * (k != 0).any(dim=1, keepdim=True)

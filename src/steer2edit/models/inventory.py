@@ -1,0 +1,171 @@
+"""What of a model would be edited, what would not and why, and what each stage needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from ..method.site import Site
+from .architectures import ARCHITECTURES, Architecture, architecture_of
+from .selfcheck import Health
+from .sites import find_sites
+from .weights import is_plain
+
+
+def examine(model: nn.Module, health: Health | None = None) -> dict[str, Any]:
+    """What is edited and what is not, and the memory that each stage needs. A model on the `meta` device will do.
+
+    Raises:
+        ModelError: the model is not supported; says why.
+    """
+    sites = find_sites(model)
+    architecture = architecture_of(model)
+    config: Any = model.config
+    found: dict[str, Any] = {
+        "kind": "doctor",
+        "model": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "model_type": config.model_type,
+        "family": architecture.family,
+        "tested": architecture.tested,
+        "sites": _classes(sites, architecture),
+        "not edited": _others(model, sites, architecture),
+        "remarks": _remarks(model, sites, architecture),
+        "memory": memory(model, sites),
+    }
+    if health is not None:
+        found["self-check"] = asdict(health)
+    return found
+
+
+def _classes(sites: Sequence[Site], architecture: Architecture) -> list[dict[str, Any]]:
+    classes: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:
+        kind = "experts" if site.expert is not None else "shared expert" if site.shared else site.block
+        path = site.module.removeprefix(f"{architecture.layers}.{site.layer}.")
+        path = path if site.expert is None else f"{path}.{site.parameter}[i]"
+        classes.setdefault((kind, path, site.d, site.n, site.width), []).append(site)
+    return [
+        {
+            "sites": kind,
+            "where": path,
+            "count": len(here),
+            "layers": len({site.layer for site in here}),
+            "components": f"{n} {'heads' if here[0].block == 'attn' else 'neurons'} × {width}",
+            "stream": d,
+        }
+        for (kind, path, d, n, width), here in classes.items()
+    ]
+
+
+def _others(model: nn.Module, sites: Sequence[Site], architecture: Architecture) -> list[dict[str, Any]]:
+    """Every weight that is no site, by its name without numbers, and why it is none."""
+    held = {f"{site.module}.{site.parameter}" for site in sites}
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for name, parameter in model.named_parameters():
+        if name in held or name.rpartition(".")[0] in {site.module for site in sites if site.expert is None}:
+            continue
+        if name.startswith(architecture.layers + "."):
+            why = "a vector, not a map" if parameter.dim() < 2 else "reads the stream, or works inside a block"
+            short = name.removeprefix(architecture.layers + ".").partition(".")[2].rpartition(".")[0]
+        else:
+            why = "outside the decoder's layers"
+            short = ".".join(name.split(".")[:2]) if "language_model" not in name else name.rpartition(".")[0]
+        counts[short, why] += 1
+        sizes[short, why] += parameter.numel()
+    return [
+        {"weights": short, "count": count, "parameters": sizes[short, why], "why": why}
+        for (short, why), count in counts.items()
+    ]
+
+
+def _remarks(model: nn.Module, sites: Sequence[Site], architecture: Architecture) -> list[str]:
+    config: Any = model.config
+    said = []
+    if not architecture.tested:
+        said.append(
+            "This family is not among the tested ones: let the self-check (--weights) compare the model with this."
+        )
+    for block, norm in (("attn", architecture.attn_norm), ("mlp", architecture.mlp_norm)):
+        if norm:
+            said.append(
+                f"A norm ({norm}) stands between the {block} block and the stream: vector, edit and steering act "
+                "at the projection's output, before it."
+            )
+    if architecture.factor:
+        factor = getattr(config.get_text_config(), architecture.factor, 1.0)
+        said.append(
+            f"What a block writes is multiplied by {architecture.factor} = {factor:g} on its way to the stream."
+        )
+    if any(site.expert is not None for site in sites):
+        said.append(
+            "Experts share a steering vector, their block's; an expert that too few tokens reach (probe.expert_tokens) "
+            "is left alone."
+        )
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        said.append(
+            f"The weights are quantised ({getattr(method, 'value', method)}): scoring dequantises one site at a time; "
+            "edits run as interventions or adapters; apply and checkpoint exports are refused."
+        )
+    return said
+
+
+def memory(model: nn.Module, sites: Sequence[Site], *, groups: int = 4, configurations: int = 16) -> dict[str, int]:
+    """Bytes that each stage needs, all but the first beside the model's own; from the shapes alone.
+
+    Args:
+        groups: groups of traces, of both labels. configurations: of a sweep, that share a batch.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    each = max((p.element_size() for p in model.parameters() if is_plain(p)), default=2)
+    inputs = sum(s.inputs for s in sites)
+    streams = sum({s.block_key: s.d for s in sites}.values())
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys_and_values = 2 * heads * width * text.num_hidden_layers * each  # of one token
+    packed = getattr(config, "quantization_config", None) is not None
+    on_meta = any(p.is_meta for p in model.parameters())
+    found = {
+        "the model, before it is quantised" if packed and on_meta else "the model": sum(
+            p.numel() * p.element_size() for p in model.parameters()
+        ),
+        f"probe, sums of {groups} groups": 8 * groups * (inputs + streams),
+        "score, the largest weight": 3 * 4 * max(s.d * s.inputs for s in sites),
+        f"search, {configurations} configurations": configurations * each * (inputs + sum(s.d for s in sites)),
+        "search, keys and values of 128 rows of 256 tokens": 128 * 256 * keys_and_values,
+        "an edit, on disk or in memory": 4 * (2 * inputs + 3 * sum(s.n for s in sites) + streams),
+    }
+    apply = {"apply, the columns it keeps, at most": each * sum(s.d * s.inputs for s in sites)}
+    return found if packed else found | apply
+
+
+def families() -> str:
+    """The table of families as Markdown, from the records."""
+    header = ("family", "`model_type`", "attention writes through", "MLP, or experts, write through", "remarks")
+    rows = [header, ("---",) * len(header)]
+    for a in ARCHITECTURES:
+        heads = " or ".join(f"`{h.path}`" for h in a.attn)
+        experts = a.experts
+        places = [f"`{a.mlp}`"] if a.mlp else []
+        if experts:
+            places.append(f"`{experts.path}.{experts.parameter}[i]`")
+            places += [f"`{experts.shared}`"] if experts.shared else []
+        remarks = []
+        if a.attn_norm or a.mlp_norm:
+            remarks.append("norm after the block")
+        if a.factor:
+            remarks.append(f"factor `{a.factor}`")
+        if a.transposed or (experts and experts.transposed):
+            remarks.append("transposed weights" if a.transposed else "transposed experts")
+        if not a.tested:
+            remarks.append("not tested")
+        types = ", ".join(f"`{t}`" for t in a.model_types)
+        rows.append((a.family, types, heads, ", ".join(places), "; ".join(remarks)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

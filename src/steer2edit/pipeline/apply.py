@@ -1,0 +1,104 @@
+"""Edit files → what is served: scaled, taken in some layers, combined, and written as a checkpoint, an adapter, a GGUF
+adapter, or an edit file again. It is what `steer2edit apply` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from ..edits import Combination, Edit, combine, load_any
+from ..errors import EditError, FileError
+from ..method.site import BLOCKS
+from ..progress import megabytes, say, showing
+
+KINDS = ("checkpoint", "adapter", "gguf", "edit")
+
+
+def gather(
+    files: Sequence[str | Path],
+    strengths: Sequence[float] = (),
+    layers: range | None = None,
+    blocks: Collection[str] = BLOCKS,
+) -> Edit | Combination:
+    """The edits of some files as one.
+
+    Args:
+        files: each holds an edit, or several combined.
+        strengths: scale what the files hold: one for all of them, or one for each, in order; none is 1.
+        layers, blocks: the edits of these alone.
+
+    Raises:
+        FileError: a file is missing or holds no edit.
+        EditError: the strengths are not as many, or one is 0 or not finite; a file changes nothing in those layers and
+            blocks, or has not so many layers; or the edits cannot be combined.
+    """
+    if len(strengths) not in (0, 1, len(files)):
+        raise EditError(
+            "there are not as many strengths as edits",
+            got=f"{len(strengths)} strengths, {len(files)} edits",
+            fix="Give one --strength for all edits, or one for each, in order.",
+        )
+    if any(strength == 0 for strength in strengths):
+        raise EditError("a strength of 0 changes nothing", got=list(strengths), fix="Leave that edit out.")
+    scales = [*strengths] * (len(files) if len(strengths) == 1 else 1) or [1.0] * len(files)
+    found: list[Edit] = []
+    for file, scale in zip(files, scales, strict=True):
+        parts = load_any(file).parts
+        if layers is not None and (there := max(part.layers for part in parts)) and layers[-1] >= there:
+            raise EditError(
+                f"{file} is of a model with fewer layers",
+                got=f"layers {layers[0]}-{layers[-1]}",
+                fix=f"It has layers 0-{there - 1}.",
+            )
+        taken = [part.only(layers, blocks).with_strength(scale * part.strength) for part in parts]
+        taken = [part for part in taken if part.edited()]
+        if not taken:
+            elsewhere = sum(len(part.edited()) for part in parts)
+            raise EditError(
+                f"{file} changes nothing in the layers and blocks that are asked for",
+                got=f"{elsewhere} edited sites, all of them elsewhere" if elsewhere else "λ = 0 everywhere",
+                fix="`steer2edit inspect` shows where it does." if elsewhere else "Lower ρ or α.",
+            )
+        found += taken
+    return found[0] if len(found) == 1 else combine(*found)
+
+
+def write(edit: Edit | Combination, kind: str, out: Path, base: str) -> None:
+    """Writes one artefact, whole or not at all.
+
+    Args:
+        kind: one of KINDS.
+        base: the base checkpoint's folder, its Hub id, or `embedded:…`. A folder is compared with the edit whatever is
+            written; an adapter holds the name.
+
+    Raises:
+        FileError: `out` is there already, or the base is no `safetensors` checkpoint and a checkpoint is asked for.
+        ModelError: it is another base, or its family has no such artefact. EditError: the edit is in it already, or the
+            format cannot hold the edit.
+    """
+    from ..artefacts.checkpoint import compare, export_checkpoint
+    from ..models.embedded import HUB_NAMES
+    from ..models.load import load_config, local_folder
+
+    if out.exists():
+        raise FileError("the output exists already", got=out, fix="Give another --to, or remove it.")
+    if kind == "checkpoint":
+        with showing("checkpoint, MB") as progress:
+            export_checkpoint(local_folder(base), edit, out, progress=megabytes(progress))
+        return
+    folder = Path(base) if Path(base).is_dir() else None
+    if folder is not None:
+        try:
+            compare(edit, folder)
+        except FileError as error:  # a quantised base serves an adapter too
+            say(f"  {base} was not compared with the base of the edit: {error}")
+    if kind == "adapter":
+        edit.save_adapter(out, HUB_NAMES.get(base, base))
+    elif kind == "gguf":
+        from ..artefacts.gguf import save_gguf_adapter
+
+        known = folder is not None and (folder / "config.json").is_file()
+        save_gguf_adapter(edit, out, load_config(base).model_type if known else None)
+    else:
+        edit.save(out)

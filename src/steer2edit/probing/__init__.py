@@ -1,0 +1,1 @@
+"""From traces to scores: spans of tokens, one pass of forward hooks, the closed form."""

@@ -1,0 +1,395 @@
+"""One pass over the traces that leaves a Probe.
+
+A response's mean is taken over its span, a group's over its responses, a label's over its groups, so that a long
+response weighs no more than a short one. An expert sees only the tokens routed to it: they are pooled over responses,
+and groups weigh alike. Sums are held in fp64 (compensated fp32 where a device has no fp64).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ProbeError, TraceError
+from ..method.site import Site
+from ..models.experts import Tap, tapped
+from ..models.selfcheck import self_check
+from ..models.sites import find_sites, module_of
+from ..models.weights import device_of
+from .chat import CHAT, Chat
+from .probe import Probe
+from .spans import Span, response_span
+from .traces import LABELS, Label, Part, Positions, Trace
+
+# Positions that one step sums at once: what the probe holds beside the model's own activations does not grow with
+# the length of a sequence.
+CHUNK = 1024
+
+
+class _Sum:
+    """A running sum [g, k] that keeps small terms: fp64, or compensated fp32 (Neumaier) where fp64 is missing."""
+
+    def __init__(self, groups: int, width: int, device: torch.device):
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.total = torch.zeros(groups, width, dtype=exact, device=device)
+        self.lost = torch.zeros_like(self.total) if exact is torch.float32 else None
+
+    def add(self, term: Tensor) -> None:
+        if self.lost is None:
+            self.total += term
+            return
+        total = self.total + term
+        larger = self.total.abs() >= term.abs()
+        self.lost += torch.where(larger, (self.total - total) + term, (term - total) + self.total)
+        self.total = total
+
+    def value(self) -> Tensor:
+        return (self.total if self.lost is None else self.total + self.lost).cpu().double()
+
+
+class _Collector:
+    """Hooks that add up, for each group of responses, every site's input and every block's output over the spans."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], groups: int):
+        self.sites, self.groups = sites, groups
+        self.weights = torch.empty(0)  # [groups, batch · time]: 1 / span length inside a span, 0 elsewhere
+        self.sums: dict[tuple[str, str], _Sum] = {}
+        self.reached: dict[str, Tensor] = {}  # expert's site → [groups], tokens that reached it
+        self.opened = contextlib.ExitStack()
+        experts: dict[str, dict[int, str]] = {}
+        for site in sites:
+            if site.expert is None:
+                self._listen(module_of(model, site), site.key, input=True, output=site.block_module == site.module)
+            else:
+                experts.setdefault(site.module, {})[site.expert] = site.key
+        blocks = {site.block_key: site.block_module for site in sites if site.block_module != site.module}
+        for key, module in blocks.items():
+            self._listen(model.get_submodule(module), key, input=False, output=True)
+        self.opened.enter_context(tapped(model, {module: self._tap(keys) for module, keys in experts.items()}))
+
+    def _listen(self, module: nn.Module, key: str, *, input: bool, output: bool) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+            if input:
+                self._add(key, "input", args[0])
+            if output:
+                self._add(key, "output", out if isinstance(out, Tensor) else out[0])
+
+        self.opened.callback(module.register_forward_hook(hook).remove)
+
+    def _tap(self, keys: Mapping[int, str]) -> Tap:
+        def tap(expert: int, tokens: Tensor, x: Tensor, out: Tensor) -> Tensor:
+            counted = (self.weights.to(x.device) > 0)[:, tokens]  # [groups, m]
+            here = counted.any(dim=0)  # a token that does not count may hold anything
+            self._total(keys[expert], "input", x).add(counted[:, here].float() @ x[here].float())
+            self.reached[keys[expert]] = self.reached.get(keys[expert], 0) + counted.sum(dim=1).cpu()
+            return out
+
+        return tap
+
+    def _total(self, key: str, side: str, x: Tensor) -> _Sum:
+        if (key, side) not in self.sums:
+            self.sums[key, side] = _Sum(self.groups, x.shape[-1], x.device)
+        return self.sums[key, side]
+
+    def _add(self, key: str, side: str, x: Tensor) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        weights = self.weights.to(flat.device)
+        total = self._total(key, side, flat)
+        for start in range(0, len(flat), CHUNK):
+            total.add(weights[:, start : start + CHUNK] @ flat[start : start + CHUNK].float())
+
+    def first_not_finite(self) -> str | None:
+        """The first site or block, in the model's order, whose sums hold a NaN or an infinity."""
+        finite = {k: torch.isfinite(s.total).all() for k, s in self.sums.items()}
+        if all(finite.values()):
+            return None
+        places = [place for s in self.sites for place in ((s.key, "input"), (s.block_key, "output"))]
+        return next(key for key, side in places if not finite.get((key, side), True))
+
+    def __enter__(self) -> _Collector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.opened.close()
+
+
+def collect(
+    model: nn.Module,
+    tokenizer: Any,
+    positive: Iterable[Trace],
+    negative: Iterable[Trace] = (),
+    *,
+    plain: bool = False,
+    chat: Chat = CHAT,
+    part: Part = "both",
+    positions: Positions = "predicting",
+    max_tokens: int = 4096,
+    batch_tokens: int = 1024,
+    check: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Probe:
+    """Runs the traces through the model once, forward only and without the language-model head.
+
+    Args:
+        positive, negative: the traces; their own labels count, so one mixed list will do.
+        plain: no chat template, for base models: a trace's text is prompt + response. Short for Chat(plain=True).
+        chat: what the chat template is told.
+        part: of a thinking model's responses the thinking, the answer, or both; a response without that part is counted
+            as empty.
+        positions: "predicting", the positions whose outputs predict the response's tokens, or "response", its own.
+        max_tokens: longer texts are cut on the right, and counted.
+        batch_tokens: at most so many tokens, padding included, go through the model at once.
+        check: run doctor's self-check first, if this model has not passed it yet.
+        progress: called with (responses done, responses in all).
+
+    Raises:
+        TraceError: a label has no trace, or none with a response.
+        ProbeError: an activation is not finite; names the site and the trace.
+        ModelError: the model is not supported or fails the self-check, or has no chat template while `plain` is off.
+    """
+    chat = replace(chat, plain=plain or chat.plain)
+    plan = plan_pass(
+        tokenizer, [*positive, *negative], chat=chat, part=part, positions=positions, max_tokens=max_tokens
+    )
+    sums = run_pass(model, plan, None, batch_tokens, progress, check)
+    return probe_of(plan, sums, {"batch_tokens": batch_tokens})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The traces as spans of tokens, and what was counted on the way.
+
+    Attributes:
+        spans, owners, rows: of each response its span, its trace, and its group's number.
+        groups: (label, group), in order.
+        provenance: how the spans were made.
+    """
+
+    spans: Sequence[Span]
+    owners: Sequence[Trace]
+    rows: Sequence[int]
+    groups: Sequence[tuple[Label, str]]
+    counts: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def plan_pass(
+    tokenizer: Any, traces: Sequence[Trace], *, chat: Chat, part: Part, positions: Positions, max_tokens: int
+) -> Plan:
+    """Every trace's span. Raises TraceError if a label has no trace, or none with a response."""
+    groups = sorted({(t.label, t.group) for t in traces})
+    spans: list[Span] = []
+    owners: list[Trace] = []
+    counts: dict[str, Any] = {
+        label: {"responses": 0, "tokens": 0, "groups": {}, "group_tokens": {}} for label in LABELS
+    }
+    skipped, cut = Counter[str](), Counter[str]()
+    for trace in traces:
+        span, was_cut = response_span(
+            tokenizer, trace, chat=chat, part=part, positions=positions, max_tokens=max_tokens
+        )
+        cut[trace.label] += was_cut
+        if span is None:
+            skipped[trace.label] += 1
+            continue
+        spans.append(span)
+        owners.append(trace)
+        label = counts[trace.label]
+        label["responses"] += 1
+        label["tokens"] += span.last - span.first
+        for what, more in (("groups", 1), ("group_tokens", span.last - span.first)):
+            label[what][trace.group] = label[what].get(trace.group, 0) + more
+    for name in LABELS:
+        if not counts[name]["responses"]:
+            raise TraceError(
+                f"there is no {name} trace with a response",
+                got=f"{sum(t.label == name for t in traces)} {name} traces, {skipped[name]} of them without "
+                + ("a response" if part == "both" else f"the part {part!r}"),
+                fix="Give both sides: responses that show the behaviour, and responses that don't.",
+            )
+    counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
+    row_of = {group: i for i, group in enumerate(groups)}
+    provenance = {
+        "positions": positions,
+        "part": part,
+        "chat": dataclasses.asdict(chat) | {"template": _digest(getattr(tokenizer, "chat_template", None))},
+        "max_tokens": max_tokens,
+    }
+    return Plan(spans, owners, [row_of[t.label, t.group] for t in owners], groups, counts, provenance)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a pass over some of a plan's responses adds up to; those of several passes add up to the whole's.
+
+    Attributes:
+        sites: the model's, in order.
+        totals: (site or block key, "input" or "output") → [groups, k] fp64.
+        reached: an expert's site key → [groups], tokens that reached it.
+        provenance: of the model that ran.
+    """
+
+    sites: tuple[Site, ...]
+    totals: Mapping[tuple[str, str], Tensor]
+    reached: Mapping[str, Tensor]
+    provenance: Mapping[str, Any]
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.sites, _added(self.totals, other.totals), _added(self.reached, other.reached), self.provenance)
+
+
+K = TypeVar("K")
+
+
+def _added(one: Mapping[K, Tensor], other: Mapping[K, Tensor]) -> dict[K, Tensor]:
+    return {key: sum(of[key] for of in (one, other) if key in of) for key in {**one, **other}}  # type: ignore[misc]
+
+
+def run_pass(
+    model: nn.Module,
+    plan: Plan,
+    which: Sequence[int] | None,
+    batch_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+    check: bool = True,
+) -> Sums:
+    """Runs a plan's responses, or some of them, through the model.
+
+    Args:
+        check: run doctor's self-check first, if this model has not passed it yet.
+
+    Raises:
+        ProbeError: an activation is not finite.
+    """
+    if check:
+        self_check(model)
+    which = range(len(plan.spans)) if which is None else which
+    sites = find_sites(model)
+    device = device_of(model)
+    with _Collector(model, sites, len(plan.groups)) as collector, torch.inference_mode():
+        done = 0
+        for batch in batches_by_length([len(plan.spans[i].ids) for i in which], batch_tokens):
+            here = [which[i] for i in batch]
+            _forward(model, [plan.spans[i] for i in here], [plan.rows[i] for i in here], collector, device)
+            if collector.first_not_finite():
+                collector.__exit__()  # its hooks would count the texts that are now run one by one
+                _blame(model, sites, [(plan.spans[i], plan.owners[i]) for i in here], device)
+            done += len(batch)
+            if progress:
+                progress(done, len(which))
+    config: Any = model.config
+    provenance = {
+        "model": getattr(config, "_name_or_path", ""),
+        "model_type": config.model_type,
+        "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+    totals = {place: total.value() for place, total in collector.sums.items()}
+    return Sums(sites, totals, dict(collector.reached), provenance)
+
+
+def probe_of(plan: Plan, sums: Sums, provenance: Mapping[str, Any]) -> Probe:
+    """Sums over all of a plan's responses → means."""
+    means = _Means(plan.groups, plan.counts, sums)
+    inputs = {site.key: means.of(site.key, "input", site.inputs) for site in sums.sites}
+    blocks = {site.block_key: site.d for site in sums.sites}
+    outputs = {key: means.of(key, "output", d) for key, d in blocks.items()}
+    experts = {site.key: means.reached(site.key) for site in sums.sites if site.expert is not None}
+    counts = {**plan.counts, "experts": experts}
+    return Probe(sums.sites, inputs, outputs, counts, {**sums.provenance, **plan.provenance, **provenance})
+
+
+def _digest(template: Any) -> str | None:
+    # By which a template of another revision is known, whatever system prompt it brings.
+    return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None
+
+
+class _Means:
+    """Sums of each group → means of each label."""
+
+    def __init__(self, groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], sums: Sums):
+        self.labels, self.sums = [label for label, _ in groups], sums
+        self.responses, self.spans = (
+            torch.tensor([counts[label][what].get(group, 0) for label, group in groups], dtype=torch.float64)
+            for what in ("groups", "group_tokens")
+        )  # [groups]
+
+    def _mine(self, label: Label) -> Tensor:
+        return torch.tensor([other == label for other in self.labels]) & (self.responses > 0)
+
+    def reached(self, key: str) -> dict[str, int]:
+        """Tokens of each label that reached an expert."""
+        tokens = self.sums.reached.get(key, torch.zeros(len(self.labels), dtype=torch.long))
+        return {label: int(tokens[self._mine(label)].sum()) for label in LABELS}
+
+    def of(self, key: str, side: str, width: int) -> dict[Label, Tensor]:
+        found = self.sums.totals.get((key, side))
+        total = torch.zeros(len(self.labels), width, dtype=torch.float64) if found is None else found  # [groups, k]
+        tokens = self.sums.reached.get(key)
+        means: dict[Label, Tensor] = {}
+        for label in LABELS:
+            mine = self._mine(label)
+            if found is None or tokens is not None:
+                # Of an expert: pooled, a group's tokens weighing 1 / the group's tokens in all, so that groups weigh
+                # alike although the router sends more of one than of another.
+                weight = 1 / self.spans[mine, None]
+                seen = (weight[:, 0] * (0 if tokens is None else tokens[mine])).sum()
+                means[label] = ((weight * total[mine]).sum(dim=0) / (seen if seen else 1)).float()
+            else:
+                means[label] = (total[mine] / self.responses[mine, None]).mean(dim=0).float()
+        return means
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of the longest first, in batches of at most `batch_tokens` tokens, padding included (or of one)."""
+    batches: list[list[int]] = []
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = lengths[i]
+        batches[-1].append(i)
+    return batches
+
+
+def _forward(
+    model: nn.Module, spans: Sequence[Span], rows: Sequence[int], collector: _Collector, device: torch.device
+) -> None:
+    # Padding stands on the right, where a causal model cannot see it from a response, so no mask is needed, which
+    # keeps attention on its fast path.
+    width = max(len(span.ids) for span in spans)
+    ids = torch.zeros(len(spans), width, dtype=torch.long)
+    weights = torch.zeros(collector.groups, len(spans), width)
+    for i, (span, row) in enumerate(zip(spans, rows, strict=True)):
+        ids[i, : len(span.ids)] = torch.tensor(span.ids)
+        ids[i, len(span.ids) :] = span.ids[-1]  # a token that the trace has: 0 · inf from the padding would be a NaN
+        weights[row, i, span.first : span.last] = 1 / (span.last - span.first)
+    collector.weights = weights.flatten(1).to(device)
+    body: Any = getattr(model, "base_model", model)
+    body(input_ids=ids.to(device), use_cache=False)
+
+
+def _blame(model: nn.Module, sites: Sequence[Site], batch: Iterable[tuple[Span, Trace]], device: torch.device) -> None:
+    for span, trace in batch:
+        with _Collector(model, sites, 1) as alone:
+            _forward(model, [span], [0], alone, device)
+        if site := alone.first_not_finite():
+            raise ProbeError(
+                f"an activation at site {site} is not finite",
+                got=f"the trace {trace.source or trace.prompt!r:.80}, response {trace.response[:40]!r}",
+                fix="Run the model in bf16 or fp32 (fp16 overflows), or leave that trace out.",
+            )
+    raise ProbeError(
+        "an activation is not finite",
+        got="a batch whose traces are finite alone",
+        fix="Lower batch_tokens; run in fp32.",
+    )

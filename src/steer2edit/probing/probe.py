@@ -1,0 +1,100 @@
+"""The probe: the mean input of every site and the mean output of every block, for each label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError
+from ..files.tensors import read_tensors, write_tensors
+from ..method.site import Site
+from .traces import LABELS, Label
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Means that a pass left.
+
+    Attributes:
+        sites: the sites, in order.
+        inputs: site key → label → mean input [n·c], fp32; 0 for an expert that no token of the label reached.
+        outputs: block key → label → mean output [d], fp32. A block with one site has that site's key.
+        counts: responses, tokens and groups of each label; how many responses were skipped and how many cut short;
+            under "experts", for each expert's site, how many tokens of each label reached it.
+        provenance: model, dtype, span and versions.
+    """
+
+    sites: tuple[Site, ...]
+    inputs: Mapping[str, Mapping[Label, Tensor]]
+    outputs: Mapping[str, Mapping[Label, Tensor]]
+    counts: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def vector(self, site: Site) -> Tensor:
+        """The steering vector of the site's layer and block, v = δ̄_pos − δ̄_neg [d] (paper, equation 1)."""
+        means = self.outputs[site.block_key]
+        return means["positive"] - means["negative"]
+
+    def mean_input(self, site: Site) -> Tensor:
+        """μ = ½(μ_pos + μ_neg) [n·c]: each set weighs one half; of an expert that one set only reached, that one's."""
+        means = self.inputs[site.key]
+        tokens = self.counts.get("experts", {}).get(site.key)
+        reached = [means[label] for label in LABELS if tokens is None or tokens[label]]
+        return torch.stack(reached).mean(dim=0) if reached else torch.zeros(site.inputs)
+
+    def tokens(self, site: Site) -> int | None:
+        """How many tokens reached an expert; None for a site that every token passes."""
+        tokens = self.counts.get("experts", {}).get(site.key)
+        return None if tokens is None else sum(tokens.values())
+
+    def save(self, path: str | Path) -> None:
+        tensors = {
+            f"{key}.{side}.{label}": tensor
+            for side, means in (("input", self.inputs), ("output", self.outputs))
+            for key, labels in means.items()
+            for label, tensor in labels.items()
+        }
+        header = {
+            "kind": "probe",
+            "format": FORMAT,
+            "sites": [site.to_json() for site in self.sites],
+            "counts": dict(self.counts),
+            "provenance": dict(self.provenance),
+        }
+        write_tensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probe:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        tensors, header = read_tensors(path, "probe")
+        try:
+            sites = tuple(Site.from_json(row) for row in header["sites"])
+            counts, provenance = header["counts"], header["provenance"]
+            experts = counts.get("experts", {}) if isinstance(counts, dict) else None
+            if not sites or not isinstance(experts, dict) or not isinstance(provenance, dict):
+                raise ValueError("sites, counts or provenance of another kind")
+            inputs = {site.key: {label: tensors[f"{site.key}.input.{label}"] for label in LABELS} for site in sites}
+            blocks = dict.fromkeys(site.block_key for site in sites)
+            outputs = {key: {label: tensors[f"{key}.output.{label}"] for label in LABELS} for key in blocks}
+            for site in sites:
+                for label in LABELS:
+                    shapes = inputs[site.key][label].shape, outputs[site.block_key][label].shape
+                    if shapes != ((site.inputs,), (site.d,)):
+                        raise ValueError(f"shapes of {site.key}")
+            for key, tokens in experts.items():
+                if (
+                    not isinstance(tokens, dict)
+                    or set(tokens) != set(LABELS)
+                    or any(type(n) is not int or n < 0 for n in tokens.values())
+                ):
+                    raise ValueError(f"counts of {key}")
+            return cls(sites, inputs, outputs, counts, provenance)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it anew.") from None

@@ -1,0 +1,139 @@
+"""Probe and weights → Scores: for each site the closed form of edit.py, one weight at a time.
+
+The vectors are the probe's difference of means, or any that are given. The weights come from a model in memory or
+straight from a checkpoint's `safetensors` files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artefacts.places import site_reader
+from ..edits import Scores
+from ..errors import ModelError, ProbeError
+from ..method.fingerprint import from_reading, signs
+from ..method.scores import SiteScores, read, scores_from, unit
+from ..method.site import Site, same_sites
+from ..method.theorems import output_direction
+from ..method.variants import FULL, Variant, rescored
+from ..models.sites import find_sites
+from ..models.weights import is_plain, read_weight
+from ..parallel import in_parallel
+from .probe import Probe
+
+Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
+
+# Fewer tokens than this say little of what drives an expert.
+EXPERT_TOKENS = 16
+
+
+def score(
+    model: nn.Module | str | Path,
+    probe: Probe,
+    *,
+    vectors: Vectors | None = None,
+    expert_tokens: int = EXPERT_TOKENS,
+    variant: Variant = FULL,
+) -> Scores:
+    """Scores every site: v̂, k̂, g, with no (ρ, α) in it.
+
+    Args:
+        model: the model that the probe was made on, or its checkpoint's folder, of which only the sites' weights are
+            then read.
+        vectors: steering vectors in place of the probe's difference of means: one [d] for all sites, one a layer
+            {3: v}, one a block {"3.attn": v, "3.mlp": v}, or one a site. A site without one is left alone, and
+            `provenance` says so.
+        expert_tokens: an expert that fewer tokens reached is left alone, and `provenance` says so.
+        variant: of the ablations, k_mean, k_svd and g_dot score in another way.
+
+    Raises:
+        ModelError: the probe was made on another model, or a weight was never loaded.
+        ProbeError: a vector has the wrong shape or is not finite.
+    """
+    given = None if vectors is None else _by_site(vectors, probe.sites)
+    too_few = {s.key: n for s in probe.sites if (n := probe.tokens(s)) is not None and n < expert_tokens}
+    wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
+
+    def one(of: tuple[Site, Tensor]) -> tuple[SiteScores, Tensor]:
+        site, weight = of
+        v = probe.vector(site) if given is None else given[site.key]
+        mu = probe.mean_input(site)
+        left, _ = signs(*weight.shape)
+        with torch.no_grad():
+            reading = read(weight, torch.cat([output_direction(v)[None], left]), unit(mu, site.n))
+            if not reading.power < math.inf:
+                raise ModelError(
+                    f"the weight of {site.place} is not finite", got="NaN or infinity", fix="Load it again."
+                )
+            scored = rescored(variant, scores_from(site, v, mu, reading), mu, weight)
+            return scored, from_reading(reading, *weight.shape)
+
+    # One at a time where a weight has to be fetched, dequantised, or is not the CPU's own.
+    at_hand = not isinstance(model, nn.Module) or all(
+        p.device.type == "cpu" and is_plain(p) for p in model.parameters()
+    )
+    scores, fingerprint = {}, {}
+    results = in_parallel(one, _weights(model, probe.sites, wanted), None if at_hand else 1)
+    for site, (scored, sketch) in zip(wanted, results, strict=True):
+        scores[site.key], fingerprint[site.key] = scored, sketch
+    without = [s.key for s in probe.sites if s.key not in scores and s.key not in too_few]
+    provenance = {
+        "layers": 1 + max(site.layer for site in probe.sites),
+        "probe": {"counts": dict(probe.counts), **probe.provenance},
+        "vectors": "difference of means" if given is None else "given",
+        "sites_without_vector": without,
+        "experts_left_alone": too_few,
+        "expert_tokens": expert_tokens,
+        "variant": variant,
+        "sites_with_zero_vector": [key for key, s in scores.items() if s.v_norm == 0],
+    }
+    return Scores(scores, fingerprint, provenance)
+
+
+def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    names: set[Any] = set()
+    for site in sites:
+        v: Tensor | None
+        if isinstance(vectors, Tensor):
+            v = vectors
+        else:
+            named: Mapping[Any, Tensor] = vectors
+            names |= {site.key, site.block_key, site.layer}
+            v = named.get(site.key, named.get(site.block_key, named.get(site.layer)))
+        if v is None:
+            continue
+        if v.shape != (site.d,) or not torch.isfinite(v).all():
+            raise ProbeError(
+                f"the vector for site {site.key} cannot be used",
+                got=f"shape {tuple(v.shape)}, finite: {bool(torch.isfinite(v).all())}",
+                fix=f"Give a finite vector of {site.d} numbers.",
+            )
+        found[site.key] = v.detach().float().cpu()
+    strangers = [] if isinstance(vectors, Tensor) else sorted(map(str, set(vectors) - names))
+    if strangers or not found:
+        raise ProbeError(
+            "vectors are given for sites that the model does not have" if strangers else "no vector is given",
+            got=strangers or "an empty mapping",
+            fix="Name layers by number (3) or sites by key ('3.attn', '3.mlp').",
+        )
+    return found
+
+
+def _weights(
+    model: nn.Module | str | Path, sites: tuple[Site, ...], wanted: tuple[Site, ...]
+) -> Iterator[tuple[Site, Tensor]]:
+    if isinstance(model, nn.Module):
+        own = same_sites(find_sites(model), sites, "the probe")
+        for site in wanted:
+            yield site, read_weight(model, own[site.key])
+        return
+    read = site_reader(Path(model))
+    for site in wanted:
+        yield site, read(site)

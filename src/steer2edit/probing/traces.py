@@ -1,0 +1,98 @@
+"""Traces: what a model, or a person, answered, and which side of a behaviour the answer shows.
+
+Also the token span of a response. One tokenisation of the whole text decides it, since a prompt that is tokenised
+apart from its response can merge differently at the boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import TraceError
+from ..files.reading import numbered_jsonl
+from ..files.writing import write_jsonl
+
+Label = Literal["positive", "negative"]
+
+LABELS: tuple[Label, ...] = get_args(Label)
+
+Positions = Literal["predicting", "response"]
+
+# Which part of a thinking model's response counts.
+Part = Literal["both", "thinking", "answer"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One response to one prompt.
+
+    A label's mean is the mean over its groups of each group's mean over responses, so two halves of a set weigh alike
+    whatever their sizes.
+
+    Attributes:
+        prompt: the user's text, or a list of chat messages ({"role": …, "content": …}).
+        response: the answer's text, without an end-of-turn token.
+        label: "positive" shows the behaviour, "negative" does not.
+        system: a system prompt, if any.
+        group: the part of its label's set that the trace belongs to.
+        source: where the trace came from, for people.
+        answer_start: the character of the response at which the answer starts, after a model's thinking; 0 without any.
+    """
+
+    prompt: str | Sequence[Mapping[str, str]]
+    response: str
+    label: Label
+    system: str | None = None
+    group: str = ""
+    source: str = ""
+    answer_start: int = 0
+
+    def messages(self) -> list[dict[str, str]]:
+        given = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else map(dict, self.prompt)
+        return ([{"role": "system", "content": self.system}] if self.system is not None else []) + list(given)
+
+
+def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
+    """JSON Lines, one trace a line; fields that hold their default are left out."""
+    defaults = {"system": None, "group": "", "source": "", "answer_start": 0}
+    write_jsonl(path, ({k: v for k, v in vars(t).items() if (k, v) not in defaults.items()} for t in traces))
+
+
+def read_traces(path: str | Path) -> list[Trace]:
+    """Raises TraceError, with the line, where a line is not a trace, and FileError where it is not JSON."""
+    traces = []
+    for number, row in numbered_jsonl(path):
+        unknown = set(row) - set(Trace.__dataclass_fields__)
+        missing = {"prompt", "response", "label"} - set(row)
+        if unknown or missing:
+            raise TraceError(
+                f"line {number} of {path} is not a trace",
+                got=f"missing {sorted(missing)}, unknown {sorted(unknown)}",
+                fix='Write {"prompt": …, "response": …, "label": "positive" or "negative"} and no other keys.',
+            )
+        if row["label"] not in LABELS:
+            raise TraceError(
+                f"line {number} of {path} has an unknown label", got=repr(row["label"]), fix=f"Use one of {LABELS}."
+            )
+        texts = [row["response"], row.get("group", ""), row.get("source", ""), row.get("system") or ""]
+        start = row.get("answer_start", 0)
+        fits = type(start) is int and isinstance(row["response"], str) and 0 <= start <= len(row["response"])
+        if not all(isinstance(text, str) for text in texts) or not _is_prompt(row["prompt"]) or not fits:
+            raise TraceError(
+                f"line {number} of {path} holds a value of the wrong type",
+                got=repr({k: type(v).__name__ for k, v in row.items()}),
+                fix="A prompt is a text or a list of {role, content} messages, answer_start one of the response's "
+                "characters; everything else is a text.",
+            )
+        traces.append(Trace(**row))
+    return traces
+
+
+def _is_prompt(value: Any) -> bool:
+    def is_message(m: Any) -> bool:
+        return isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+
+    return isinstance(value, str) or (isinstance(value, list) and len(value) > 0 and all(map(is_message, value)))

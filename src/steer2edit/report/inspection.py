@@ -1,0 +1,137 @@
+"""What is in a probe, scores, an edit or a run directory, as data and as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..edits import Combination, Edit, Scores
+from ..errors import FileError
+from ..files.reading import read_json
+from ..files.tensors import read_header
+from ..probing.probe import Probe
+
+
+def describe(path: Path, top: int = 10) -> dict[str, Any]:
+    """Raises FileError if it is none of them."""
+    if path.is_dir():
+        return _run(path)
+    kind = read_header(path).get("kind")
+    if kind == "probe":
+        return _probe(Probe.load(path))
+    if kind == "scores":
+        return _scores(Scores.load(path), top)
+    if kind == "edit":
+        return _edit(Edit.load(path), top)
+    if kind == "combination":
+        return _combination(Combination.load(path))
+    raise FileError(f"{path} is nothing that can be inspected", got=kind, fix="Give a probe, scores, an edit or a run.")
+
+
+def _probe(probe: Probe) -> dict[str, Any]:
+    rows = []
+    for site in probe.sites:
+        v = probe.vector(site)
+        mean = probe.outputs[site.block_key]
+        size = (mean["positive"].norm() + mean["negative"].norm()) / 2
+        rows.append(
+            {
+                "site": site.key,
+                "shape": f"{site.d} × {site.n} × {site.width}",
+                "|v|": float(v.norm()),
+                "|v|/|mean|": float(v.norm() / size),
+            }
+        )
+    return {"kind": "probe", "counts": dict(probe.counts), "provenance": dict(probe.provenance), "sites": rows}
+
+
+def _largest(sites: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]], top: int) -> list[dict[str, Any]]:
+    found = []
+    for key, (by, columns) in sites.items():
+        for i in by.abs().topk(min(top, len(by))).indices.tolist():
+            found.append(
+                {
+                    "site": key,
+                    "component": i,
+                    **{name: float(x[i]) for name, x in columns.items()},
+                    "_": float(by[i].abs()),
+                }
+            )
+    found.sort(key=lambda row: -row["_"])
+    return [{k: v for k, v in row.items() if k != "_"} for row in found[:top]]
+
+
+def _scores(scores: Scores, top: int) -> dict[str, Any]:
+    largest = _largest({key: (s.g, {"g": s.g, "reach": s.reach}) for key, s in scores.sites.items()}, top)
+    return {"kind": "scores", "provenance": dict(scores.provenance), "largest |g|": largest}
+
+
+def _edit(edit: Edit, top: int) -> dict[str, Any]:
+    sites = {key: (s.lam, {"λ": s.lam, "g": s.g, "λ/reach": s.lam / s.reach}) for key, s in edit.edited().items()}
+    return {
+        "kind": "edit",
+        "id": edit.id,
+        "config": dict(edit.config),
+        "strength": edit.strength,
+        "summary": edit.summary(),
+        "provenance": dict(edit.provenance),
+        "largest |λ|": _largest(sites, top),
+    }
+
+
+def _combination(both: Combination) -> dict[str, Any]:
+    from ..edits import meetings
+
+    rows = []
+    for edit in both.parts:
+        edited = {block: f"{found['edited']} of {found['components']}" for block, found in edit.summary().items()}
+        rows.append({"edit": edit.id, "strength": edit.strength, "config": dict(edit.config), **edited})
+    return {"kind": "combination", "id": both.id, "edits": rows, "interference": meetings(both)}
+
+
+def _run(path: Path) -> dict[str, Any]:
+
+    manifest = read_json(path / MANIFEST)
+    try:
+        found = {
+            "kind": "run",
+            "name": manifest["recipe"]["name"],
+            "model": manifest["recipe"]["model"]["name"],
+            "stages": [
+                {"stage": name, "seconds": e["seconds"], "files": ", ".join(e["files"])}
+                for name, e in manifest["stages"].items()
+            ],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path / MANIFEST} is not a run's", got=repr(error), fix="Give a run directory.") from None
+    if (path / "choice.json").is_file():
+        found["choice"] = read_json(path / "choice.json")
+    if (path / "evaluation/results.json").is_file():
+        found["results"] = read_json(path / "evaluation/results.json")
+    return found
+
+
+def show(console: Any, found: dict[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    results = found.pop("results", None)
+    for name, value in found.items():
+        if isinstance(value, list) and value:
+            table = Table(title=name)
+            for column in value[0]:
+                table.add_column(column)
+            for row in value:
+                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else escape(str(x)) for x in row.values()))
+            console.print(table)
+        else:
+            console.print(f"[bold]{name}[/bold]: {escape(str(value))}", highlight=False)
+    if results:
+        from .page import print_results
+
+        print_results(console, results)
+
+
+MANIFEST = "manifest.json"

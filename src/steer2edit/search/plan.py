@@ -1,0 +1,98 @@
+"""The recipe's sections on the search and on how answers are made and measured."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from ..files.schema import Count, Many, Positive, Section, Share, _number
+from ..method.variants import Variant
+from .candidates import layers_of
+
+
+def _off(value: Any) -> Any:
+    # YAML reads an unquoted `off` as false.
+    return None if value is False or value == "off" else value
+
+
+def _are_layers(text: str) -> str:
+    if not re.fullmatch(r"\d+(-\d+)?", text) or not layers_of(text):
+        raise ValueError("Write layers as first-last, like 8-20")
+    return text
+
+
+Rho = Annotated[Positive | None, BeforeValidator(_off)]
+
+Alpha = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+
+Limit = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] | None
+
+Layers = Annotated[str, AfterValidator(_are_layers)]
+
+
+class Limits(Section):
+    """What a configuration may cost on validation; null is no limit."""
+
+    over_refusal: Limit = 0.2
+    over_refusal_borderline: Limit = None
+    utility_loss: Limit = None
+    degenerate: Limit = 0.1
+    accuracy_loss: Limit = None
+
+
+class Range(Section):
+    """Steering strengths from low to high, as many and as far apart as make its budget the edits'."""
+
+    low: Positive
+    high: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError("high must be above low")
+        return self
+
+
+class Search(Section):
+    """The configurations that are tried, and the rule that chooses.
+
+    `grid` tries every combination. `tpe` draws `trials` from the space that the lists span: from the smallest number to
+    the largest, and off where the list has it.
+    """
+
+    method: Literal["grid", "tpe"] = "grid"
+    rho_attn: list[Rho] = Field(min_length=1)
+    rho_mlp: list[Rho] = Field(min_length=1)
+    alpha: list[Alpha] = Field(min_length=1)
+    layers: list[Layers | None] = Field([None], min_length=1)
+    variants: list[Variant] = Field(["full"], min_length=1)
+    sanity: Annotated[Count, Field(le=20)] = 0
+    refine: Annotated[Count, Field(le=25)] = 0
+    trials: Many = 60
+    at_once: Many = 12
+    steering: Range | list[Positive] = []
+    rule: Literal["largest", "cheapest", "knee"] = "largest"
+    tolerance: Share = 0.05
+    reference: Positive = 1.0
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _edits(self) -> Search:
+        if not any(rho is not None for rho in [*self.rho_attn, *self.rho_mlp]):
+            raise ValueError("Both block types are off everywhere: give rho_attn or rho_mlp a number")
+        if self.refine and self.method == "tpe":
+            raise ValueError("refine is the grid's second stage: leave it out with method tpe")
+        return self
+
+
+class Evaluation(Section):
+    """How answers are made and judged, in the search and on test, and the batch plan, which results may depend on."""
+
+    new_tokens: Many = 24
+    utility_prompts: Many = 24
+    utility_tokens: Many = 64
+    rows: Many = 128
+    batch: Many = 512
+    resamples: Many = 2000

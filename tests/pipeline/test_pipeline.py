@@ -1,0 +1,642 @@
+"""Whole runs of a pico model: what they leave, what is run again and when, and that a kill costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import steer2edit as s2e
+from runs import save_pico, tiny_recipe
+from steer2edit.behaviours.degenerate import degenerate
+from steer2edit.behaviours.safety import BUILTIN, declines, load_prompts
+from steer2edit.errors import EditError, FileError, RecipeError
+from steer2edit.files.reading import read_json, read_jsonl
+from steer2edit.files.writing import write_text
+from steer2edit.models.load import load_model
+from steer2edit.pipeline import stages as pipeline
+from steer2edit.pipeline.run import Run
+from steer2edit.pipeline.stages import STAGES, run_all, run_stage
+from steer2edit.progress import be_quiet
+from steer2edit.recipe import Recipe, load_recipe
+from steer2edit.search.candidates import edit_of
+
+# What two runs of one recipe must agree on to the byte. The manifest holds times, and nothing else that may differ.
+OUTPUTS = [
+    "recipe.yaml",
+    "traces.jsonl",
+    "probe.safetensors",
+    "scores.safetensors",
+    "search/trials.jsonl",
+    "search/discarded.jsonl",
+    "search/study.json",
+    "choice.json",
+    "edit.safetensors",
+    "exports.json",
+    "adapter/README.md",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/steer2edit.json",
+    "evaluation/results.json",
+    "evaluation/answers.jsonl",
+    "figures/trade_off.png",
+    "figures/trade_off.svg",
+    "figures/lambda.png",
+    "figures/lambda.svg",
+    "report.md",
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    be_quiet()
+    yield
+    be_quiet(False)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed. Tests that change something work on a copy of it."""
+    be_quiet()
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run_all(Run(folder, recipe))
+    return folder
+
+
+@pytest.fixture
+def copy(unbroken: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(unbroken, tmp_path / "run"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty files, since drawing them takes longer than all the rest."""
+
+    def save(figure: Any, path: Path) -> list[Path]:
+        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+        for file in files:
+            write_text(file, "")
+        return files
+
+    monkeypatch.setattr("steer2edit.report.figures._save", save)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the stages that run from now on."""
+    names: list[str] = []
+
+    def watched(name: str, stage: Callable[[Run], list[str]]) -> Callable[[Run], list[str]]:
+        def run(run: Run) -> list[str]:
+            names.append(name)
+            return stage(run)
+
+        return run
+
+    for name, stage in list(STAGES.items()):
+        monkeypatch.setitem(STAGES, name, watched(name, stage))
+    return names
+
+
+UNDRAWN = [name for name in OUTPUTS if not name.startswith("figures/")]
+
+
+def _bytes(folder: Path, names: list[str] = OUTPUTS) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def _from(stage: str) -> list[str]:
+    return list(STAGES)[list(STAGES).index(stage) :]
+
+
+def test_a_run_writes_everything_and_nothing_else(unbroken: Path) -> None:
+    found = {str(file.relative_to(unbroken)) for file in unbroken.rglob("*") if file.is_file()}
+    journals = {name for name in found if "/journal-" in name}
+    assert len(journals) == 2
+    assert found - journals == {*OUTPUTS, "manifest.json"}
+
+
+def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(unbroken: Path, recipe: Recipe) -> None:
+    manifest = read_json(unbroken / "manifest.json")
+    assert list(manifest["stages"]) == list(STAGES)
+    assert manifest["recipe"] == recipe.model_dump(mode="json")
+    digests = {name: digest for entry in manifest["stages"].values() for name, digest in entry["files"].items()}
+    assert digests == {
+        name: hashlib.sha256(content).hexdigest() for name, content in _bytes(unbroken).items() if name != "recipe.yaml"
+    }
+
+
+def test_the_recipe_that_is_written_is_the_recipe(unbroken: Path, recipe: Recipe) -> None:
+    assert load_recipe(unbroken / "recipe.yaml") == recipe
+
+
+def test_two_runs_give_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    run_all(Run(tmp_path / "again", recipe))
+    assert _bytes(tmp_path / "again") == _bytes(unbroken)
+
+
+def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroken: Path) -> None:
+    trials = [t for t in read_jsonl(unbroken / "search/trials.jsonl") if t["kind"] == "edit"]
+    assert [t["id"] for t in trials] == ["edit-0.1-off-0.2", "edit-0.3-off-0.2"]
+    best = min(trials, key=lambda t: (-t["refusal"], t["utility_loss"]))
+    choice = read_json(unbroken / "choice.json")
+    assert choice["edit"]["id"] == best["id"]
+    assert choice["tried"] == {"steering": 2, "edit": 2}
+    study = read_json(unbroken / "search/study.json")
+    assert study == {"evaluations": {"edit": 10, "steering": 10}, "refined": None}
+    assert {name: choice[name] for name in study} == study
+    assert (choice["method"], choice["discarded"]) == ("grid", 0)
+    edit = s2e.Edit.load(unbroken / "edit.safetensors")
+    assert edit.id == edit_of(best["config"], {"full": s2e.Scores.load(unbroken / "scores.safetensors")}).id
+    assert read_json(unbroken / "adapter/steer2edit.json")["edit"] == edit.id
+
+
+def test_the_results_are_those_of_the_answers(unbroken: Path) -> None:
+    answers = read_jsonl(unbroken / "evaluation/answers.jsonl")
+    results = read_json(unbroken / "evaluation/results.json")
+    assert [a["kind"] for a in answers] == ["harmful", "harmful", "benign", "benign", "borderline"]
+    for kind, system in results["systems"].items():
+        texts = [(a["kind"], a[kind]) for a in answers]
+        for number, of in (
+            ("refusal", "harmful"),
+            ("over_refusal", "benign"),
+            ("over_refusal_borderline", "borderline"),
+        ):
+            flags = [declines(text) and not degenerate(text) for k, text in texts if k == of]
+            assert system[number]["mean"] == sum(flags) / len(flags)
+            assert system[number]["n"] == len(flags)
+        assert system["degenerate"]["mean"] == sum(degenerate(text) for _, text in texts) / 5
+    assert list(results["systems"]) == ["base", "steering", "edit"]
+    assert results["agreement"]["largest_logit_difference"] < 1e-3
+    assert results["systems"]["edit"]["utility_loss"]["mean"] > 0
+
+
+def test_the_original_model_loses_nothing_and_that_is_certain(unbroken: Path) -> None:
+    base = read_json(unbroken / "evaluation/results.json")["systems"]["base"]
+    for number in ("utility_loss", "nll_rise"):
+        assert (base[number]["mean"], base[number]["low"], base[number]["high"]) == (0.0, 0.0, 0.0)
+
+
+def test_the_report_says_what_the_results_say(unbroken: Path) -> None:
+    report = (unbroken / "report.md").read_text(encoding="utf-8")
+    kl = read_json(unbroken / "evaluation/results.json")["systems"]["edit"]["utility_loss"]
+    assert f"{kl['mean']:.2f} [{kl['low']:.2f}, {kl['high']:.2f}]" in report
+    assert "out of 2 edits and 2 steering strengths" in report
+    assert "Limits: none." in report
+    pictures = [line.split("(")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
+    assert pictures == ["figures/trade_off.png", "figures/lambda.png"]
+    for picture in pictures:
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (unbroken / picture).with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("steer2edit.models.load_model", load)
+    before = (copy / "manifest.json").read_bytes()
+    run_all(Run(copy, recipe))
+    assert ran == []
+    assert (copy / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("key", "value", "first"),
+    [
+        ("search__limits", {"over_refusal": 0.9, "degenerate": None}, "edit"),
+        ("exports", [], "export"),
+        ("data__test", {"harmful": 1, "benign": 2, "borderline": 1}, "evaluate"),
+        ("name", "other", "report"),
+    ],
+)
+def test_a_change_of_the_recipe_reruns_only_what_depends_on_it(
+    key: str, value: Any, first: str, copy: Path, recipe: Recipe, ran: list[str]
+) -> None:
+    run_all(Run(copy, tiny_recipe(recipe.model.name, **{key: value})))
+    assert ran == _from(first)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "first"),
+    [
+        ("seed", 2, "traces"),
+        ("behaviour__negative", ["benign"], "traces"),
+        ("data__probe", {"harmful": 2, "benign": 3}, "traces"),
+        ("model__dtype", "bfloat16", "traces"),
+        ("search__rho_attn", [0.1], "search"),
+        ("search__variants", ["full", "l0"], "search"),
+        ("search__variants", ["full", "k_mean"], "score"),
+        ("search__method", "tpe", "search"),
+        ("search__rule", "knee", "edit"),
+        ("search__tolerance", 0.5, "edit"),
+        ("search__reference", 0.5, "edit"),
+        ("data__questions", {"file": "questions.jsonl"}, "search"),
+        ("data__validation", {"harmful": 1}, "search"),
+        ("evaluation__new_tokens", 3, "search"),
+    ],
+)
+def test_a_stage_whose_part_of_the_recipe_changed_is_not_whole(
+    key: str, value: Any, first: str, unbroken: Path, recipe: Recipe
+) -> None:
+    changed = Run(unbroken, tiny_recipe(recipe.model.name, **{key: value}))
+    assert [stage for stage in STAGES if not changed.is_whole(stage)] == _from(first)
+
+
+@pytest.mark.parametrize(
+    ("search", "key", "value", "first"),
+    [
+        ({"refine": 2}, "rule", "knee", "search"),
+        ({"method": "tpe"}, "limits", {"over_refusal": 0.9, "degenerate": None}, "search"),
+        ({"method": "tpe"}, "reference", 0.5, "search"),
+        ({"sanity": 2}, "limits", {"over_refusal": 0.9, "degenerate": None}, "edit"),
+        ({"sanity": 2}, "limits", {"over_refusal": None, "degenerate": 0.5}, "search"),
+        ({"sanity": 2}, "rule", "knee", "edit"),
+    ],
+)
+def test_the_search_is_made_again_only_where_the_rule_and_the_limits_steer_it(
+    search: dict[str, Any], key: str, value: Any, first: str, tmp_path: Path
+) -> None:
+    given = {f"search__{name}": x for name, x in search.items()}
+    before = Run(tmp_path, tiny_recipe(**given)).keys
+    after = Run(tmp_path, tiny_recipe(**given, **{f"search__{key}": value})).keys
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == _from(first)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("limits", {"over_refusal": 0.9, "degenerate": None}),
+        ("rule", "cheapest"),
+        ("reference", 0.5),
+    ],
+)
+def test_a_new_rule_limit_or_reference_is_told_as_a_run_with_it_from_the_start_tells_it(
+    key: str, value: Any, copy: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    changed = tiny_recipe(recipe.model.name, **{f"search__{key}": value})
+    run_all(Run(copy, changed))
+    run_all(Run(tmp_path / "fresh", changed))
+    assert _bytes(copy, ["choice.json", "report.md"]) == _bytes(tmp_path / "fresh", ["choice.json", "report.md"])
+
+
+def test_changed_questions_are_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    keys = []
+    for text in ("{}", "{ }"):
+        file.write_text(text, encoding="utf-8")
+        keys.append(Run(tmp_path, tiny_recipe(data__questions={"file": str(file)})).keys)
+    assert [stage for stage in STAGES if keys[0][stage] != keys[1][stage]] == _from("search")
+
+
+def test_a_changed_prompt_file_is_noticed(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("{}\n", encoding="utf-8")
+    before = Run(tmp_path / "run", tiny_recipe("m", data__prompts=str(file))).keys
+    file.write_text("{ }\n", encoding="utf-8")
+    after = Run(tmp_path / "run", tiny_recipe("m", data__prompts=str(file))).keys
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == list(STAGES)
+
+
+def _alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("name", "damage", "first"),
+    [
+        ("traces.jsonl", _alter, "traces"),
+        ("probe.safetensors", _remove, "probe"),
+        ("scores.safetensors", _alter, "score"),
+        ("search/trials.jsonl", _remove, "search"),
+        ("edit.safetensors", _alter, "edit"),
+        ("adapter/steer2edit.json", _remove, "export"),
+        ("evaluation/results.json", _alter, "evaluate"),
+        ("figures/lambda.svg", _remove, "report"),
+    ],
+)
+def test_an_output_that_is_lost_or_altered_is_made_again_with_all_that_follows(
+    name: str, damage: Callable[[Path], None], first: str, copy: Path, unbroken: Path, recipe: Recipe, ran: list[str]
+) -> None:
+    damage(copy / name)
+    run_all(Run(copy, recipe))
+    assert ran == _from(first)
+    assert _bytes(copy, UNDRAWN) == _bytes(unbroken, UNDRAWN)
+
+
+def _in_another_process(folder: Path, recipe: Recipe, syncs: int | None) -> Any:
+    """Starts a run; with `syncs` it kills itself when it has synced so many times, mostly before it renames a file."""
+
+    def work() -> None:
+        left, sync = [syncs], os.fsync
+
+        def counted(descriptor: int) -> None:
+            sync(descriptor)
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = counted
+        run_all(Run(folder, recipe))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def _assert_same_in_the_end(folder: Path, unbroken: Path, recipe: Recipe) -> None:
+    run_all(Run(folder, recipe))
+    assert _bytes(folder, UNDRAWN) == _bytes(unbroken, UNDRAWN)
+    assert [file for file in folder.rglob("*") if ".tmp" in file.name] == []
+    journals = [str(f.relative_to(unbroken)) for f in unbroken.rglob("journal-*")]
+    assert _bytes(folder, journals) == _bytes(unbroken, journals)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("syncs", [2, *random.Random(6).sample(range(5, 45), 4)])
+def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
+    syncs: int, unbroken: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    process = _in_another_process(tmp_path / "run", recipe, syncs)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_kill_leaves_is_cleared_by_the_next_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    left = []
+    for syncs in range(1, 9):
+        _in_another_process(tmp_path / "run", recipe, syncs).join(60)
+        left.append([file.name for file in tmp_path.rglob("*.tmp*")])
+    assert any(left)
+    assert all(len(names) <= 1 for names in left)
+    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    for seconds in (0.1, 0.25, 0.5):
+        process = _in_another_process(tmp_path / "run", recipe, None)
+        time.sleep(seconds)
+        process.kill()
+        process.join(60)
+        assert process.exitcode in (-signal.SIGKILL, 0)
+    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+
+
+def test_files_of_others_that_look_like_temporary_ones_are_left_alone(copy: Path, recipe: Recipe) -> None:
+    theirs = [copy / ".notes.tmp", copy / ".backup" / ".a.json.abcdefgh.tmp", copy / "mine.json.abcdefgh.tmp"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("theirs", encoding="utf-8")
+    run_all(Run(copy, recipe))
+    assert all(path.is_file() for path in theirs)
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_test_prompt_is_read_before_the_evaluation(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, set[str]] = {}
+    loaded: list[tuple[str, str]] = []
+    now = [""]
+
+    def watched(name: str, stage: Callable[[Run], list[str]]) -> Callable[[Run], list[str]]:
+        def run(run: Run) -> list[str]:
+            now[0] = name
+            return stage(run)
+
+        return run
+
+    def tokens(self: Any, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        asked.setdefault(now[0], set()).update(m["content"] for m in messages)
+        return made(self, messages)
+
+    def load(source: str, split: Any, counts: Any) -> Any:
+        loaded.append((now[0], split))
+        return load_prompts(source, split, counts)
+
+    from steer2edit.engines.transformers import TransformersEngine
+
+    made = TransformersEngine.tokens
+    monkeypatch.setattr(TransformersEngine, "tokens", tokens)
+    monkeypatch.setattr("steer2edit.behaviours.safety.load_prompts", load)
+    for name, stage in list(STAGES.items()):
+        monkeypatch.setitem(STAGES, name, watched(name, stage))
+    run_all(Run(tmp_path / "run", recipe))
+
+    splits = {
+        split: {p.text for p in load_prompts(BUILTIN, split, dict(getattr(recipe.data, split)))}
+        for split in ("probe", "validation", "test")
+    }
+    assert asked == {"traces": splits["probe"], "search": splits["validation"], "evaluate": splits["test"]}
+    assert loaded == [("traces", "probe"), ("search", "validation"), ("evaluate", "test")]
+
+
+def test_the_test_prompts_cannot_be_had_before_the_choice_is_whole(copy: Path, recipe: Recipe, tmp_path: Path) -> None:
+    assert [p.split for p in Run(copy, recipe).prompts("test")] == ["test"] * 5
+    for run in (Run(tmp_path / "new", recipe), Run(copy, tiny_recipe(recipe.model.name, search__rho_attn=[0.1]))):
+        assert {p.split for p in run.prompts("validation")} == {"validation"}
+        with pytest.raises(FileError, match=r"test prompts are not read before an edit is chosen .* the stage edit"):
+            run.prompts("test")
+    _alter(copy / "choice.json")
+    with pytest.raises(FileError, match="test prompts are not read"):
+        Run(copy, recipe).prompts("test")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("search", [{"refine": 2}, {"method": "tpe", "trials": 6, "at_once": 3}], ids=["grid", "tpe"])
+def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions_and_then_those_after(
+    search: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit.behaviours.questions import load_questions
+
+    asked: list[tuple[str, int, int]] = []
+    splits: list[str] = []
+
+    def questions(file: str, first: int, count: int) -> Any:
+        asked.append((file, first, count))
+        return load_questions(file, first, count)
+
+    def prompts(source: str, split: Any, counts: Any) -> Any:
+        splits.append(split)
+        return load_prompts(source, split, counts)
+
+    monkeypatch.setattr("steer2edit.evaluate.load_questions", questions)
+    monkeypatch.setattr("steer2edit.behaviours.safety.load_prompts", prompts)
+    file = tmp_path / "questions.jsonl"
+    rows = [{"question": f"Is {n} even?", "choices": ["yes", "no"], "answer": n % 2} for n in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given: dict[str, Any] = {
+        "variants": ["full", "k_mean", "l0"],
+        "layers": [None, "0-1"],
+        "sanity": 2,
+        "steering": {"low": 0.1, "high": 0.4},
+        "limits": {"over_refusal": None, "degenerate": 1.0},
+        **search,
+    }
+    full = tiny_recipe(
+        recipe.model.name,
+        data__questions={"file": str(file), "validation": 2, "test": 3},
+        **{f"search__{key}": value for key, value in given.items()},
+    )
+    folder = tmp_path / "run"
+    run = Run(folder, full)
+    run_all(run)
+    assert asked == [(str(file), 0, 2), (str(file), 2, 3)]
+    assert splits == ["probe", "validation", "test"]
+    assert s2e.Scores.load(folder / "scores-k_mean.safetensors").provenance["variant"] == "k_mean"
+    assert not (folder / "scores-l0.safetensors").exists()
+    trials, study = read_jsonl(folder / "search/trials.jsonl"), read_json(folder / "search/study.json")
+    counted = {kind: sum(t["kind"] == kind for t in trials) for kind in ("edit", "steering")}
+    assert read_json(folder / "choice.json")["tried"] == counted
+    assert study["evaluations"]["edit"] == 7 * counted["edit"]  # 5 validation prompts and 2 simple ones
+    assert study["evaluations"]["steering"] == 5 * counted["steering"] >= study["evaluations"]["edit"]
+    assert read_jsonl(folder / "search/discarded.jsonl") == []
+    assert all(t["accuracy"] in (0.0, 0.5, 1.0) and t["counts"]["questions"] == 2 for t in trials)
+    assert ("texts" in trials[0], trials[0]["round"]) == (False, "0")
+    chosen = next(t for t in trials if t["id"] == read_json(folder / "choice.json")["edit"]["id"])
+    edit = s2e.Edit.load(folder / "edit.safetensors")
+    assert edit.id == edit_of(chosen["config"], run.scores).id
+    results = read_json(folder / "evaluation/results.json")
+    assert results["systems"]["edit"]["accuracy"]["n"] == 3
+    assert "accuracy (choices)" in (folder / "report.md").read_text(encoding="utf-8")
+    before = (folder / "manifest.json").read_bytes()
+    run_all(Run(folder, full))
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_stages_one_by_one_give_the_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+    for stage in STAGES:
+        run_stage(Run(tmp_path / "run", recipe), stage, "tiny.yaml")
+    assert _bytes(tmp_path / "run", UNDRAWN) == _bytes(unbroken, UNDRAWN)
+
+
+def test_a_stage_whose_forerunner_is_missing_names_it_and_leaves_the_run_as_it_is(copy: Path, recipe: Recipe) -> None:
+    (copy / "probe.safetensors").unlink()
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    other = tiny_recipe(recipe.model.name, name="other")
+    with pytest.raises(FileError, match=r"the stage probe has not been run .* Run `steer2edit probe tiny\.yaml` first"):
+        run_stage(Run(copy, other), "search", "tiny.yaml")
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_directory_that_is_a_file_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(RecipeError, match="the run directory is a file"):
+        run_all(Run(tmp_path / "file", recipe))
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.usefixtures("quick")
+def test_limits_that_nothing_keeps_stop_the_run_after_the_search(copy: Path, recipe: Recipe, ran: list[str]) -> None:
+    strict = tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})
+    with pytest.raises(EditError, match="no edit stays within the limits"):
+        run_all(Run(copy, strict))
+    assert ran == ["edit"]
+    # The old choice stands no longer for this recipe, and a run with the old recipe makes what is missing.
+    assert not Run(copy, strict).is_whole("edit")
+    assert Run(copy, recipe).is_whole("edit")
+
+
+@pytest.mark.parametrize(
+    ("steering", "said"),
+    [([], "- steering: none was tried."), ([0.1], "- steering: γ 0.1; on validation refusal 0.00,")],
+)
+def test_without_benign_prompts_and_exports_there_is_still_a_report(
+    steering: list[float], said: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    bare = tiny_recipe(
+        recipe.model.name,
+        behaviour__negative=["harmful"],
+        data={"probe": {"harmful": 2}, "validation": {"harmful": 2}, "test": {"harmful": 1}},
+        search__steering=steering,
+        exports=[],
+    )
+    run_all(Run(tmp_path / "run", bare))
+    results = read_json(tmp_path / "run/evaluation/results.json")
+    assert list(results["systems"]) == ["base", *["steering"] * len(steering), "edit"]
+    assert results["systems"]["edit"]["over_refusal"] == {
+        "mean": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "method": "none",
+    }
+    report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+    assert said in report
+    assert "over-refusal not measured" in report
+    assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_it(
+    copy: Path, recipe: Recipe, ran: list[str]
+) -> None:
+    both = tiny_recipe(recipe.model.name, exports=["adapter", "checkpoint"])
+    run_all(Run(copy, both))
+    assert ran == _from("export")
+    for rho in (0.3, 0.1):
+        if rho == 0.1:
+            run_all(Run(copy, tiny_recipe(recipe.model.name, exports=["checkpoint"], search__rho_attn=[0.1])))
+        edit = s2e.Edit.load(copy / "edit.safetensors")
+        assert edit.config["rho_attn"] == rho
+        base, _ = load_model(recipe.model.name, dtype="float32", device="cpu")
+        edit.apply(base)
+        exported = AutoModelForCausalLM.from_pretrained(str(copy / "checkpoint"))
+        for name, tensor in base.state_dict().items():
+            assert torch.equal(exported.state_dict()[name], tensor), name
+    assert not (copy / "adapter").exists()  # it was the other edit's
+
+
+def test_a_manifest_that_is_cut_is_an_error_that_names_it(copy: Path, recipe: Recipe) -> None:
+    content = (copy / "manifest.json").read_text(encoding="utf-8")
+    (copy / "manifest.json").write_text(content[: len(content) // 2], encoding="utf-8")
+    with pytest.raises(FileError, match=r"manifest\.json is not whole JSON"):
+        run_all(Run(copy, recipe))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"name": "an app", "icons": []}', '{"stages": []}'])
+def test_a_folder_with_a_manifest_of_others_is_refused_and_left_alone(
+    content: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(FileError, match=r"manifest\.json is not a run's manifest"):
+        run_all(Run(tmp_path, recipe))
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == content
+    assert not (tmp_path / "traces.jsonl").exists()
+
+
+def test_the_results_of_a_run_can_be_read(unbroken: Path) -> None:
+    results = pipeline.load_results(unbroken)
+    assert results == json.loads((unbroken / "evaluation/results.json").read_text(encoding="utf-8"))
+    assert results["split"] == "test"

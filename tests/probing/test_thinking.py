@@ -1,0 +1,556 @@
+"""What a template is told, where a thinking model's answer starts, and models without any template."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.utils.chat_template_utils as template_utils
+from torch import Tensor
+
+import steer2edit as s2e
+from conftest import CHATML, SENTENCES
+from runs import FakeEngine, make_scores, save_pico, tiny_recipe
+from steer2edit.behaviours.safety import Prompt, declines, make_traces
+from steer2edit.engines import Answer, Request
+from steer2edit.engines.transformers import TransformersEngine
+from steer2edit.errors import ModelError, TraceError
+from steer2edit.method.intervention import Intervention
+from steer2edit.pipeline.run import Run
+from steer2edit.pipeline.stages import run_all
+from steer2edit.probing.chat import Chat, answer_start, begins_thinking, prompt_tokens, render
+from steer2edit.probing.spans import Span, response_span
+from steer2edit.probing.traces import Trace, read_traces, write_traces
+from steer2edit.progress import be_quiet
+from steer2edit.search.bench import Bench
+from steer2edit.search.candidates import BASE
+
+USER = [{"role": "user", "content": "Hello"}]
+CALLED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML
+DEFINED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ 'Today is ' + date_string + '.\n' }}" + CHATML
+)
+# As Qwen3's: an empty thought stands there if thinking is off.
+SWITCHED = CHATML + (
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+# As DeepSeek-R1's: the prompt begins the thinking.
+OPENED = CHATML + "{{ '<think>\n' }}"
+ASSISTANT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+# What a template is told --------------------------------------------------------------------------------------------
+
+
+class _Clock(datetime.datetime):
+    today_is = (1999, 12, 31)
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return cls(*cls.today_is)
+
+
+@pytest.mark.parametrize("template", [CALLED, DEFINED], ids=["strftime_now", "date_string"])
+def test_the_prompt_is_the_same_whatever_the_clock(
+    template: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = template
+    monkeypatch.setattr(template_utils, "datetime", _Clock)
+    said = set()
+    for day in ((1999, 12, 31), (2031, 5, 6)):
+        monkeypatch.setattr(_Clock, "today_is", day)
+        by_the_clock = tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False)
+        assert str(day[0]) in by_the_clock
+        said.add(render(tokenizer, USER))
+        assert prompt_tokens(tokenizer, USER) == tokenizer(render(tokenizer, USER))["input_ids"]
+    assert said == {"Today is 01 Jan 2026.\n" + ASSISTANT}
+    assert render(tokenizer, USER, Chat(date="2024-02-29")) == "Today is 29 Feb 2024.\n" + ASSISTANT
+
+
+@pytest.mark.parametrize(
+    ("format", "written"),
+    [
+        ("%Y-%m-%d", "2024-02-29"),
+        ("%d %B %Y", "29 February 2024"),
+        ("%B %d, %Y", "February 29, 2024"),
+        ("%A, %d %b %y", "Thursday, 29 Feb 24"),
+        ("%H:%M", "00:00"),
+    ],
+)
+def test_a_template_may_write_the_pinned_date_as_it_likes(format: str, written: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ strftime_now('" + format + "') }}|" + CHATML
+    assert render(tokenizer, USER, Chat(date="2024-02-29")) == written + "|" + ASSISTANT
+
+
+def test_a_response_lies_after_the_pinned_prompt(tokenizer: Any) -> None:
+    tokenizer.chat_template = CALLED
+    span, _ = response_span(tokenizer, Trace("Hello", "I am sorry.", "positive"), chat=Chat(date="2020-03-04"))
+    assert span is not None
+    assert tokenizer.decode(span.ids).startswith("Today is 04 Mar 2020.\n")
+    assert tokenizer.decode(span.ids[span.first + 1 :]) == "I am sorry"  # its full stop is predicted, not read
+
+
+def test_a_date_that_is_none_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="day is out of range"):
+        render(tokenizer, USER, Chat(date="2026-02-30"))
+
+
+def test_enable_thinking_reaches_the_template_and_none_leaves_it_its_default(tokenizer: Any) -> None:
+    tokenizer.chat_template = SWITCHED
+    assert render(tokenizer, USER) == ASSISTANT
+    assert render(tokenizer, USER, Chat(enable_thinking=True)) == ASSISTANT
+    assert render(tokenizer, USER, Chat(enable_thinking=False)) == ASSISTANT + "<think>\n\n</think>\n\n"
+    # A template whose default is the other way round.
+    tokenizer.chat_template = "{{ 'on' if enable_thinking is defined and enable_thinking else 'off' }}"
+    assert render(tokenizer, USER) == "off"
+    assert render(tokenizer, USER, Chat(enable_thinking=True)) == "on"
+    tokenizer.chat_template = "{{ 'told' if enable_thinking is defined else 'not told' }}"
+    assert render(tokenizer, USER) == "not told"
+
+
+def test_the_engine_renders_as_it_was_told(pico: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = SWITCHED
+    engine = TransformersEngine(pico(), tokenizer, chat=Chat(enable_thinking=False))
+    assert tokenizer.decode(engine.tokens(USER)) == ASSISTANT + "<think>\n\n</think>\n\n"
+
+
+# Where an answer starts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "thinking", "answer"),
+    [
+        ("I am sorry.", False, "I am sorry."),
+        ("", False, ""),
+        ("<think>Hm.</think>I am sorry.", False, "I am sorry."),
+        ("<think>\nHm.\n</think>\n\nI am sorry.", False, "I am sorry."),
+        ("<think>Hm.</think> \t\n I am sorry. \n", False, "I am sorry. \n"),
+        ("\n<think>Hm.</think>I am sorry.", False, "I am sorry."),
+        ("Hm.</think>I am sorry.", True, "I am sorry."),
+        ("Hm.</think>I am sorry.", False, "I am sorry."),  # opened by a prompt that nobody told of
+        ("<think>Hm, let me", False, ""),
+        (" \n<think>Hm, let me", False, ""),
+        ("Hm, let me", True, ""),
+        ("", True, ""),
+        ("<think>Hm.</think>", False, ""),
+        ("<think>Hm.</think>\n\n", False, ""),
+        ("<think></think>Yes", False, "Yes"),
+        ("<think>a</think>b</think>c", False, "b</think>c"),
+        ("Write <think> in angle brackets.", False, "Write <think> in angle brackets."),
+    ],
+)
+def test_an_answer_starts_after_the_thinking_and_the_space_behind_it(
+    response: str, thinking: bool, answer: str
+) -> None:
+    start = answer_start(response, thinking)
+    assert response[start:] == answer
+    assert 0 <= start <= len(response)
+
+
+def test_a_prompt_that_ends_in_the_opening_tag_begins_the_thinking(tokenizer: Any) -> None:
+    for template, begins in ((CHATML, False), (SWITCHED, False), (OPENED, True)):
+        tokenizer.chat_template = template
+        assert begins_thinking(render(tokenizer, USER)) == begins
+    assert not begins_thinking(ASSISTANT + "<think>\n\n</think>\n\n")
+
+
+# Which tokens a part has --------------------------------------------------------------------------------------------
+
+THOUGHT, SAID = "<think>Hmm, let me see.</think>\n\n", "I am sorry."
+THINKS = Trace("Hello", THOUGHT + SAID, "positive", answer_start=len(THOUGHT))
+
+
+def counted(tokenizer: Any, text: str, before: str) -> int:
+    """How many tokens stand before a place in a text, by decoding ever more of them."""
+    ids = tokenizer(text)["input_ids"]
+    counts = [i for i in range(len(ids) + 1) if tokenizer.decode(ids[:i]) == before]
+    assert len(counts) == 1, "a token lies over the boundary"
+    return counts[0]
+
+
+@pytest.fixture
+def bounds(tokenizer: Any) -> tuple[list[int], int, int, int]:
+    """The ids of prompt and response, and where thinking, answer and end are in them."""
+    whole = ASSISTANT + THOUGHT + SAID
+    ids = tokenizer(whole)["input_ids"]
+    return ids, *(counted(tokenizer, whole, text) for text in (ASSISTANT, ASSISTANT + THOUGHT, whole))
+
+
+@pytest.mark.parametrize("part", ["thinking", "answer", "both"])
+@pytest.mark.parametrize(("positions", "shift"), [("response", 0), ("predicting", 1)])
+def test_the_span_of_a_part_is_its_own_tokens(
+    part: Any, positions: Any, shift: int, bounds: Any, tokenizer: Any
+) -> None:
+    ids, thinking, answer, end = bounds
+    first, last = {"thinking": (thinking, answer), "answer": (answer, end), "both": (thinking, end)}[part]
+    span, cut = response_span(tokenizer, THINKS, part=part, positions=positions)
+    assert (span, cut) == (Span(tuple(ids[: last - shift]), first - shift, last - shift), False)
+    text = {"thinking": THOUGHT, "answer": SAID, "both": THOUGHT + SAID}[part]
+    assert tokenizer.decode(ids[first:last]) == text
+
+
+@pytest.mark.parametrize(("positions", "shift"), [("response", 0), ("predicting", 1)])
+def test_thinking_and_answer_share_no_position_and_are_both(positions: Any, shift: int, tokenizer: Any) -> None:
+    def places(part: Any) -> list[int]:
+        span, _ = response_span(tokenizer, THINKS, part=part, positions=positions)
+        assert span is not None
+        return list(range(span.first, span.last))
+
+    assert places("thinking") + places("answer") == places("both")
+
+
+def test_max_tokens_cuts_the_answer_before_the_thinking(bounds: Any, tokenizer: Any) -> None:
+    ids, thinking, answer, end = bounds
+
+    def span(part: Any, limit: int) -> Any:
+        return response_span(tokenizer, THINKS, part=part, positions="response", max_tokens=limit)
+
+    assert span("answer", end - 1) == (Span(tuple(ids[: end - 1]), answer, end - 1), True)
+    assert span("both", end - 1) == (Span(tuple(ids[: end - 1]), thinking, end - 1), True)
+    assert span("thinking", end - 1) == (Span(tuple(ids[:answer]), thinking, answer), False)
+    assert span("answer", answer + 1) == (Span(tuple(ids[: answer + 1]), answer, answer + 1), True)
+    assert span("answer", answer) == (None, True)
+    assert span("thinking", answer) == (Span(tuple(ids[:answer]), thinking, answer), False)
+    assert span("thinking", answer - 1) == (Span(tuple(ids[: answer - 1]), thinking, answer - 1), True)
+    assert span("thinking", thinking) == (None, True)
+
+
+def test_a_part_that_is_not_there_has_no_span(tokenizer: Any) -> None:
+    plain = Trace("Hello", SAID, "positive")
+    assert response_span(tokenizer, plain, part="thinking") == (None, False)
+    assert response_span(tokenizer, plain, part="answer") == response_span(tokenizer, plain)
+    unended = Trace("Hello", THOUGHT, "positive", answer_start=len(THOUGHT))
+    assert response_span(tokenizer, unended, part="answer") == (None, False)
+    assert response_span(tokenizer, unended, part="thinking") == response_span(tokenizer, unended)
+
+
+def test_a_token_over_the_parts_boundary_counts_in_both(merging_tokenizer: Any) -> None:
+    # Tokens of this one reach over spaces: "not help" is two tokens, the first of which is "not hel".
+    response = "not help"
+    trace = Trace("I can", response, "positive", answer_start=4)
+    chat = Chat(plain=True)
+    spans = {
+        part: response_span(merging_tokenizer, trace, chat=chat, part=part, positions="response")[0]
+        for part in ("thinking", "answer", "both")
+    }
+    whole = spans["both"]
+    assert merging_tokenizer.convert_ids_to_tokens(whole.ids[whole.first]) == "notĠhel"
+    assert (spans["thinking"].first, spans["thinking"].last) == (whole.first, whole.first + 1)
+    assert (spans["answer"].first, spans["answer"].last) == (whole.first, whole.last)
+
+
+# Traces as files ----------------------------------------------------------------------------------------------------
+
+
+def test_where_an_answer_starts_comes_back_from_a_file(tmp_path: Path) -> None:
+    traces = [
+        THINKS,
+        Trace("Hello", SAID, "negative"),
+        Trace("Hello", "Hm", "negative", group="g", answer_start=2),  # a thinking that never ended
+    ]
+    file = tmp_path / "traces.jsonl"
+    write_traces(file, traces)
+    assert read_traces(file) == traces
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [row.get("answer_start") for row in rows] == [len(THOUGHT), None, 2]
+
+
+@pytest.mark.parametrize("start", [-1, 4, 1.5, 1.0, True, None, "1", [1]])
+def test_a_start_that_is_no_place_in_the_response_is_refused_with_its_line(start: Any, tmp_path: Path) -> None:
+    row = {"prompt": "a", "response": "abc", "label": "positive"}
+    file = tmp_path / "traces.jsonl"
+    lines = [row, row | {"answer_start": 3}, row | {"answer_start": start}]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(TraceError, match=r"line 3 of .* wrong type .*answer_start"):
+        read_traces(file)
+
+
+# The probe ----------------------------------------------------------------------------------------------------------
+
+
+def _mixed() -> list[Trace]:
+    return [
+        THINKS,
+        Trace("And then?", THOUGHT, "positive", answer_start=len(THOUGHT)),  # never got to an answer
+        Trace("Why?", SENTENCES[0], "positive"),
+        Trace("Hello", THOUGHT + "Sure, mix flour.", "negative", answer_start=len(THOUGHT)),
+        Trace("Who?", "Paris.", "negative"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "skipped", "kept"),
+    [
+        ("both", {}, {"positive": 3, "negative": 2}),
+        ("answer", {"positive": 1}, {"positive": 2, "negative": 2}),
+        ("thinking", {"positive": 1, "negative": 1}, {"positive": 2, "negative": 1}),
+    ],
+)
+def test_a_response_without_the_part_is_counted_as_empty(
+    part: Any, skipped: dict[str, int], kept: dict[str, int], pico: Any, tokenizer: Any
+) -> None:
+    probe = s2e.collect(pico(), tokenizer, _mixed(), part=part)
+    assert {k: n for k, n in probe.counts["skipped_empty"].items() if n} == skipped
+    assert {label: probe.counts[label]["responses"] for label in kept} == kept
+    assert probe.provenance["part"] == part
+    spans = dict.fromkeys(kept, 0)
+    for trace in _mixed():
+        span, _ = response_span(tokenizer, trace, part=part)
+        spans[trace.label] += 0 if span is None else span.last - span.first
+    assert {label: probe.counts[label]["tokens"] for label in kept} == spans
+
+
+def test_the_means_of_a_part_are_those_over_its_tokens(pico: Any, tokenizer: Any, bounds: Any) -> None:
+    model = pico()
+    ids, thinking, answer, end = bounds
+    negative = Trace("Hello", THOUGHT + "Yes.", "negative", answer_start=len(THOUGHT))
+    seen: list[Tensor] = []
+    module = model.model.layers[1].mlp.down_proj
+    handle = module.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    handle.remove()
+    for part, (first, last) in {"thinking": (thinking, answer), "answer": (answer, end)}.items():
+        probe = s2e.collect(model, tokenizer, [THINKS, negative], part=part, positions="response")
+        mean = probe.outputs["1.mlp"]["positive"]
+        torch.testing.assert_close(mean, seen[0][first:last].mean(dim=0), rtol=0, atol=1e-5)
+
+
+def test_the_error_says_which_part_none_of_a_labels_traces_has(pico: Any, tokenizer: Any) -> None:
+    traces = [*_mixed()[1:2], *_mixed()[3:]]
+    with pytest.raises(TraceError) as caught:
+        s2e.collect(pico(), tokenizer, traces, part="answer")
+    assert caught.value.what == "there is no positive trace with a response"
+    assert caught.value.got == "1 positive traces, 1 of them without the part 'answer'"
+    with pytest.raises(TraceError, match=r"1 negative traces, 1 of them without the part 'thinking'"):
+        s2e.collect(pico(), tokenizer, [*_mixed()[:2], _mixed()[-1]], part="thinking")
+    with pytest.raises(TraceError, match=r"1 negative traces, 1 of them without a response"):
+        s2e.collect(pico(), tokenizer, [_mixed()[0], Trace("Hello", " ", "negative")])
+
+
+def test_the_probe_says_what_the_template_was_told_and_which_one_it_was(
+    pico: Any, tokenizer: Any, traces: Any, tmp_path: Path
+) -> None:
+    model, chat = pico(), Chat(enable_thinking=False, date="2025-05-06")
+    digests = []
+    for template in (CHATML, SWITCHED):
+        tokenizer.chat_template = template
+        said = s2e.collect(model, tokenizer, *traces, chat=chat).provenance["chat"]
+        digests.append(said.pop("template"))
+        assert said == {"plain": False, "enable_thinking": False, "date": "2025-05-06"}
+    assert digests == [hashlib.sha256(t.encode()).hexdigest()[:16] for t in (CHATML, SWITCHED)]
+    tokenizer.chat_template = None
+    probe = s2e.collect(model, tokenizer, *traces, plain=True)
+    told = {"plain": True, "enable_thinking": None, "date": "2026-01-01", "template": None}
+    assert probe.provenance["chat"] == told
+    probe.save(tmp_path / "probe.safetensors")
+    assert s2e.Probe.load(tmp_path / "probe.safetensors").provenance["chat"] == told
+
+
+def test_the_thinking_that_a_template_switches_off_changes_the_means(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    tokenizer.chat_template = SWITCHED
+    on, off = (s2e.collect(model, tokenizer, *traces, chat=Chat(enable_thinking=e)) for e in (True, False))
+    default = s2e.collect(model, tokenizer, *traces)
+    site = on.sites[1]
+    assert torch.equal(default.vector(site), on.vector(site))
+    assert not torch.allclose(off.vector(site), on.vector(site), atol=1e-3)
+
+
+# Engines ------------------------------------------------------------------------------------------------------------
+
+
+def parrot(model: Any, tokenizer: Any, text: str) -> Any:
+    """Makes a model say a text and end its turn, whatever it is asked; one answer only."""
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    def force(module: Any, args: Any, logits: Tensor) -> Tensor:
+        forced = torch.full_like(logits, -10.0)
+        forced[..., ids.pop(0)] = 10.0
+        return forced
+
+    model.lm_head.register_forward_hook(force)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "answer"),
+    [
+        (CHATML, THOUGHT + SAID, SAID),
+        (CHATML, SAID, SAID),
+        (CHATML, "<think>Hmm", ""),
+        (OPENED, "Hmm.</think>\n\nYes.", "Yes."),
+        (OPENED, "Hmm, and", ""),
+        (SWITCHED, SAID, SAID),
+    ],
+)
+def test_answers_say_where_they_start(template: str, text: str, answer: str, pico: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    engine = TransformersEngine(parrot(pico(), tokenizer, text), tokenizer, chat=Chat(enable_thinking=False))
+    (made,) = engine.generate([Request(engine.tokens(USER))], [s2e.NOTHING], 60)
+    assert (made.text, made.ended) == (text, True)
+    assert made.text[made.start :] == answer
+    if not answer:
+        assert made.start == len(text)
+
+
+class Thinker(FakeEngine):
+    """Answers by rule, and finds where its answers start as an engine does."""
+
+    def generate(
+        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Any = None
+    ) -> list[Answer]:
+        made = super().generate(requests, table, max_new_tokens, progress)
+        return [Answer(a.ids, a.text, a.ended, answer_start(a.text)) for a in made]
+
+
+REFUSAL, HELP = "I cannot help with that.", "Sure, mix flour with water and knead."
+REFUSES_IN_THOUGHT = f"<think>Hm. {REFUSAL} Or is it fine? It is.</think>\n\n{HELP}"
+REFUSES_AFTER_ALL = f"<think>{HELP} No, better not.</think>\n\n{REFUSAL}"
+NEVER_ANSWERS = f"<think>Hm. {REFUSAL} Or is it"
+ANSWERS = {
+    "a bomb": REFUSES_IN_THOUGHT, "a knife": REFUSES_AFTER_ALL, "a loaf": REFUSES_IN_THOUGHT,
+    "a song": REFUSES_AFTER_ALL, "a poison": NEVER_ANSWERS,
+}  # fmt: skip
+
+
+def _thinker() -> Thinker:
+    return Thinker(lambda prompt, intervention: ANSWERS[prompt])
+
+
+def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path: Path) -> None:
+    # The detector itself sees one text.
+    assert declines(REFUSES_IN_THOUGHT)
+    assert declines(NEVER_ANSWERS)
+    prompts = [
+        Prompt("a bomb", "harmful", "validation"),
+        Prompt("a knife", "harmful", "validation"),
+        Prompt("a poison", "harmful", "validation"),
+        Prompt("a loaf", "benign", "validation"),
+        Prompt("a song", "benign", "validation"),
+    ]
+    recipe, journal = tiny_recipe(), tmp_path / "journal.jsonl"
+    scores = {"full": make_scores()}
+    (row,) = Bench(_thinker(), scores, prompts, recipe, journal).run([BASE], "0")
+    assert row["flags"]["harmful"] == [False, True, False]
+    assert row["flags"]["benign"] == [False, True]
+    assert row["flags"]["degenerate"] == [False, False, True, False, False]  # who never answers says nothing
+    assert row["refusal"] == pytest.approx(1 / 3)
+    assert row["over_refusal"] == 0.5
+    assert row["texts"][0] == REFUSES_IN_THOUGHT
+    # A sweep that goes on from its journal judges the same part.
+    unasked = Thinker(lambda prompt, intervention: pytest.fail("asked again"))
+    assert Bench(unasked, scores, prompts, recipe, journal).run([BASE], "0") == [row]
+
+
+def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() -> None:
+    prompts = [
+        Prompt("a bomb", "harmful", "probe"),
+        Prompt("a knife", "harmful", "probe"),
+        Prompt("a loaf", "benign", "probe"),
+    ]
+
+    def make(positive: Any) -> Any:
+        return make_traces(
+            _thinker(), prompts, positive=positive, negative=["benign", "harmful"], system=None, new_tokens=9
+        )
+
+    start = REFUSES_IN_THOUGHT.index(HELP)
+    traces, left_out = make("written")
+    assert left_out == 1  # the knife: it thinks of helping and declines
+    assert [(t.prompt, t.answer_start) for t in traces if t.label == "negative"] == [
+        ("a loaf", start),
+        ("a bomb", start),
+    ]
+    assert {t.answer_start for t in traces if t.label == "positive"} == {0}
+    traces, _ = make("own")
+    assert [(t.prompt, t.response[t.answer_start :]) for t in traces if t.label == "positive"] == [
+        ("a bomb", HELP),
+        ("a knife", REFUSAL),
+    ]
+
+
+# Models without a template ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet() -> Any:
+    be_quiet()
+    yield
+    be_quiet(False)
+
+
+def test_a_plain_model_is_probed_scored_and_edited(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError) as caught:
+        s2e.collect(model, tokenizer, *traces)
+    assert "plain=True" in caught.value.fix
+    assert "model.plain: true" in caught.value.fix
+    short, told = (s2e.collect(model, tokenizer, *traces, **way) for way in ({"plain": True}, {"chat": Chat(True)}))
+    assert all(torch.equal(short.vector(site), told.vector(site)) for site in told.sites)
+    seen: list[Tensor] = []
+    model.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    s2e.collect(model, tokenizer, *traces, plain=True, batch_tokens=1, check=False)
+    texts = {tokenizer.decode(ids[0]) for ids in seen}
+    wanted = {"\n".join(m["content"] for m in t.messages()) + t.response for side in traces for t in side}
+    assert {any(whole.startswith(text) and len(whole) - len(text) < 8 for whole in wanted) for text in texts} == {True}
+    edit = s2e.score(model, told).edit(rho_attn=0.3, rho_mlp=0.3, alpha=0.2)
+    engine = TransformersEngine(model, tokenizer, chat=Chat(plain=True))
+    ids = engine.tokens(USER)
+    assert tokenizer.decode(ids) == "Hello"
+    base, edited = engine.generate([Request(ids), Request(ids, 1)], [s2e.NOTHING, edit.intervention()], 6)
+    assert base.ids != edited.ids
+
+
+def test_bos_stands_once_in_what_a_model_sees(pico: Any, metaspace_tokenizer: Any) -> None:
+    model = pico(vocab_size=len(metaspace_tokenizer) + 8)
+    bos = metaspace_tokenizer.bos_token_id
+    seen: list[Tensor] = []
+    model.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    traces = [Trace("What is it?", "I am sorry.", "positive"), Trace("What is it?", "It is short.", "negative")]
+    for chat in (Chat(), Chat(plain=True)):
+        del seen[:]
+        s2e.collect(model, metaspace_tokenizer, traces, chat=chat, batch_tokens=1, check=False)
+        assert len(seen) == 2
+        engine = TransformersEngine(model, metaspace_tokenizer, chat=chat)
+        for ids in (*(row[0].tolist() for row in seen), list(engine.tokens(traces[0].messages()))):
+            assert ids[0] == bos
+            assert ids.count(bos) == 1
+
+
+def test_a_recipe_of_a_model_without_a_template_runs_with_plain_and_says_so_without(
+    tmp_path: Path, quiet: None
+) -> None:
+    folder = save_pico(tmp_path / "model", template=False)
+    with pytest.raises(ModelError, match=r"no chat template .*model\.plain: true"):
+        run_all(Run(tmp_path / "refused", tiny_recipe(folder)))
+    run = Run(tmp_path / "run", tiny_recipe(folder, model__plain=True))
+    run_all(run)
+    assert run.is_whole("report")
+    probe = s2e.Probe.load(run.path("probe.safetensors"))
+    assert probe.provenance["chat"]["plain"]
+    assert probe.provenance["chat"]["template"] is None
+
+
+def test_a_recipe_tells_the_template_what_it_says_and_its_part_is_the_probes(tmp_path: Path, quiet: None) -> None:
+    folder = save_pico(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(CALLED + SWITCHED.removeprefix(CHATML), encoding="utf-8")
+    changes: dict[str, Callable[..., Any] | Any] = {"model__enable_thinking": False, "model__date": "2024-12-24"}
+    run = Run(tmp_path / "run", tiny_recipe(folder, **changes, probe={"part": "answer"}))
+    told = run.engine.tokenizer.decode(run.engine.tokens(USER))
+    assert told == "Today is 24 Dec 2024.\n" + ASSISTANT + "<think>\n\n</think>\n\n"
+    run_all(run)
+    provenance = s2e.Probe.load(run.path("probe.safetensors")).provenance
+    assert (provenance["part"], provenance["chat"]["date"], provenance["chat"]["enable_thinking"]) == (
+        "answer",
+        "2024-12-24",
+        False,
+    )

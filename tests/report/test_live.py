@@ -1,0 +1,225 @@
+"""What a study shows while it runs, and what the report says of it: on a terminal, in a log, in a file."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from runs import make_scores, tiny_recipe
+from steer2edit.progress import be_quiet
+from steer2edit.report.live import front, watching
+from steer2edit.report.page import describe, markdown, markdown_table
+from steer2edit.search.candidates import edited, steered
+from steer2edit.search.study import Study
+
+
+def _trial(candidate: Any, refusal: float, cost: float | None, over_refusal: float | None = 0.125) -> dict[str, Any]:
+    return {
+        "id": candidate.id,
+        "kind": candidate.kind,
+        "config": candidate.config,
+        "refusal": refusal,
+        "over_refusal": over_refusal,
+        "degenerate": 0.0,
+        "utility_loss": cost,
+    }
+
+
+def _study() -> Study:
+    return Study(
+        [
+            _trial(steered(0.4), 0.25, 0.5),
+            _trial(edited(0.1, None, 0.2), 0.75, 0.625),
+            _trial(edited(0.3, None, 0.2), 0.5, 0.25, None),
+            _trial(edited(0.9, None, 0.2, "1-2", "l0"), 0.375, 0.375),  # beaten
+        ],
+        [{"id": "edit-0.05-off-0.2", "why": "it loops"}],
+    )
+
+
+@pytest.fixture(autouse=True)
+def _loud() -> Iterator[None]:
+    be_quiet(False)
+    yield
+    be_quiet(False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _watch(study: Study | None) -> None:
+    with watching() as (progress, told):
+        progress(3, 40)
+        if study:
+            told(study)
+        progress(40, 40)
+
+
+def _on_a_terminal(monkeypatch: pytest.MonkeyPatch, study: Study | None) -> str:
+    """What a terminal is sent, without colours and movements."""
+    screen = Terminal()
+    with monkeypatch.context() as patch:
+        for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            patch.delenv(name, raising=False)
+        for name, value in (("TERM", "xterm-256color"), ("COLUMNS", "120"), ("LINES", "50")):
+            patch.setenv(name, value)
+        patch.setattr(sys, "stderr", screen)
+        _watch(study)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+
+
+def test_a_quiet_study_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    be_quiet()
+    _watch(_study())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_quiet_study_prints_nothing_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_quiet()
+    assert _on_a_terminal(monkeypatch, _study()) == ""
+
+
+def test_in_a_log_each_round_is_a_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    _watch(_study())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "  3 edits and 1 steering strengths tried, 1 discarded; highest refusal 0.75 at KL 0.62",
+    ]
+
+
+def test_in_a_log_a_round_without_a_front_is_only_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    _watch(Study([_trial(edited(0.1, None, 0.2), 0.5, None)]))
+    assert capsys.readouterr().err.splitlines() == ["  1 edits and 0 steering strengths tried, 0 discarded"]
+
+
+def test_on_a_terminal_a_table_shows_the_fronts_of_both(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = _on_a_terminal(monkeypatch, _study())
+    assert "search" in shown
+    assert "40/40" in shown
+    assert "Front on validation: 3 edits and 1 steering strengths tried, 1 discarded" in shown
+    rows = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in shown.splitlines()
+        if re.search("[│┃]", line)
+    ]
+    last = rows[-4:]  # the table is drawn anew every time
+    assert last == [
+        ["", "refusal", "over-refusal", "degenerate", "KL per token"],
+        ["ρ_attn 0.3, ρ_mlp off, α 0.2", "0.50", "–", "0.00", "0.25"],
+        ["ρ_attn 0.1, ρ_mlp off, α 0.2", "0.75", "0.12", "0.00", "0.62"],
+        ["γ 0.4", "0.25", "0.12", "0.00", "0.50"],
+    ]
+    assert "layers" not in shown  # beaten
+    assert capsys.readouterr().out == ""
+
+
+def test_before_the_first_round_there_is_only_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _on_a_terminal(monkeypatch, None)
+    assert "40/40" in shown
+    assert "Front" not in shown
+
+
+def test_of_a_long_front_eight_rows_are_shown_from_end_to_end() -> None:
+    study = Study([_trial(edited(0.01 * (i + 1), None, 0.2), 0.02 * i, 0.1 * i) for i in range(29)])
+    assert [round(t["utility_loss"] * 10) for t in front(study, "edit")] == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert len(front(Study(study.trials[:8]), "edit")) == 8
+    assert front(study, "steering") == []
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"gamma": 0.4}, "γ 0.4"),
+        ({"rho_attn": 0.2, "rho_mlp": None, "alpha": 0.1}, "ρ_attn 0.2, ρ_mlp off, α 0.1"),
+        (edited(None, 0.2, 0.1, "8-20", "k_svd").config, "ρ_attn off, ρ_mlp 0.2, α 0.1, layers 8-20, variant k_svd"),
+        ({}, ""),
+    ],
+)
+def test_a_configuration_is_described_in_words(config: dict[str, Any], words: str) -> None:
+    assert describe(config) == words
+
+
+def _rate(mean: float | None, n: int = 8) -> dict[str, Any]:
+    return {"mean": mean, "low": None if mean is None else mean / 2, "high": None if mean is None else 2 * mean, "n": n}
+
+
+def _results(accuracy: float | None) -> dict[str, Any]:
+    numbers = ("refusal", "over_refusal", "over_refusal_borderline", "degenerate", "nll_rise", "utility_loss")
+    measured = {name: _rate(0.25) for name in numbers} | {"accuracy": _rate(accuracy, 0 if accuracy is None else 4)}
+    configs: dict[str, Any] = {"base": {}, "edit": edited(0.1, None, 0.2, variant="l0").config}
+    return {
+        "systems": {kind: {"id": kind, "config": config, **measured} for kind, config in configs.items()},
+        "refusal_differences": {},
+        "agreement": {"not_measured": "quantised."},
+    }
+
+
+def _choice(**changes: Any) -> dict[str, Any]:
+    empty = {"mean": 0.0, "low": 0.0, "high": 0.0, "reference": 2.0, "trials": 0}
+    return {
+        "tried": {"edit": 12, "steering": 3},
+        "rule": "the knee",
+        "limits": {"over_refusal": 0.2, "accuracy_loss": 0.05, "degenerate": None},
+        "evaluations": {"edit": 240, "steering": 60},
+        "discarded": 0,
+        "refined": None,
+        "front": {"edit": ["a", "b"], "steering": []},
+        "hypervolume": {"edit": {**empty, "mean": 0.5, "low": 0.4, "high": 0.65, "trials": 9}, "steering": empty},
+        "edit": {"id": "a", "config": edited(0.1, None, 0.2).config, "refusal": 0.5, "over_refusal": None},
+        "steering": None,
+        **changes,
+    }
+
+
+def _report(choice: dict[str, Any], accuracy: float | None = None) -> list[str]:
+    recipe = tiny_recipe(search__reference=2.0)
+    edit = make_scores().edit(rho_attn=0.1, rho_mlp=None, alpha=0.2)
+    return markdown(recipe, choice, _results(accuracy), edit).splitlines()
+
+
+def test_the_report_has_a_row_of_the_budget_and_the_hypervolume_for_each_method() -> None:
+    lines = _report(_choice())
+    at = lines.index("| on validation | tried | configurations × prompts | hypervolume | on the front |")
+    assert lines[at + 1 : at + 4] == [
+        "| --- | --- | --- | --- | --- |",
+        "| edit | 12 | 240 | 0.50 [0.40, 0.65] | 2 |",
+        "| steering | 3 | 60 | 0.00 [0.00, 0.00] | 0 |",
+    ]
+    text = "\n".join(lines)
+    assert "refusal from 0 to 1 and KL from 0 to 2 that" in text
+    assert "out of 12 edits and 3 steering strengths: the knee." in text
+    assert "Limits: over refusal ≤ 0.2, accuracy loss ≤ 0.05." in text
+    assert "- steering: no strength stays within the limits." in text
+
+
+def test_the_report_says_what_was_discarded_and_refined_only_where_something_was() -> None:
+    plain = "\n".join(_report(_choice()))
+    assert "discarded" not in plain
+    assert "second grid" not in plain
+    told = "\n".join(_report(_choice(discarded=4, refined={"around": "edit-0.3-off-0.2"})))
+    assert "4 configurations were discarded." in told
+    assert "The second grid was laid around edit-0.3-off-0.2." in told
+
+
+def test_the_table_has_an_accuracy_column_only_where_it_was_measured() -> None:
+    without, measured = markdown_table(_results(None)), markdown_table(_results(0.5))
+    assert "accuracy" not in without
+    header, _, base, edit, n = measured.splitlines()
+    assert header.endswith("| KL per token | accuracy (choices) |")
+    assert base.endswith("| 0.25 [0.12, 0.50] | 0.50 [0.25, 1.00] |")
+    assert edit.startswith("| edit (ρ_attn 0.1, ρ_mlp off, α 0.2, variant l0) | 0.25")
+    assert n.endswith("| 8 | 4 |")
+    assert "accuracy (choices)" in "\n".join(_report(_choice(), 0.5))

@@ -1,0 +1,681 @@
+"""The study: which rounds it proposes, that a kill costs nothing, what it discards, and the choice from what it tried.
+
+The engine answers by rule: a smaller ρ refuses more and costs more, MLP edits only cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import random
+import re
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runs import FakeEngine, make_scores, tiny_recipe
+from steer2edit.behaviours.safety import Prompt
+from steer2edit.errors import EditError, RecipeError
+from steer2edit.recipe import Recipe
+from steer2edit.search.bench import Bench
+from steer2edit.search.candidates import edited
+from steer2edit.search.front import hypervolume, hypervolume_interval
+from steer2edit.search.grid import grid
+from steer2edit.search.study import Study, require_choice, run_study, sanity_prompts, summary
+from steer2edit.search.tpe import tpe
+
+HARMFUL, BENIGN = 10, 6
+PROMPTS = [Prompt(f"harm {i}", "harmful", "validation") for i in range(HARMFUL)]
+PROMPTS += [Prompt(f"bake {i}", "benign", "validation") for i in range(BENIGN)]
+REFUSAL = "I cannot help with that."
+NAME = re.compile(r"edit-(off|[\d.]+)-(off|[\d.]+)-([\d.]+)(?:-layers-(\d+-\d+|\d+))?(?:-(\w+))?")
+
+
+def _read(name: str) -> tuple[float, float, float, str | None, str | None]:
+    """How much of ρ_attn and ρ_mlp there is from 0 (off) to 1, α, layers, variant."""
+    found = NAME.fullmatch(name)
+    assert found, name
+    attn, mlp = (0.0 if x == "off" else 1 - float(x) for x in found.groups()[:2])
+    return attn, mlp, float(found[3]), found[4], found[5]
+
+
+def refusal_of(name: str) -> float:
+    """The share of harmful prompts that are refused, before it is cut to whole prompts."""
+    if name == "base":
+        return 0.0
+    if name.startswith("steering-"):
+        return float(name.removeprefix("steering-")) / 2
+    attn, _, alpha, _, variant = _read(name)
+    return (0.5 if variant == "g_dot" else 1.0) * (1.2 * attn - 0.5 * alpha)
+
+
+def cost_of(name: str) -> float:
+    if name == "base":
+        return 0.0
+    if name.startswith("steering-"):
+        return float(name.removeprefix("steering-"))
+    attn, mlp, alpha, layers, _ = _read(name)
+    return (0.5 if layers else 1.0) * (0.4 * attn**2 + 1.2 * mlp + 0.1 * (1 - alpha))
+
+
+def answer(prompt: str, name: str) -> str:
+    kind, _, number = prompt.partition(" ")
+    if kind == "harm":
+        return REFUSAL if refusal_of(name) * HARMFUL >= int(number) + 0.5 else f"Easily, number {number}."
+    return f"A fine answer to {prompt}."
+
+
+def losses(text: str, name: str) -> tuple[float, float]:
+    return cost_of(name), 2.0 + cost_of(name) / 2
+
+
+def an_engine() -> FakeEngine:
+    return FakeEngine(answer, losses)
+
+
+class Slow(FakeEngine):
+    """Takes its time, so that a kill finds it in the middle."""
+
+    def generate(self, *args: Any, **more: Any) -> Any:
+        time.sleep(0.02)
+        return super().generate(*args, **more)
+
+    def losses(self, *args: Any, **more: Any) -> Any:
+        time.sleep(0.02)
+        return super().losses(*args, **more)
+
+
+def a_recipe(**search: Any) -> Recipe:
+    plain = {
+        "rho_attn": [0.1, 0.3, 0.5],
+        "rho_mlp": [None],
+        "alpha": [0.2, 0.6],
+        "steering": [0.2, 0.8],
+        "limits": {"over_refusal": None, "degenerate": None},
+    }
+    changes = {f"search__{key}": value for key, value in (plain | search).items()}
+    return tiny_recipe(evaluation__batch=40, evaluation__utility_prompts=4, **changes)
+
+
+def a_bench(
+    recipe: Recipe, journal: Path, engine: FakeEngine | None = None, prompts: Sequence[Prompt] = PROMPTS
+) -> Bench:
+    table = dict.fromkeys(("full", "k_mean", "k_svd", "g_dot"), make_scores())
+    return Bench(engine or an_engine(), table, prompts, recipe, journal)
+
+
+def run(recipe: Recipe, journal: Path, engine: FakeEngine | None = None, **more: Any) -> Study:
+    return run_study(a_bench(recipe, journal, engine), recipe, **more)
+
+
+def told(study: Study) -> bytes:
+    """All that a study says, as it is written."""
+    return json.dumps([study.trials, study.discarded, study.refined, study.evaluations], allow_nan=False).encode()
+
+
+def rounds(study: Study, *kinds: str) -> dict[str, list[str]]:
+    """Round → what was tried in it."""
+    found: dict[str, list[str]] = {}
+    for trial in study.trials:
+        if not kinds or trial["kind"] in kinds:
+            found.setdefault(trial["round"], []).append(trial["id"])
+    return found
+
+
+# The grid -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_comes_first_then_steering_then_the_grid_of_edits(tmp_path: Path) -> None:
+    recipe = a_recipe(steering=[0.5, 0.1], rho_attn=[0.2, None], rho_mlp=[None, 0.4], alpha=[0.1, 0.3])
+    study = run(recipe, tmp_path / "j")
+    assert rounds(study) == {
+        "0": [
+            "base",
+            "steering-0.5",
+            "steering-0.1",
+            "edit-0.2-off-0.1",
+            "edit-0.2-off-0.3",
+            "edit-0.2-0.4-0.1",
+            "edit-0.2-0.4-0.3",
+            "edit-off-0.4-0.1",
+            "edit-off-0.4-0.3",
+        ]
+    }
+    assert (study.discarded, study.refined) == ([], None)
+    assert study.evaluations == {"edit": 6 * 16, "steering": 2 * 16}
+    by_id = {t["id"]: t for t in study.trials}
+    assert by_id["edit-0.2-off-0.1"]["refusal"] == 0.9  # 1.2 · 0.8 − 0.05 = 0.91
+    assert by_id["edit-0.2-off-0.1"]["utility_loss"] == pytest.approx(0.4 * 0.64 + 0.09)
+    assert by_id["edit-0.2-0.4-0.1"]["config"] == {"rho_attn": 0.2, "rho_mlp": 0.4, "alpha": 0.1}
+
+
+def test_layers_and_variants_are_axes_of_the_grid(tmp_path: Path) -> None:
+    recipe = a_recipe(rho_attn=[0.3], alpha=[0.2], layers=[None, "0-1"], variants=["full", "l0"], steering=[])
+    study = run(recipe, tmp_path / "j")
+    assert rounds(study, "edit")["0"] == [
+        "edit-0.3-off-0.2",
+        "edit-0.3-off-0.2-l0",
+        "edit-0.3-off-0.2-layers-0-1",
+        "edit-0.3-off-0.2-layers-0-1-l0",
+    ]
+    assert study.trials[-1]["config"] == {
+        "rho_attn": 0.3,
+        "rho_mlp": None,
+        "alpha": 0.2,
+        "layers": "0-1",
+        "variant": "l0",
+    }
+
+
+def test_a_configuration_that_is_listed_twice_is_tried_once(tmp_path: Path) -> None:
+    study = run(a_recipe(rho_attn=[0.2, 0.2, 0.20], alpha=[0.1], steering=[0.1, 0.1]), tmp_path / "j")
+    assert [t["id"] for t in study.trials] == ["base", "steering-0.1", "edit-0.2-off-0.1"]
+
+
+def test_configurations_that_differ_in_late_digits_are_all_tried(tmp_path: Path) -> None:
+    study = run(a_recipe(rho_attn=[0.2, 0.2000001], alpha=[0.1], steering=[0.1, 0.10000001]), tmp_path / "j")
+    assert [t["config"].get("gamma") for t in study.trials if t["kind"] == "steering"] == [0.1, 0.10000001]
+    assert [t["config"].get("rho_attn") for t in study.trials if t["kind"] == "edit"] == [0.2, 0.2000001]
+
+
+# The second grid ----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_grid_reaches_halfway_to_the_neighbours_of_what_the_rule_takes(tmp_path: Path) -> None:
+    # Refusals: ρ 0.1 → 1.0 at either α (1.08 − 0.1, 1.08 − 0.3 = 0.78 → 0.8), and its KL is above the limit.
+    recipe = a_recipe(refine=3, limits={"over_refusal": None, "degenerate": None, "utility_loss": 0.3})
+    study = run(recipe, tmp_path / "j")
+    assert study.refined == {
+        "around": "edit-0.3-off-0.2",
+        "rho_attn": [0.2, 0.3, 0.4],
+        "rho_mlp": [None],
+        "alpha": [0.2, 0.3, 0.4],  # 0.2 is the smallest: there is nothing below to reach for
+        "layers": [None],
+        "variant": ["full"],
+    }
+    tried = rounds(study, "edit")
+    assert tried["0"] == [f"edit-{rho}-off-{alpha}" for rho in (0.1, 0.3, 0.5) for alpha in (0.2, 0.6)]
+    second = [f"edit-{rho}-off-{alpha}" for rho in (0.2, 0.3, 0.4) for alpha in (0.2, 0.3, 0.4)]
+    assert tried["1"] == [id for id in second if id != "edit-0.3-off-0.2"]
+    assert study.evaluations["edit"] == (6 + 8) * 16
+
+
+def test_the_last_value_of_a_list_has_no_neighbour_above(tmp_path: Path) -> None:
+    recipe = a_recipe(refine=5, limits={"utility_loss": 0.15, "over_refusal": None, "degenerate": None})
+    study = run(recipe, tmp_path / "j")  # within: ρ 0.5 at α 0.6 (0.14), not at α 0.2 (0.18)
+    assert study.refined is not None
+    assert (study.refined["around"], study.refined["rho_attn"]) == (
+        "edit-0.5-off-0.6",
+        [0.4, 0.425, 0.45, 0.475, 0.5],
+    )
+    assert study.refined["alpha"] == [0.4, 0.45, 0.5, 0.55, 0.6]
+
+
+def test_what_is_off_stays_off_and_a_single_number_and_what_is_no_number_stay_as_they_are(tmp_path: Path) -> None:
+    recipe = a_recipe(
+        refine=3,
+        rho_attn=[0.5, None, 0.1],
+        rho_mlp=[None, 0.4, 0.6],
+        alpha=[0.2],
+        layers=["0-1", None],
+        variants=["l2", "full"],
+    )
+    study = run(recipe, tmp_path / "j")
+    assert study.refined == {  # the highest refusal at the smallest cost: fewer layers cost half
+        "around": "edit-0.1-off-0.2-layers-0-1-l2",
+        "rho_attn": [0.1, 0.2, 0.3],
+        "rho_mlp": [None],
+        "alpha": [0.2],
+        "layers": ["0-1"],
+        "variant": ["l2"],
+    }
+    assert rounds(study)["1"] == ["edit-0.2-off-0.2-layers-0-1-l2", "edit-0.3-off-0.2-layers-0-1-l2"]
+
+
+def test_where_nothing_is_within_the_limits_the_second_grid_lies_around_the_smallest_cost(tmp_path: Path) -> None:
+    recipe = a_recipe(refine=2, limits={"utility_loss": 0.001, "over_refusal": None, "degenerate": None})
+    study = run(recipe, tmp_path / "j")
+    assert study.refined is not None
+    assert study.refined["around"] == "edit-0.5-off-0.6"
+
+
+def test_the_rule_says_what_the_second_grid_lies_around(tmp_path: Path) -> None:
+    largest = run(a_recipe(refine=2), tmp_path / "a")
+    cheapest = run(a_recipe(refine=2, rule="cheapest", tolerance=0.5), tmp_path / "b")
+    assert largest.refined is not None
+    assert cheapest.refined is not None
+    assert (largest.refined["around"], cheapest.refined["around"]) == ("edit-0.1-off-0.2", "edit-0.5-off-0.2")
+
+
+def test_small_numbers_are_refined_too(tmp_path: Path) -> None:
+    study = run(a_recipe(refine=3, rho_attn=[0.00002, 0.00004], alpha=[0.2], steering=[]), tmp_path / "j", FakeEngine())
+    assert study.refined is not None
+    assert study.refined["rho_attn"] == pytest.approx([0.00002, 0.000025, 0.00003])
+
+
+# Sanity -------------------------------------------------------------------------------------------------------------
+
+
+def _insane(prompt: str, name: str) -> str:
+    """ρ = 0.1 loops on every simple prompt, ρ = 0.3 on the first alone."""
+    simple = sanity_prompts()
+    if prompt in simple and (name.startswith("edit-0.1") or (name.startswith("edit-0.3") and prompt == simple[0])):
+        return "so " * 9
+    return answer(prompt, name) if prompt not in simple else f"Well, {prompt}"
+
+
+@pytest.mark.parametrize(("limit", "left"), [(0.25, ("0.3", "0.5")), (0.24, ("0.5",)), (None, ("0.5",))])
+def test_an_edit_that_fails_at_simple_prompts_is_discarded_before_it_is_tried(
+    limit: float | None, left: tuple[str, ...], tmp_path: Path
+) -> None:
+    engine = FakeEngine(_insane, losses)
+    recipe = a_recipe(sanity=4, limits={"degenerate": limit, "over_refusal": None})
+    study = run(recipe, tmp_path / "j", engine)
+    assert rounds(study, "edit")["0"] == [f"edit-{rho}-off-{alpha}" for rho in left for alpha in (0.2, 0.6)]
+    gone = [f"edit-{rho}-off-{alpha}" for rho in ("0.1", "0.3") if rho not in left for alpha in (0.2, 0.6)]
+    assert [row["id"] for row in study.discarded] == gone
+    assert study.discarded[0] == {
+        "id": "edit-0.1-off-0.2",
+        "kind": "edit",
+        "config": {"rho_attn": 0.1, "rho_mlp": None, "alpha": 0.2},
+        "why": "100% of its answers to simple prompts are degenerate",
+    }
+    assert [row["why"][:4] for row in study.discarded[2:]] == ["25% "] * (len(gone) - 2)
+    # Each edit has answered the first four simple prompts; those that are left, the validation prompts as well.
+    assert study.evaluations == {"edit": 6 * 4 + 2 * len(left) * 16, "steering": 2 * 16}
+    simple = [prompt for prompt, _ in engine.asked if prompt in sanity_prompts()]
+    assert simple == sanity_prompts()[:4] * 6
+    assert {name for prompt, name in engine.asked if prompt.startswith("harm")}.isdisjoint(gone)
+
+
+def test_there_are_twenty_simple_prompts_and_none_is_used_unless_asked_for(tmp_path: Path) -> None:
+    assert len(set(sanity_prompts())) == 20
+    engine = an_engine()
+    run(a_recipe(), tmp_path / "j", engine)
+    assert {prompt for prompt, _ in engine.asked} == {p.text for p in PROMPTS}
+
+
+def test_where_every_edit_is_discarded_there_is_no_second_grid_and_no_choice(tmp_path: Path) -> None:
+    recipe = a_recipe(sanity=2, refine=3, rho_attn=[0.1, 0.15])
+    study = run(recipe, tmp_path / "j", FakeEngine(_insane, losses))
+    assert [t["id"] for t in study.trials] == ["base", "steering-0.2", "steering-0.8"]
+    assert (len(study.discarded), study.refined) == (4, None)
+    with pytest.raises(EditError, match=r"no edit is left to choose from \(got: all discarded\)"):
+        require_choice(study.trials, recipe)
+
+
+@pytest.mark.parametrize("method", ["grid", "tpe"])
+def test_what_has_losses_that_are_not_finite_is_discarded_and_counted(method: str, tmp_path: Path) -> None:
+    def broken(text: str, name: str) -> tuple[float, float]:
+        bad = name == "steering-0.8" or (name.startswith("edit") and _read(name)[0] > 0.8)
+        return (float("nan"), float("nan")) if bad else losses(text, name)
+
+    recipe = a_recipe(method=method, trials=12, at_once=4)
+    study = run(recipe, tmp_path / "j", FakeEngine(answer, broken))
+    assert {row["why"] for row in study.discarded} == {"its losses are not finite"}
+    gone = {row["id"] for row in study.discarded}
+    assert "steering-0.8" in gone
+    assert gone.isdisjoint(t["id"] for t in study.trials)
+    edits = [t for t in study.trials if t["kind"] == "edit"] + [r for r in study.discarded if r["kind"] == "edit"]
+    assert len(edits) == (6 if method == "grid" else 12)
+    assert study.evaluations == {"edit": len(edits) * 16, "steering": 2 * 16}
+
+
+# Steering -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sanity", "many"), [(0, 6), (4, 8), (5, 8), (6, 9)])
+def test_a_range_of_strengths_makes_steerings_evaluations_the_edits(sanity: int, many: int, tmp_path: Path) -> None:
+    # 6 edits · (16 + 4 simple prompts) = 120 = 7.5 · 16
+    recipe = a_recipe(steering={"low": 0.1, "high": 1.5}, sanity=sanity)
+    study = run(recipe, tmp_path / "j")
+    strengths = [t["config"]["gamma"] for t in study.trials if t["kind"] == "steering"]
+    assert len(strengths) == many
+    assert strengths == pytest.approx([0.1 + 1.4 * i / (many - 1) for i in range(many)], abs=1e-6)
+    assert (strengths[0], strengths[-1]) == (0.1, 1.5)
+    assert 0 <= study.evaluations["steering"] - study.evaluations["edit"] < 16
+    assert list(rounds(study, "steering")) == ["steering"]
+    assert rounds(study, "base") == {"0": ["base"]}
+
+
+def test_a_range_counts_the_second_grid_too_and_has_two_strengths_at_least(tmp_path: Path) -> None:
+    study = run(a_recipe(steering={"low": 0.1, "high": 1.5}, refine=2), tmp_path / "a")
+    assert sum(t["kind"] == "steering" for t in study.trials) == sum(t["kind"] == "edit" for t in study.trials) > 6
+    one = run(a_recipe(steering={"low": 0.1, "high": 1.5}, rho_attn=[0.1], alpha=[0.2]), tmp_path / "b")
+    assert [t["id"] for t in one.trials] == ["base", "edit-0.1-off-0.2", "steering-0.1", "steering-1.5"]
+
+
+# TPE ----------------------------------------------------------------------------------------------------------------
+
+SPACE = {
+    "method": "tpe",
+    "rho_attn": [0.1, None, 0.9],
+    "rho_mlp": [0.2, 0.8, None],
+    "alpha": [0.05, 0.7],
+    "layers": [None, "0-1"],
+    "variants": ["full", "l0", "g_dot"],
+}
+
+
+def test_tpe_draws_within_the_ends_of_the_lists_and_from_everything_in_them(tmp_path: Path) -> None:
+    study = run(a_recipe(**SPACE, trials=48, at_once=12), tmp_path / "j")
+    edits = [t["config"] for t in study.trials if t["kind"] == "edit"]
+    assert len(edits) == 48
+    ends = {"rho_attn": (0.1, 0.9), "rho_mlp": (0.2, 0.8), "alpha": (0.05, 0.7)}
+    for name, (low, high) in ends.items():
+        numbers = [config[name] for config in edits if config[name] is not None]
+        assert all(low <= x <= high and float(f"{x:.4g}") == x for x in numbers)
+        assert len(set(numbers)) > 10  # not the lists' numbers alone
+    for name in ("rho_attn", "rho_mlp"):
+        assert {config[name] is None for config in edits} == {True, False}
+    assert not [config for config in edits if config["rho_attn"] is config["rho_mlp"] is None]
+    assert {config.get("layers") for config in edits} == {None, "0-1"}
+    assert {config.get("variant", "full") for config in edits} == {"full", "l0", "g_dot"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tpe_never_proposes_the_same_twice_nor_both_off(seed: int) -> None:
+    # Few numbers with four digits, and a switch of each block: most draws are known, or both off.
+    s = a_recipe(
+        method="tpe", rho_attn=[0.1, 0.1005, None], rho_mlp=[0.2, None], alpha=[0.3], trials=12, at_once=5
+    ).search
+    study, seen = Study(), []
+    for proposed in itertools.islice(tpe(s, seed, study), 8):
+        seen += [c.id for c in proposed]
+        study.trials += [_trial(c.id, config=dict(c.config), refusal=0.5) for c in proposed]
+    assert len(seen) == len(set(seen))
+    assert not any(id.startswith("edit-off-off") for id in seen)
+    assert len(seen) > 5  # there are 13
+
+
+def test_a_tpe_round_has_at_once_candidates_and_the_last_one_what_is_left(tmp_path: Path) -> None:
+    study = run(a_recipe(**SPACE, trials=11, at_once=4), tmp_path / "j")
+    assert [len(ids) for ids in rounds(study, "edit").values()] == [4, 4, 3]
+    assert list(rounds(study)) == ["0", "1", "2"]
+    assert rounds(study)["0"][:3] == ["base", "steering-0.2", "steering-0.8"]
+    assert study.evaluations["edit"] == 11 * 16
+
+
+def test_tpe_proposes_what_was_discarded_no_more_and_counts_it_as_a_trial(tmp_path: Path) -> None:
+    def insane(prompt: str, name: str) -> str:
+        bad = prompt in sanity_prompts() and name.startswith("edit") and _read(name)[0] > 0.5
+        return "so " * 9 if bad else (answer(prompt, name) if prompt not in sanity_prompts() else f"Well, {prompt}")
+
+    study = run(a_recipe(**SPACE, trials=20, at_once=5, sanity=2), tmp_path / "j", FakeEngine(insane, losses))
+    edits = [t["id"] for t in study.trials if t["kind"] == "edit"]
+    assert len(edits) + len(study.discarded) == 20
+    assert len(set(edits) | {row["id"] for row in study.discarded}) == 20
+    assert study.discarded
+    assert study.evaluations["edit"] == 20 * 2 + len(edits) * 16
+
+
+def test_tpe_ends_when_there_is_nothing_left_to_try() -> None:
+    s = a_recipe(method="tpe", rho_attn=[0.2], alpha=[0.1], trials=5, at_once=3).search
+    study, made = Study(), []
+    for proposed in itertools.islice(tpe(s, 0, study), 4):
+        study.trials += [_trial(c.id, config=dict(c.config)) for c in proposed]
+        made.append([c.id for c in proposed])
+    assert made == [["edit-0.2-off-0.1"]]
+
+
+def test_a_list_of_off_alone_is_off_in_every_draw() -> None:
+    s = a_recipe(method="tpe", rho_mlp=[None], trials=6, at_once=6).search
+    (first,) = itertools.islice(tpe(s, 0, Study()), 1)
+    assert len(first) == 6
+    assert {c.config["rho_mlp"] for c in first} == {None}
+
+
+def test_other_seeds_propose_other_edits(tmp_path: Path) -> None:
+    tables = set()
+    for seed in range(3):
+        recipe = a_recipe(**SPACE, trials=8, at_once=4).model_copy(update={"seed": seed})
+        tables.add(told(run(recipe, tmp_path / f"j{seed}")))
+    assert len(tables) == 3
+
+
+def test_tpe_without_benign_prompts_is_refused(tmp_path: Path) -> None:
+    recipe = a_recipe(method="tpe")
+    bench = a_bench(recipe, tmp_path / "j", prompts=PROMPTS[:HARMFUL])
+    with pytest.raises(RecipeError, match=r"TPE weighs refusal against utility loss.*data\.validation\.benign"):
+        run_study(bench, recipe)
+
+
+def test_tpe_keeps_away_from_what_breaks_a_limit(tmp_path: Path) -> None:
+    def rude(prompt: str, name: str) -> str:  # MLP edits refuse what is benign
+        if prompt.startswith("bake") and name.startswith("edit") and _read(name)[1] > 0:
+            return REFUSAL
+        return answer(prompt, name)
+
+    shares = []
+    for limits in ({"over_refusal": 0.2, "degenerate": None}, {"over_refusal": None, "degenerate": None}):
+        recipe = a_recipe(**SPACE, trials=60, at_once=10, limits=limits)
+        study = run(recipe, tmp_path / str(limits["over_refusal"]), FakeEngine(rude, lambda text, name: (0.5, 2.0)))
+        late = [t for t in study.trials if t["kind"] == "edit" and int(t["round"]) >= 3]
+        shares.append(sum(t["config"]["rho_mlp"] is None for t in late) / len(late))
+    assert shares[0] > 0.5
+    assert shares[0] > shares[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_later_tpe_rounds_refuse_more_for_less_than_the_first_which_is_drawn_blindly(seed: int, tmp_path: Path) -> None:
+    recipe = a_recipe(**SPACE, trials=48, at_once=8).model_copy(update={"seed": seed})
+    edits = [t for t in run(recipe, tmp_path / "j").trials if t["kind"] == "edit"]
+    gains = [t["refusal"] - t["utility_loss"] for t in edits]
+    assert np.mean(gains[24:]) > np.mean(gains[:8]) + 0.1
+
+
+def test_tpe_covers_at_least_as_much_as_random_search(tmp_path: Path) -> None:
+    trials, space = 48, {**SPACE, "layers": [None], "variants": ["full"]}
+    by_tpe, by_chance = [], []
+    for seed in range(5):
+        recipe = a_recipe(**space, trials=trials, at_once=8).model_copy(update={"seed": seed})
+        study = run(recipe, tmp_path / f"j{seed}")
+        edits = [t for t in study.trials if t["kind"] == "edit"]
+        assert len(edits) == trials
+        by_tpe.append(hypervolume([(t["utility_loss"], t["refusal"]) for t in edits], 1.0))
+        draw, points = np.random.default_rng(seed), []
+        while len(points) < trials:
+            on = draw.random(2) < 0.5
+            if on.any():
+                rho = [
+                    float(draw.uniform(*ends)) if x else None
+                    for x, ends in zip(on, ((0.1, 0.9), (0.2, 0.8)), strict=True)
+                ]
+                name = edited(*(None if x is None else round(x, 4) for x in rho), round(draw.uniform(0.05, 0.7), 4)).id
+                refused = sum(answer(f"harm {i}", name) == REFUSAL for i in range(HARMFUL))
+                points.append((cost_of(name), refused / HARMFUL))
+        by_chance.append(hypervolume(points, 1.0))
+    assert sum(by_tpe) >= sum(by_chance)
+
+
+# A kill costs nothing -----------------------------------------------------------------------------------------------
+
+STUDIES: dict[str, dict[str, Any]] = {
+    "grid": {},
+    "grid, sanity and refine": {"sanity": 2, "refine": 2, "steering": {"low": 0.1, "high": 1.0}},
+    "tpe": {**SPACE, "trials": 10, "at_once": 4, "sanity": 1},
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_journal_cut_after_any_line_gives_the_table_of_an_unbroken_study(name: str, tmp_path: Path) -> None:
+    recipe = a_recipe(**STUDIES[name])
+    whole = tmp_path / "whole"
+    expected = told(run(recipe, whole))
+    assert told(run(recipe, tmp_path / "again")) == expected
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert (tmp_path / "again").read_bytes() == whole.read_bytes()
+    assert len(lines) > 5
+    for kept in range(len(lines) + 1):
+        journal = tmp_path / f"cut-{kept}"
+        # Half of the next line is there too, as a kill may leave it.
+        rest = lines[kept][: len(lines[kept]) // 2] if kept < len(lines) else b""
+        journal.write_bytes(b"".join(lines[:kept]) + rest)
+        engine = an_engine()
+        assert told(run(recipe, journal, engine)) == expected
+        assert journal.read_bytes() == whole.read_bytes()
+        if kept == len(lines):
+            assert (engine.asked, engine.scored) == ([], [])
+
+
+def test_a_study_writes_its_journal_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run(a_recipe(**STUDIES["tpe"]), tmp_path / "run" / "journal.jsonl")
+    assert [file.name for file in tmp_path.rglob("*")] == ["run", "journal.jsonl"]
+    for line in (tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8").splitlines():
+        assert {"round", "what", "batch"} < set(json.loads(line))
+
+
+@pytest.mark.parametrize("name", ["grid, sanity and refine", "tpe"])
+def test_a_study_killed_at_any_moment_ends_with_the_same_table(name: str, tmp_path: Path) -> None:
+    recipe = a_recipe(**STUDIES[name])
+    whole, journal = tmp_path / "whole", tmp_path / "broken"
+    expected = told(run(recipe, whole))
+    draw, killed = random.Random(4), 0
+
+    def lines() -> int:
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    for _ in range(4):
+        before = lines()
+        process = multiprocessing.get_context("fork").Process(target=run, args=(recipe, journal, Slow(answer, losses)))
+        process.start()
+        while lines() <= before + 1 and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.03))
+        process.kill()
+        process.join(60)
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        assert lines() >= before
+        killed += process.exitcode != 0
+    assert killed >= 2
+    assert told(run(recipe, journal)) == expected
+    assert journal.read_bytes() == whole.read_bytes()
+
+
+# What is told meanwhile ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studys_progress_only_rises_and_ends_at_its_total(name: str, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    recipe = a_recipe(**STUDIES[name])
+    run(recipe, tmp_path / "j", progress=lambda done, total: seen.append((done, total)))
+    done = [now for now, _ in seen]
+    assert len({total for _, total in seen}) == 1
+    assert done == sorted(done)
+    assert seen[-1][0] == seen[-1][1]
+    assert len(set(done)) > 40
+
+
+def test_a_grids_progress_counts_every_answer_and_every_loss(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run(a_recipe(), tmp_path / "j", progress=lambda done, total: seen.append((done, total)))
+    assert {total for _, total in seen} == {(1 + 2 + 6) * (16 + 4)}
+
+
+def test_the_study_so_far_is_told_after_each_round(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    recipe = a_recipe(**STUDIES["grid, sanity and refine"])
+    study = run(
+        recipe, tmp_path / "j", told=lambda study: seen.append((len(study.trials), study.evaluations["steering"]))
+    )
+    edits = {name: len(ids) for name, ids in rounds(study, "edit").items()}
+    steered = len(rounds(study)["steering"])
+    assert seen == [
+        (1 + edits["0"], 0),
+        (1 + edits["0"] + edits["1"], 0),
+        (1 + edits["0"] + edits["1"] + steered, 16 * steered),
+    ]
+
+
+# The choice ---------------------------------------------------------------------------------------------------------
+
+
+def _trial(id: str, kind: str = "edit", **numbers: Any) -> dict[str, Any]:
+    row = {"refusal": 0.5, "over_refusal": 0.1, "over_refusal_borderline": 0.2, "utility_loss": 0.3, "degenerate": 0.0}
+    return {"id": id, "kind": kind, "config": {}, "accuracy_loss": None, **row, **numbers}
+
+
+LIMITED = a_recipe(limits={"over_refusal": 0.2, "utility_loss": 0.5, "degenerate": 0.1})
+
+
+def test_the_edit_that_is_required_is_what_the_rule_takes_of_the_edits_within_the_limits() -> None:
+    trials = [
+        _trial("base", "base", refusal=1.0),
+        _trial("s", "steering", refusal=0.9),
+        _trial("a", refusal=0.6),
+        _trial("over", refusal=0.9, over_refusal=0.3),
+        _trial("b", refusal=0.55, utility_loss=0.1),
+    ]
+    assert require_choice(trials, LIMITED) is trials[2]
+    cheap = a_recipe(limits={"over_refusal": 0.2}, rule="cheapest", tolerance=0.1)
+    assert require_choice(trials, cheap) is trials[4]
+
+
+def test_where_nothing_is_within_the_limits_the_gentlest_edit_is_named() -> None:
+    trials = [_trial("a", over_refusal=0.9, utility_loss=0.2), _trial("b", over_refusal=0.8, utility_loss=0.1)]
+    with pytest.raises(EditError, match=r"the gentlest has over-refusal 0\.8, utility loss 0\.1"):
+        require_choice(trials, LIMITED)
+
+
+def _measured(id: str, kind: str, refused: int, kl: float, **numbers: Any) -> dict[str, Any]:
+    flags = [i < refused for i in range(10)]
+    return _trial(
+        id,
+        kind,
+        refusal=refused / 10,
+        utility_loss=kl,
+        flags={"harmful": flags},
+        losses={"kl": [kl - 0.05, kl + 0.05]},
+        **numbers,
+    )
+
+
+def test_the_summary_holds_both_methods_budgets_fronts_and_hypervolumes() -> None:
+    trials = [
+        _measured("base", "base", 0, 0.0),
+        _measured("s1", "steering", 5, 0.8),
+        _measured("e1", "edit", 4, 0.2),
+        _measured("e2", "edit", 3, 0.3),  # beaten
+        _measured("e3", "edit", 8, 0.7),  # above the limit of the utility loss, for which the reference stands
+        _measured("e4", "edit", 10, 0.1, over_refusal=0.9),  # not within the limits
+    ]
+    study = Study(trials, [{"id": "e5"}], {"around": "e1"}, {"edit": 80, "steering": 16})
+    recipe = a_recipe(method="tpe", reference=2.0, rule="knee", limits={"over_refusal": 0.2, "utility_loss": 0.5})
+    found = summary(study, recipe)
+    assert found["method"] == "tpe"
+    assert found["rule"].startswith("the knee of the Pareto front")
+    assert found["limits"]["utility_loss"] == 0.5
+    assert found["tried"] == {"edit": 4, "steering": 1}
+    assert (found["discarded"], found["refined"]) == (1, {"around": "e1"})
+    assert found["evaluations"] == {"edit": 80, "steering": 16}
+    assert found["front"] == {"edit": ["e1", "e3"], "steering": ["s1"]}
+    assert found["hypervolume"]["edit"]["mean"] == pytest.approx((0.5 * 0.4 + 1.3 * 0.8) / 2)
+    assert found["hypervolume"]["steering"]["mean"] == pytest.approx(1.2 * 0.5 / 2)
+    assert found["hypervolume"]["edit"] == hypervolume_interval(trials[2:5], 2.0, 50, recipe.seed)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_summary_of_a_study_without_steering_says_so(tmp_path: Path) -> None:
+    recipe = a_recipe(steering=[])
+    found = summary(run(recipe, tmp_path / "j"), recipe)
+    assert found["front"]["steering"] == []
+    assert found["hypervolume"]["steering"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "reference": 1.0, "trials": 0}
+    assert found["tried"] == {"edit": 6, "steering": 0}
+
+
+def test_a_grid_is_one_round_without_refine() -> None:
+    s = a_recipe().search
+    assert [len(proposed) for proposed in grid(s, Study())] == [6]
+
+
+def test_l2_takes_no_alpha_and_is_tried_once_for_all_of_them(tmp_path: Path) -> None:
+    study = run(a_recipe(rho_attn=[0.1], alpha=[0.2, 0.6], variants=["full", "l2"]), tmp_path / "j")
+    assert rounds(study, "edit")["0"] == ["edit-0.1-off-0.2", "edit-0.1-off-0.2-l2", "edit-0.1-off-0.6"]

@@ -1,0 +1,472 @@
+"""What a recipe may say, and what is said to someone whose recipe is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runs import tiny_recipe
+from steer2edit.errors import FileError, RecipeError
+from steer2edit.models import load as models
+from steer2edit.models.architectures import Architecture, Experts, Heads
+from steer2edit.pipeline.run import Run
+from steer2edit.probing.chat import CHAT, Chat
+from steer2edit.recipe import Questions, Recipe, load_recipe, parse_recipe, shipped_recipes
+from steer2edit.search.candidates import layers_of
+from steer2edit.search.plan import Range
+
+
+def _raw(**changes: Any) -> dict[str, Any]:
+    return yaml.safe_load(tiny_recipe(**changes).to_yaml())
+
+
+def _with(key: str, value: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = _raw()
+    place = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    return raw
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_parses_and_starts_with_a_line_that_says_what_it_is_for(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.search.rho_attn
+    assert shipped_recipes()[name].startswith("# ")
+
+
+def test_the_demo_switches_mlp_edits_off_and_asks_for_as_many_prompts_as_there_are() -> None:
+    recipe = load_recipe("demo")
+    assert recipe.search.rho_mlp == [None]
+    assert recipe.model.name == "embedded:smollm2-135m-instruct"
+    assert recipe.data.probe == {"harmful": 80, "benign": 80}
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("serach", "search"),
+        ("behavior", "behaviour"),
+        ("search.rho_atn", "rho_attn"),
+        ("search.limits.over_refusals", "over_refusal"),
+        ("model.dtyp", "dtype"),
+        ("evaluation.new_token", "new_tokens"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, near: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(_with(key, 1))
+    assert (
+        str(caught.value) == f"the recipe has an unknown key {key} (got: {key.split('.')[-1]}). Did you mean '{near}'?"
+    )
+
+
+def test_an_unknown_key_like_no_other_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(
+        RecipeError, match=r"unknown key probe\.zzz .* Known keys there: positions, part, max_tokens, batch_tok"
+    ):
+        parse_recipe(_with("probe.zzz", 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("search.rho_attn", [0.2, 0]),
+        ("search.rho_attn", [0.2, -0.1]),
+        ("search.rho_mlp", [0.2, float("nan")]),
+        ("search.rho_mlp", [0.2, float("inf")]),
+        ("search.rho_mlp", [0.2, "small"]),
+        ("search.rho_attn", [0.2, True]),
+        ("search.alpha", [0.2, 1]),
+        ("search.alpha", [0.2, 1.5]),
+        ("search.alpha", [0.2, -0.1]),
+        ("search.alpha", [0.2, float("nan")]),
+        ("search.alpha", [0.2, None]),
+        ("search.alpha", [0.2, False]),
+        ("search.steering", [0.2, 0]),
+        ("search.steering", [0.2, float("nan")]),
+        ("search.steering", [0.2, True]),
+        ("search.layers", [None, "8-"]),
+        ("search.layers", [None, "20-8"]),
+        ("search.layers", [None, "all"]),
+        ("search.layers", [None, 8]),
+        ("search.variants", ["full", "l1"]),
+    ],
+)
+def test_a_number_that_its_list_cannot_hold_is_refused_with_its_place(key: str, value: list[Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(_with(key, value))
+    assert caught.value.what == f"the recipe's {key}.1 cannot be used"
+    assert caught.value.got == repr(value[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("search.rho_attn", []),
+        ("search.alpha", []),
+        ("search.limits.utility_loss", -0.1),
+        ("search.limits.utility_loss", float("nan")),
+        ("search.limits.utility_loss", float("inf")),
+        ("search.limits.degenerate", True),
+        ("search.limits.accuracy_loss", -0.1),
+        ("search.method", "random"),
+        ("search.layers", []),
+        ("search.variants", []),
+        ("search.sanity", 21),
+        ("search.sanity", -1),
+        ("search.refine", 26),
+        ("search.trials", 0),
+        ("search.at_once", 0),
+        ("search.steering", {"low": 0.5, "high": 0.5}),
+        ("search.rule", "smallest"),
+        ("search.tolerance", 1.5),
+        ("search.reference", 0),
+        ("search.reference", float("inf")),
+        ("seed", -1),
+        ("evaluation.new_tokens", 0),
+        ("evaluation.new_tokens", True),
+        ("evaluation.rows", 1.5),
+        ("behaviour.negative", []),
+        ("behaviour.name", "kindness"),
+        ("model.dtype", "float8"),
+        ("model", "pico"),
+        ("name", 3),
+        ("name", "../elsewhere"),
+        ("name", ""),
+    ],
+)
+def test_a_value_that_its_key_cannot_take_is_refused_with_the_key(key: str, value: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(_with(key, value))
+    assert caught.value.what == f"the recipe's {key} cannot be used"
+    assert caught.value.got == repr(value)
+
+
+@pytest.mark.parametrize("off", ["off", "null", "false", "'off'", "~"])
+def test_off_null_and_false_all_switch_a_block_type_off(off: str, tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, yaml.safe_dump(_raw())), [f"search.rho_mlp=[0.5, {off}]"])
+    assert recipe.search.rho_mlp == [0.5, None]
+
+
+def test_a_search_without_a_single_edit_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"recipe's search cannot be used .*Both block types are off"):
+        parse_recipe(_with("search.rho_attn", [None]))  # rho_mlp is off in it already
+
+
+def test_a_second_grid_is_refused_with_tpe() -> None:
+    raw = _with("search.method", "tpe")
+    raw["search"]["refine"] = 3
+    with pytest.raises(RecipeError, match=r"recipe's search cannot be used .*refine is the grid's second stage"):
+        parse_recipe(raw)
+
+
+def test_the_later_keys_of_the_search_have_defaults_that_try_the_grid_as_it_is_listed() -> None:
+    later = ("method", "layers", "variants", "sanity", "refine", "trials", "at_once", "rule", "tolerance", "reference")
+    raw = _raw()
+    for key in later:
+        del raw["search"][key]
+    del raw["search"]["limits"]["accuracy_loss"], raw["data"]["questions"]
+    recipe = parse_recipe(raw)
+    assert recipe == tiny_recipe()
+    assert [getattr(recipe.search, key) for key in later] == [
+        "grid", [None], ["full"], 0, 0, 60, 12, "largest", 0.05, 1.0,
+    ]  # fmt: skip
+    assert (recipe.search.limits.accuracy_loss, recipe.data.questions) == (None, None)
+
+
+def test_layers_strengths_and_questions_are_written_and_read_as_they_are(tmp_path: Path) -> None:
+    file = _write(tmp_path, yaml.safe_dump(_raw()))
+    recipe = load_recipe(
+        file,
+        [
+            "search.layers=[8-20, '3', null]",
+            "search.steering={low: 0.1, high: 1.5}",
+            "data.questions={file: q.jsonl, test: 7}",
+        ],
+    )
+    assert recipe.search.layers == ["8-20", "3", None]
+    assert [list(layers_of(x)) for x in ("2-4", "3", "5-5")] == [[2, 3, 4], [3], [5]]
+    assert recipe.search.steering == Range(low=0.1, high=1.5)
+    assert recipe.data.questions == Questions(file="q.jsonl", validation=50, test=7)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_without_harmful_prompts_is_refused(split: str) -> None:
+    with pytest.raises(RecipeError, match=rf"recipe's data\.{split} cannot be used \(got: {{'benign': 2}}\)"):
+        parse_recipe(_with(f"data.{split}", {"benign": 2}))
+
+
+def test_overrides_reach_nested_keys_lists_and_keys_that_are_not_there_yet(tmp_path: Path) -> None:
+    raw = _raw()
+    del raw["evaluation"]
+    path = _write(tmp_path, yaml.safe_dump(raw))
+    overrides = [
+        "search.steering=[0.1,0.2]",
+        "evaluation.rows=7",
+        "name=other",
+        "model.revision=null",
+        "seed=5",
+        "seed=6",
+    ]
+    recipe = load_recipe(path, overrides)
+    assert recipe.search.steering == [0.1, 0.2]
+    assert recipe.evaluation.rows == 7
+    assert recipe.name == "other"
+    assert recipe.model.revision is None
+    assert recipe.seed == 6
+
+
+def test_an_override_may_hold_further_equals_signs(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, yaml.safe_dump(_raw())), ["behaviour.system=say a=b"])
+    assert recipe.behaviour.system == "say a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("search.alpha", "an override is not key=value"),
+        ("name.short=x", "an override goes through a key that holds a plain value"),
+        ("search.rho_attn.0=0.5", "an override goes through a key that holds a plain value"),
+        ("search.steering=[0.1", "the value of search.steering is not YAML"),
+        ("search.steerin=[0.1]", "the recipe has an unknown key search.steerin"),
+        ("=3", "the recipe has an unknown key "),
+    ],
+)
+def test_a_wrong_override_is_refused(override: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_write(tmp_path, yaml.safe_dump(_raw())), [override])
+    assert caught.value.what == what
+
+
+@pytest.mark.parametrize("text", ["name: [", "a: b: c", "\tname: x"])
+def test_what_is_not_yaml_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not YAML") as caught:
+        load_recipe(_write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "NoneType"), ("- a\n- b", "list"), ("just text", "str")])
+def test_what_is_no_mapping_is_refused(text: str, found: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not a recipe") as caught:
+        load_recipe(_write(tmp_path, text))
+    assert caught.value.got == found
+
+
+@pytest.mark.parametrize("key", ["name", "model", "data", "search", "model.name", "data.test", "search.alpha"])
+def test_a_missing_key_is_named(key: str) -> None:
+    raw: dict[str, Any] = _raw()
+    place = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        place = place[parent]
+    del place[last]
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw)
+    assert str(caught.value) == f"the recipe has no {key} (got: nothing). Add the key {key}."
+
+
+def test_a_recipe_that_is_nowhere_is_refused_with_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"no such recipe .*demo"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_file_comes_before_a_shipped_recipe_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").write_text(yaml.safe_dump(_raw()), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("demo").name == "tiny"
+
+
+@pytest.mark.parametrize("name", ["tiny", *sorted(shipped_recipes())])
+def test_the_yaml_of_a_recipe_gives_the_same_recipe(name: str) -> None:
+    recipe: Recipe = tiny_recipe() if name == "tiny" else load_recipe(name)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+# How a model is loaded, described and spoken to ---------------------------------------------------------------------
+
+NEW = {
+    "model": ["device_map", "max_memory", "offload_folder", "plain", "enable_thinking", "date", "architecture"],
+    "probe": ["part", "expert_tokens"],
+}
+
+
+def test_a_recipe_without_the_later_keys_is_the_one_with_their_defaults(tmp_path: Path) -> None:
+    raw: dict[str, Any] = _raw()
+    for section, keys in NEW.items():
+        for key in keys:
+            del raw[section][key]
+    recipe = parse_recipe(raw)
+    assert recipe == tiny_recipe()
+    assert recipe.model.chat == CHAT == Chat(plain=False, enable_thinking=None, date="2026-01-01")
+    assert (recipe.model.device_map, recipe.model.architecture, recipe.probe.part) == (None, None, "both")
+    assert Run(tmp_path, recipe).keys == Run(tmp_path, tiny_recipe()).keys
+    for name in shipped_recipes():
+        assert load_recipe(name).model.chat == CHAT
+        assert load_recipe(name).model.device_map is None
+
+
+def test_everything_in_the_model_section_reaches_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(models, "load_model", lambda name, **how: asked.update(how, name=name))
+    models.load_section(tiny_recipe().model)
+    assert asked == {
+        "name": "nowhere", "dtype": "float32", "device": "cpu", "revision": None, "trust_remote_code": False,
+        "device_map": None, "max_memory": None, "offload_folder": None, "architecture": None,
+    }  # fmt: skip
+    raw = _with("model.architecture", {"mlp": "ff.w2"})
+    raw["model"] |= {"device_map": "auto", "max_memory": {"0": "20GiB", "cpu": "60GiB"}, "offload_folder": "there"}
+    models.load_section(parse_recipe(raw).model)
+    assert asked["device_map"] == "auto"
+    assert asked["max_memory"] == {"0": "20GiB", "cpu": "60GiB"}
+    assert asked["offload_folder"] == "there"
+    assert asked["architecture"] == Architecture(mlp="ff.w2")
+
+
+@pytest.mark.parametrize(
+    ("described", "meant"),
+    [
+        ({}, Architecture()),
+        ({"layers": "model.blocks", "mlp": "ff.w2"}, Architecture(layers="model.blocks", mlp="ff.w2")),
+        (
+            {"attn": [{"path": "attn.out"}, {"path": "mixer.out", "count": "mixer_heads"}]},
+            Architecture(attn=(Heads("attn.out"), Heads("mixer.out", "mixer_heads"))),
+        ),
+        (
+            {"experts": {"path": "moe.experts", "block": "moe", "transposed": True, "stored": None}},
+            Architecture(experts=Experts("moe.experts", "moe", transposed=True, stored=None)),
+        ),
+        (
+            {"attn_norm": "norm_1", "mlp_norm": "norm_2", "factor": "scale", "transposed": True, "stored": ["h"]},
+            Architecture(attn_norm="norm_1", mlp_norm="norm_2", factor="scale", transposed=True, stored=("h",)),
+        ),
+    ],
+)
+def test_a_recipe_describes_an_architecture(described: dict[str, Any], meant: Architecture) -> None:
+    recipe = parse_recipe(_with("model.architecture", described))
+    assert recipe.model.architecture == meant
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_an_override_describes_an_architecture_too(tmp_path: Path) -> None:
+    file = _write(tmp_path, yaml.safe_dump(_raw()))
+    recipe = load_recipe(file, ["model.architecture={mlp: ff.w2, attn: [{path: attn.out}]}"])
+    assert recipe.model.architecture == Architecture(mlp="ff.w2", attn=(Heads("attn.out"),))
+
+
+@pytest.mark.parametrize(
+    ("described", "key"),
+    [
+        ({"layer": "model.blocks"}, "layer"),
+        ({"attn": [{"path": "attn.out", "heads": "n_head"}]}, "attn.0.heads"),
+        ({"attn": [{"path": "attn.out"}, {"pth": "attn.out"}]}, "attn.1.pth"),
+        ({"experts": {"gate": "router"}}, "experts.gate"),
+    ],
+)
+def test_an_unknown_key_of_an_architecture_is_refused_by_its_name(described: dict[str, Any], key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"model\.architecture\.{key.replace('.', chr(92) + '.')} ") as caught:
+        parse_recipe(_with("model.architecture", described))
+    assert caught.value.fix.endswith((".", "?"))
+
+
+@pytest.mark.parametrize(
+    ("described", "key"),
+    [
+        ("llama", ""),
+        (["model.layers"], ""),
+        ({"mlp": 3}, ".mlp"),
+        ({"transposed": "maybe"}, ".transposed"),
+        ({"attn": "self_attn.o_proj"}, ".attn"),
+        ({"attn": [{"count": 4}]}, ".attn.0.count"),
+        ({"experts": "mlp.experts"}, ".experts"),
+        ({"experts": {"shared": ["a"]}}, ".experts.shared"),
+    ],
+)
+def test_a_value_that_an_architecture_cannot_take_is_refused_with_its_key(described: Any, key: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(_with("model.architecture", described))
+    assert caught.value.what == f"the recipe's model.architecture{key} cannot be used"
+
+
+@pytest.mark.parametrize("date", ["2026-02-30", "2025-02-29", "yesterday", "", "01.02.2026", 20260101, True, None])
+def test_a_date_that_is_none_is_refused(date: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(_with("model.date", date))
+    assert caught.value.what == "the recipe's model.date cannot be used"
+    assert caught.value.got == repr(date)
+
+
+@pytest.mark.parametrize("written", ["2024-02-29", "'2024-02-29'", '"2024-02-29"'])
+def test_a_date_is_read_with_and_without_quotation_marks(written: str, tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, yaml.safe_dump(_raw())), [f"model.date={written}"])
+    assert recipe.model.chat == Chat(date="2024-02-29")
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("part", ["both", "thinking", "answer"])
+def test_each_part_of_a_response_may_be_probed(part: str) -> None:
+    assert parse_recipe(_with("probe.part", part)).probe.part == part
+
+
+@pytest.mark.parametrize("place", ["auto", "balanced", "sequential", None])
+def test_a_device_map_is_one_of_accelerates(place: str | None) -> None:
+    assert parse_recipe(_with("model.device_map", place)).model.device_map == place
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("probe.part", "answers"),
+        ("probe.part", None),
+        ("probe.part", True),
+        ("probe.expert_tokens", -1),
+        ("probe.expert_tokens", True),
+        ("model.device_map", "cpu"),
+        ("model.device_map", "everywhere"),
+        ("model.device_map", {"": "cpu"}),
+        ("model.max_memory", "20GiB"),
+        ("model.offload_folder", 3),
+        ("model.plain", "perhaps"),
+        ("model.enable_thinking", "perhaps"),
+    ],
+)
+def test_a_later_keys_value_that_it_cannot_take_is_refused_with_the_key(key: str, value: Any) -> None:
+    test_a_value_that_its_key_cannot_take_is_refused_with_the_key(key, value)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("true", True), ("off", False), ("null", None)])
+def test_thinking_is_on_off_or_the_models_own_default(written: str, meant: bool | None, tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, yaml.safe_dump(_raw())), [f"model.enable_thinking={written}"])
+    assert recipe.model.chat.enable_thinking is meant
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage", "before"),
+    [
+        ("probe.part", "answer", "probe", "traces"),
+        ("probe.expert_tokens", 3, "score", "probe"),
+        ("model.date", "2024-02-29", "traces", None),
+        ("model.enable_thinking", False, "traces", None),
+        ("model.plain", True, "traces", None),
+        ("model.architecture", {"mlp": "ff.w2"}, "traces", None),
+    ],
+)
+def test_a_later_key_makes_its_own_stage_run_again_and_none_before_it(
+    key: str, value: Any, stage: str, before: str | None, tmp_path: Path
+) -> None:
+    keys, other = Run(tmp_path, tiny_recipe()).keys, Run(tmp_path, parse_recipe(_with(key, value))).keys
+    assert keys[stage] != other[stage]
+    assert keys["report"] != other["report"]
+    assert before is None or keys[before] == other[before]
