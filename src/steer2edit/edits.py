@@ -1,4 +1,8 @@
-"""Scores, edits and combinations of edits, with all that can be done with them."""
+"""Scores, edits and combinations of edits, with all that can be done with them.
+
+Scores come from a probe and a model's weights; any budgets (ρ, α) turn them into an Edit by a soft threshold; several
+edits of one model combine into a Combination.
+"""
 
 from __future__ import annotations
 
@@ -7,126 +11,28 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .artefacts.store import load_combination, load_edit
+from .artefacts.adapter import save_adapter
+from .artefacts.store import load_edit, load_edits, load_scores, save_combination, save_edit, save_scores
 from .errors import EditError
 from .files.tensors import read_header
 from .method.change import Change, SiteEdit
 from .method.fingerprint import differing
+from .method.intervention import Intervention, Term
 from .method.scores import SiteScores
 from .method.site import BLOCKS
 from .method.theorems import check_budget, magnitudes
 from .method.variants import FULL, SCORED, VARIANTS
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from torch import nn
-
-    from .method.intervention import Intervention
-    from .models.bake import Applied
-
-
-@dataclass(frozen=True)
-class Combination(Verbs):
-    """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and taken out as one edit of rank r is."""
-
-    edits: tuple[Edit, ...]
-
-    @property
-    def parts(self) -> tuple[Edit, ...]:
-        return self.edits
-
-    @property
-    def id(self) -> str:
-        return hashlib.sha256(" ".join(edit.id for edit in self.edits).encode()).hexdigest()[:16]
-
-    def save(self, path: str | Path) -> None:
-        from .artefacts.store import save_combination
-
-        save_combination(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Combination:
-        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
-        from .artefacts.store import load_combination
-
-        return load_combination(path)
-
-    def changes(self) -> dict[str, Change]:
-        found: dict[str, list[Change]] = {}
-        for edit in self.edits:
-            for key, change in edit.changes().items():
-                found.setdefault(key, []).append(change)
-        return {
-            key: Change(some[0].site, torch.cat([c.u for c in some], dim=1), torch.cat([c.a for c in some]))
-            for key, some in found.items()
-        }
-
-
-def combine(*edits: Edit) -> Combination:
-    """Edits as one.
-
-    Raises:
-        EditError: there is none, two are the same, or they were made on other models.
-    """
-    if not edits or len({edit.id for edit in edits}) < len(edits):
-        raise EditError(
-            "edits cannot be combined",
-            got="none" if not edits else "the same edit twice",
-            fix="Give edits that differ.",
-        )
-    for first, edit in itertools.combinations(edits, 2):
-        for key in first.sites.keys() & edit.sites.keys():
-            a, b = first.sites[key].site, edit.sites[key].site
-            known = all(key in e.fingerprint for e in (first, edit))
-            stranger = known and differing({key: first.fingerprint[key]}, {key: edit.fingerprint[key]})
-            if (a.d, a.n, a.width) != (b.d, b.n, b.width) or stranger:
-                raise EditError(
-                    "edits of different models cannot be combined",
-                    got=f"site {key}: {a.d} × {a.n} × {a.width} and {b.d} × {b.n} × {b.width}, or other weights",
-                    fix="Combine edits that were scored on the same base.",
-                )
-    return Combination(edits)
-
-
-def interference(one: Edit, other: Edit) -> dict[str, Any]:
-    """How two edits get into each other's way, before they are combined.
-
-    Returns:
-        sites: for each site that both change, the cosine of their directions u, of their rows a, and of their ΔW (the
-            product of the two); how many components both change, and how many of those they push opposite ways
-            (⟨ΔW_i, ΔW'_i⟩ < 0). shared, opposed: those counts over all sites; opposed_share: their ratio.
-    """
-    rows: list[dict[str, Any]] = []
-    for key in one.edited().keys() & other.edited().keys():
-        a, b = one.sites[key], other.sites[key]
-        directions = float(torch.nn.functional.cosine_similarity(a.u, b.u, dim=0))
-        sign = 1 if one.strength * other.strength > 0 else -1
-        along = (a.lam * b.lam * (a.k * b.k).sum(dim=1)) * directions * sign  # [n]
-        both = (a.lam != 0) & (b.lam != 0)
-        cos_rows = sign * float(torch.nn.functional.cosine_similarity(a.row, b.row, dim=0))
-        rows.append(
-            {
-                "site": key,
-                "cos u": directions,
-                "cos row": cos_rows,
-                "cos ΔW": directions * cos_rows,
-                "shared": int(both.sum()),
-                "opposed": int((both & (along < 0)).sum()),
-            }
-        )
-    order = list(one.sites)
-    rows.sort(key=lambda row: order.index(row["site"]))
-    shared, opposed = (sum(row[name] for row in rows) for name in ("shared", "opposed"))
-    return {"sites": rows, "shared": shared, "opposed": opposed, "opposed_share": opposed / shared if shared else 0.0}
+from .models import bake
+from .models.hooks import intervening
 
 
 @dataclass(frozen=True)
@@ -173,64 +79,12 @@ class Scores:
         return Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
 
     def save(self, path: str | Path) -> None:
-        from .artefacts.store import save_scores
-
         save_scores(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Raises FileError if the file is cut short or its tensors are not those of its sites."""
-        from .artefacts.store import load_scores
-
-        return load_scores(path)
-
-
-class Verbs(ABC):
-    """What can be done with an edit, or with several combined; each verb only calls the module that does the work."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> tuple[Edit, ...]:
-        """The edits that it is made of."""
-
-    @property
-    @abstractmethod
-    def id(self) -> str:
-        """A short hash of what it does."""
-
-    @abstractmethod
-    def changes(self) -> dict[str, Change]:
-        """Site key → what changes there, of the sites that change."""
-
-    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which the model answers as if edited; no weight is touched."""
-        from .models.hooks import intervening
-
-        return intervening(model, self.intervention(), edit=self)
-
-    def intervention(self, name: str = "edit") -> Intervention:
-        """out += u(aᵀx) at each edited site."""
-        from .method.intervention import Intervention, Term
-
-        return Intervention(name, {key: Term(change.u, change.a) for key, change in self.changes().items()})
-
-    def apply(self, model: nn.Module) -> Applied:
-        """Bakes it into the weights and says what rounding to their dtype lost. `revert` undoes it."""
-        from .models.bake import apply
-
-        return apply(self, model)
-
-    def revert(self, model: nn.Module) -> None:
-        """Restores the exact bytes that `apply` found."""
-        from .models.bake import revert
-
-        revert(self, model)
-
-    def save_adapter(self, folder: str | Path, base: str | None = None) -> Path:
-        """Writes it as a PEFT LoRA adapter: of rank 1, or of as many as there are edits combined."""
-        from .artefacts.adapter import save_adapter
-
-        return save_adapter(self, folder, base)
+        return load_scores(path, cls)
 
 
 class _Thresholded(Mapping[str, SiteEdit]):
@@ -251,12 +105,50 @@ class _Thresholded(Mapping[str, SiteEdit]):
         return len(self.scores)
 
 
+class AnyEdit(ABC):
+    """What an edit and a combination of edits have in common: all that can be done with them."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Edit, ...]:
+        """The edits that it is made of."""
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """A short hash of what it does."""
+
+    @abstractmethod
+    def changes(self) -> dict[str, Change]:
+        """Site key → what changes there, of the sites that change."""
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which the model answers as if edited; no weight is touched."""
+        return intervening(model, self.intervention(), edit=self)
+
+    def intervention(self, name: str = "edit") -> Intervention:
+        """out += u(aᵀx) at each edited site."""
+        return Intervention(name, {key: Term(change.u, change.a) for key, change in self.changes().items()})
+
+    def apply(self, model: nn.Module) -> bake.Applied:
+        """Bakes it into the weights and says what rounding to their dtype lost. `revert` undoes it."""
+        return bake.apply(self, model)
+
+    def revert(self, model: nn.Module) -> None:
+        """Restores the exact bytes that `apply` found."""
+        bake.revert(self, model)
+
+    def save_adapter(self, folder: str | Path, base: str | None = None) -> Path:
+        """Writes it as a PEFT LoRA adapter: of rank 1, or of as many as there are edits combined."""
+        return save_adapter(self, folder, base)
+
+
 def _off(site: SiteEdit) -> SiteEdit:
     return replace(site, lam=torch.zeros_like(site.lam))
 
 
 @dataclass(frozen=True)
-class Edit(Verbs):
+class Edit(AnyEdit):
     """An edit of a model: for each site u, k̂, g and λ; a few megabytes, as a `safetensors` file.
 
     Attributes:
@@ -329,19 +221,106 @@ class Edit(Verbs):
         return digest.hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
-        from .artefacts.store import save_edit
-
         save_edit(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
         """Raises FileError if the file is cut short or its tensors are not those of its sites."""
-        from .artefacts.store import load_edit
-
-        return load_edit(path)
+        return load_edit(path, cls)
 
 
-def meetings(edit: Verbs) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Combination(AnyEdit):
+    """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and taken out as one edit of rank r is."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def parts(self) -> tuple[Edit, ...]:
+        return self.edits
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(" ".join(edit.id for edit in self.edits).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        save_combination(self.edits, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Combination:
+        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        return load_edits(path, lambda edits: combine(*edits), Edit)
+
+    def changes(self) -> dict[str, Change]:
+        found: dict[str, list[Change]] = {}
+        for edit in self.edits:
+            for key, change in edit.changes().items():
+                found.setdefault(key, []).append(change)
+        return {
+            key: Change(some[0].site, torch.cat([c.u for c in some], dim=1), torch.cat([c.a for c in some]))
+            for key, some in found.items()
+        }
+
+
+def combine(*edits: Edit) -> Combination:
+    """Edits as one.
+
+    Raises:
+        EditError: there is none, two are the same, or they were made on other models.
+    """
+    if not edits or len({edit.id for edit in edits}) < len(edits):
+        raise EditError(
+            "edits cannot be combined",
+            got="none" if not edits else "the same edit twice",
+            fix="Give edits that differ.",
+        )
+    for first, edit in itertools.combinations(edits, 2):
+        for key in first.sites.keys() & edit.sites.keys():
+            a, b = first.sites[key].site, edit.sites[key].site
+            known = all(key in e.fingerprint for e in (first, edit))
+            stranger = known and differing({key: first.fingerprint[key]}, {key: edit.fingerprint[key]})
+            if (a.d, a.n, a.width) != (b.d, b.n, b.width) or stranger:
+                raise EditError(
+                    "edits of different models cannot be combined",
+                    got=f"site {key}: {a.d} × {a.n} × {a.width} and {b.d} × {b.n} × {b.width}, or other weights",
+                    fix="Combine edits that were scored on the same base.",
+                )
+    return Combination(edits)
+
+
+def interference(one: Edit, other: Edit) -> dict[str, Any]:
+    """How two edits get into each other's way, before they are combined.
+
+    Returns:
+        sites: for each site that both change, the cosine of their directions u, of their rows a, and of their ΔW (the
+            product of the two); how many components both change, and how many of those they push opposite ways
+            (⟨ΔW_i, ΔW'_i⟩ < 0). shared, opposed: those counts over all sites; opposed_share: their ratio.
+    """
+    rows: list[dict[str, Any]] = []
+    for key in one.edited().keys() & other.edited().keys():
+        a, b = one.sites[key], other.sites[key]
+        directions = float(torch.nn.functional.cosine_similarity(a.u, b.u, dim=0))
+        sign = 1 if one.strength * other.strength > 0 else -1
+        along = (a.lam * b.lam * (a.k * b.k).sum(dim=1)) * directions * sign  # [n]
+        both = (a.lam != 0) & (b.lam != 0)
+        cos_rows = sign * float(torch.nn.functional.cosine_similarity(a.row, b.row, dim=0))
+        rows.append(
+            {
+                "site": key,
+                "cos u": directions,
+                "cos row": cos_rows,
+                "cos ΔW": directions * cos_rows,
+                "shared": int(both.sum()),
+                "opposed": int((both & (along < 0)).sum()),
+            }
+        )
+    order = list(one.sites)
+    rows.sort(key=lambda row: order.index(row["site"]))
+    shared, opposed = (sum(row[name] for row in rows) for name in ("shared", "opposed"))
+    return {"sites": rows, "shared": shared, "opposed": opposed, "opposed_share": opposed / shared if shared else 0.0}
+
+
+def meetings(edit: AnyEdit) -> list[dict[str, Any]]:
     """For every two parts of an edit: their ids, how many components both change (shared), and how many of those they
     push opposite ways (opposed, opposed_share)."""
     return [
@@ -349,11 +328,6 @@ def meetings(edit: Verbs) -> list[dict[str, Any]]:
         for a, b in itertools.combinations(edit.parts, 2)
         for found in [interference(a, b)]
     ]
-
-
-def load_any(path: str | Path) -> Edit | Combination:
-    """An edit, or several combined, whichever the file holds."""
-    return load_combination(path) if read_header(path).get("kind") == "combination" else load_edit(path)
 
 
 def edit_of_variant(
@@ -388,3 +362,9 @@ def _hard(edit: Edit, rho_attn: float | None, rho_mlp: float | None, alpha: floa
         lam = s.lam if budget is None else torch.where(s.lam != 0, s.g / (budget * (1 - alpha)), 0.0)
         sites[key] = replace(s, lam=lam)
     return replace(edit, sites=sites)
+
+
+def load_any(path: str | Path) -> Edit | Combination:
+    """The edit that a file holds, or the several combined. Raises FileError as `Edit.load` does."""
+    kind = read_header(path).get("kind")
+    return Combination.load(path) if kind == "combination" else Edit.load(path)

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..edits import Verbs
 from ..errors import EditError
 from ..files.writing import replacing_folder
+from ..method.change import Changes
 from ..method.site import Site
 
 _NOTE = "steer2edit.json"
 
 
-def save_adapter(edit: Verbs, folder: str | Path, base: str | None = None) -> Path:
+def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> Path:
     """Writes `adapter_model.safetensors` and `adapter_config.json`, fp32, scaling 1, of the rank of the edit.
 
     Sites of an edited block type that the edit leaves alone get a zero row, so that PEFT finds every tensor it expects.
@@ -78,13 +78,13 @@ def save_adapter(edit: Verbs, folder: str | Path, base: str | None = None) -> Pa
     return Path(folder)
 
 
-def obstacle(edit: Verbs) -> str | None:
+def obstacle(edit: Changes) -> str | None:
     """Why PEFT cannot hold the edit, or None."""
     alone = [change.site.place for change in edit.changes().values() if change.site.experts == 1]
     return f"a fused parameter of one expert ({alone[0]})" if alone else None
 
 
-def _targets(edit: Verbs, everywhere: Sequence[Site], sites: Sequence[Site]) -> tuple[list[str], list[str]]:
+def _targets(edit: Changes, everywhere: Sequence[Site], sites: Sequence[Site]) -> tuple[list[str], list[str]]:
     """LoraConfig's target_modules and target_parameters."""
     # In a model with experts PEFT takes every module called down_proj for the experts' old name, so that all of the MLP
     # sites are named as parameters there.

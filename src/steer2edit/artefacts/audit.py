@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import Verbs
 from ..files.reading import sha256
 from ..files.shards import Stored, checkpoint_reader, open_shards
-from ..method.change import patched
+from ..method.change import Changes, patched
 from ..method.site import Site
 from ..method.theorems import input_direction
 from ..models.sites import find_sites
@@ -26,7 +25,7 @@ from .places import upright
 _OURS = {MANIFEST, JOURNAL, "model.safetensors.index.json", "README.md"}
 
 
-def verify(base: str | Path, edit: Verbs, edited: str | Path) -> dict[str, Any]:
+def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any]:
     """Whether a checkpoint is the base with the edit in it, and nothing else.
 
     Returns:

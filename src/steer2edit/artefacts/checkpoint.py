@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import Combination, Verbs
 from ..errors import EditError, FileError, ModelError
 from ..files.reading import read_journal
 from ..files.shards import Stored, open_shards
 from ..files.writing import append_jsonl, clear_temporaries, sync
-from ..method.change import Change, SiteEdit, not_finite, patched
+from ..method.change import Change, Changes, SiteEdit, not_finite, patched
 from ..method.fingerprint import differing, from_reading, signs
 from ..method.presence import Presence, check_weights, decide
 from ..method.scores import Reading, Sums
@@ -73,7 +72,7 @@ class Piece:
 
 
 def export_checkpoint(
-    base: str | Path, edit: Verbs, out: str | Path, *, hashes: bool = True, progress: Progress | None = None
+    base: str | Path, edit: Changes, out: str | Path, *, hashes: bool = True, progress: Progress | None = None
 ) -> Path:
     """Writes `out`, a copy of the checkpoint folder `base` with the edit in it; no model is built.
 
@@ -113,7 +112,7 @@ def export_checkpoint(
         work = _Work(edit, base, partial, hashes, progress, sum(files[name] for name in shards))
         work.checked(done)
         work.run({name: pieces.get(name, []) for name in shards if name not in done})
-        decide(edit, work.presence, work.other)
+        decide(edit.parts, work.presence, work.other)
         for name in rest:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / name, partial / name)
@@ -140,7 +139,7 @@ def export_checkpoint(
     return out
 
 
-def compare(edit: Verbs, base: Path) -> None:
+def compare(edit: Changes, base: Path) -> None:
     """Refuses another base by the smallest weight that each part of the edit changes: a glance before the work, which
     looks at all of them.
 
@@ -148,20 +147,19 @@ def compare(edit: Verbs, base: Path) -> None:
         ModelError: `base` is another model. EditError: the edit is in it already.
         FileError: it is no `safetensors` checkpoint, or those weights are not plain floating point.
     """
-    parts = []
+    smallest: list[list[str]] = []
     for part in edit.parts:
-        if edited := part.edited():
-            key = min(edited, key=lambda key: edited[key].site.d * edited[key].site.inputs)
-            known = {key: part.fingerprint[key]} if key in part.fingerprint else {}
-            parts.append(replace(part, sites={key: edited[key]}, fingerprint=known))
+        edited = part.edited()
+        by_size = sorted(edited, key=lambda key: edited[key].site.d * edited[key].site.inputs)
+        smallest.append(by_size[:1])
     read = site_reader(base)
     try:
-        check_weights(Combination(tuple(parts)), read)
+        check_weights(edit.parts, read, keys=smallest)
     except EditError:  # the edit seems to be in it: one weight of another base may look so, all of them do not
-        check_weights(edit, read)
+        check_weights(edit.parts, read)
 
 
-def pieces_of(edit: Verbs, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[Piece]]:
+def pieces_of(edit: Changes, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[Piece]]:
     """File → the bytes of each of the edit's sites in it. All of them are looked at, the edited ones changed.
 
     Left out are sites that the edit leaves alone and that are not plain floating point: those are only copied.
@@ -204,7 +202,7 @@ def checkpoint_files(base: Path) -> dict[str, int]:
     return found
 
 
-def _key(edit: Verbs, base: Path, files: Mapping[str, int]) -> str:
+def _key(edit: Changes, base: Path, files: Mapping[str, int]) -> str:
     """What the output depends on: the edit and the base's files, by their sizes and times."""
     told: list[Any] = [edit.id, importlib.metadata.version("steer2edit"), str(base.resolve())]
     told += [[name, size, (base / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
@@ -242,7 +240,7 @@ def _room(folder: Path, needed: int) -> None:
 class _Work:
     """Copies and patches shards in a few threads: the kernel copies, torch adds, the disk syncs, all at once."""
 
-    def __init__(self, edit: Verbs, base: Path, partial: Path, hashes: bool, progress: Progress | None, total: int):
+    def __init__(self, edit: Changes, base: Path, partial: Path, hashes: bool, progress: Progress | None, total: int):
         self.edit, self.base, self.partial, self.hashes = edit, base, partial, hashes
         self.progress, self.total, self.bytes = progress, total, 0
         self.presence = [Presence() for _ in edit.parts]
@@ -470,7 +468,7 @@ def _write(file: int, offset: int, data: memoryview) -> None:
         put += os.pwrite(file, data[put:], offset + put)
 
 
-def _manifest(edit: Verbs, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:
+def _manifest(edit: Changes, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:
     return {
         "kind": "export",
         "base": base.resolve().name,

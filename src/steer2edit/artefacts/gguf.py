@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..edits import Verbs
 from ..errors import EditError, ModelError
 from ..files.writing import replacing
+from ..method.change import Changes
 
 # What llama.cpp calls the architecture of a `model_type`. In all of them its output and down projections lie as in
 # transformers, or were turned upright when the model was converted.
@@ -33,7 +33,7 @@ ARCHITECTURES = {
 }
 
 
-def save_gguf_adapter(edit: Verbs, path: str | Path, model_type: str | None = None) -> Path:
+def save_gguf_adapter(edit: Changes, path: str | Path, model_type: str | None = None) -> Path:
     """Writes a GGUF file of type adapter: fp32, of the rank of the edit, scaling 1.
 
     Args:
@@ -81,7 +81,7 @@ def save_gguf_adapter(edit: Verbs, path: str | Path, model_type: str | None = No
     return Path(path)
 
 
-def obstacle(edit: Verbs, model_type: str | None = None) -> EditError | ModelError | None:
+def obstacle(edit: Changes, model_type: str | None = None) -> EditError | ModelError | None:
     """Why an adapter for llama.cpp cannot hold the edit, or None."""
     if experts := [change.site.place for change in edit.changes().values() if change.site.output]:
         return EditError(
@@ -98,6 +98,6 @@ def obstacle(edit: Verbs, model_type: str | None = None) -> EditError | ModelErr
     return None
 
 
-def _model_type(edit: Verbs, told: str | None) -> str:
+def _model_type(edit: Changes, told: str | None) -> str:
     probe: Any = edit.parts[0].provenance.get("probe", {})
     return told or str(probe.get("model_type"))

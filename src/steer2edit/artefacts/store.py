@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..edits import Edit, Scores
 from ..errors import EditError, FileError
 from ..files.tensors import read_tensors, write_tensors
-from ..method.change import SiteEdit
+from ..method.change import Part, SiteEdit
 from ..method.fingerprint import SKETCHES
 from ..method.scores import SiteScores
 from ..method.site import Site
 
-if TYPE_CHECKING:
-    from ..edits import Combination
-
+T = TypeVar("T")
+P = TypeVar("P", bound=Part)
 FORMAT = 1
 
 SCORES = ("u", "k", "g", "reach")
@@ -29,13 +27,25 @@ SCORES = ("u", "k", "g", "reach")
 EDIT = (*SCORES, "lam")
 
 
-def save_scores(scores: Scores, path: str | Path) -> None:
+class ScoreTable(Protocol):
+    """The scores of every site, as data: `steer2edit.Scores` is one."""
+
+    @property
+    def sites(self) -> Mapping[str, SiteScores]: ...
+    @property
+    def fingerprint(self) -> Mapping[str, Tensor]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+
+def save_scores(scores: ScoreTable, path: str | Path) -> None:
     header = {"v_norm": {key: s.v_norm for key, s in scores.sites.items()}, "provenance": dict(scores.provenance)}
     tensors, sites = _packed(scores.sites, SCORES, scores.fingerprint)
     write_tensors(path, tensors, {"kind": "scores", "format": FORMAT, "sites": sites} | header)
 
 
-def load_scores(path: str | Path) -> Scores:
+def load_scores(path: str | Path, build: Callable[..., T]) -> T:
+    """`build(sites, fingerprint, provenance)` of what `save_scores` wrote."""
     tensors, header = read_tensors(path, "scores")
     with _whole(path, "scores"):
         sites, fingerprint = _unpacked(tensors, header["sites"], SCORES)
@@ -43,53 +53,55 @@ def load_scores(path: str | Path) -> Scores:
         if not all(0 <= norm < math.inf for norm in norms.values()):
             raise ValueError("a norm that is not finite")
         rows = {key: SiteScores(**row, v_norm=norms[key]) for key, row in sites.items()}
-        return Scores(rows, fingerprint, dict(header["provenance"]))
+        return build(rows, fingerprint, dict(header["provenance"]))
 
 
-def save_edit(edit: Edit, path: str | Path) -> None:
+def save_edit(edit: Part, path: str | Path) -> None:
     tensors, header = _packed_edit(edit)
     write_tensors(path, tensors, {"kind": "edit", "format": FORMAT} | header)
 
 
-def load_edit(path: str | Path) -> Edit:
+def load_edit(path: str | Path, build: Callable[..., T]) -> T:
+    """`build(sites, config, fingerprint, provenance, strength)` of what `save_edit` wrote."""
     tensors, header = read_tensors(path, "edit")
     with _whole(path, "edit"):
-        return _unpacked_edit(tensors, header)
+        return build(*_unpacked_edit(tensors, header))
 
 
-def save_combination(combination: Combination, path: str | Path) -> None:
-    packed = [_packed_edit(edit) for edit in combination.edits]
+def save_combination(edits: Sequence[Part], path: str | Path) -> None:
+    packed = [_packed_edit(edit) for edit in edits]
     tensors = {f"{i}/{name}": tensor.clone() for i, (own, _) in enumerate(packed) for name, tensor in own.items()}
     write_tensors(path, tensors, {"kind": "combination", "format": FORMAT, "edits": [header for _, header in packed]})
 
 
-def load_combination(path: str | Path) -> Combination:
-    from ..edits import combine
-
+def load_edits(path: str | Path, combine: Callable[[Sequence[P]], T], build: Callable[..., P]) -> T:
+    """`combine([build(…), …])` of what `save_combination` wrote."""
     tensors, header = read_tensors(path, "combination")
     with _whole(path, "combination"):
         edits = []
         for i, own in enumerate(header["edits"]):
             mine = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{i}/")}
-            edits.append(_unpacked_edit(mine, own))
-        return combine(*edits)
+            edits.append(build(*_unpacked_edit(mine, own)))
+        return combine(edits)
 
 
-def _packed_edit(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _packed_edit(edit: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, sites = _packed(edit.sites, EDIT, edit.fingerprint)
     header = {"config": dict(edit.config), "provenance": dict(edit.provenance), "strength": edit.strength}
     return tensors, {"sites": sites} | header
 
 
-def _unpacked_edit(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Edit:
+def _unpacked_edit(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[Any, ...]:
     sites, fingerprint = _unpacked(tensors, header["sites"], EDIT)
     rows = {key: SiteEdit(**row) for key, row in sites.items()}
     provenance = dict(header["provenance"])
     layers, probe = provenance.get("layers", 0), provenance.get("probe", {})
     if type(layers) is not int or not 0 <= layers < 2**20 or not isinstance(probe, dict):
         raise ValueError("a provenance of another kind")
-    edit = Edit(rows, dict(header["config"]), fingerprint, provenance)
-    return edit.with_strength(float(header["strength"]))
+    strength = float(header["strength"])
+    if not math.isfinite(strength):
+        raise ValueError("a strength that is not finite")
+    return rows, dict(header["config"]), fingerprint, provenance, strength
 
 
 def _packed(

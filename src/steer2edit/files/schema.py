@@ -1,4 +1,4 @@
-"""Checked data from outside: the base of every section of a recipe, numbers that pydantic takes, errors in a sentence."""
+"""Checked data from outside: sections of a recipe, the numbers that they hold, and errors in one sentence."""
 
 from __future__ import annotations
 

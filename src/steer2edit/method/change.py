@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import EditError
 from .site import Site
-
-
-def patched(part: Tensor, change: Change, columns: Tensor, rows: slice = slice(None)) -> Tensor:
-    """W + ΔW for some of a weight's columns: added in fp32, rounded once.
-
-    Args:
-        part: [d, m] of the weight, in its own dtype; or only its `rows`.
-        columns: [m], their numbers.
-    """
-    return (part.float() + change.delta(rows, columns.cpu()).to(part.device)).to(part.dtype)
-
-
-def not_finite(change: Change, dtype: torch.dtype) -> EditError:
-    return EditError(
-        f"the edited weight of {change.site.place} is not finite in {dtype}",
-        got=f"a change of up to {float(change.delta().abs().max()):g}",
-        fix="Lower the strength, or use bf16 or fp32.",
-    )
 
 
 @dataclass(frozen=True)
@@ -78,3 +62,62 @@ class Change:
         for rank in range(1, len(self.a)):
             delta += torch.outer(self.u[rows, rank], self.a[rank, columns])
         return delta
+
+
+def patched(part: Tensor, change: Change, columns: Tensor, rows: slice = slice(None)) -> Tensor:
+    """W + ΔW for some of a weight's columns: added in fp32, rounded once.
+
+    Args:
+        part: [d, m] of the weight, in its own dtype; or only its `rows`.
+        columns: [m], their numbers.
+    """
+    return (part.float() + change.delta(rows, columns.cpu()).to(part.device)).to(part.dtype)
+
+
+def not_finite(change: Change, dtype: torch.dtype) -> EditError:
+    return EditError(
+        f"the edited weight of {change.site.place} is not finite in {dtype}",
+        got=f"a change of up to {float(change.delta().abs().max()):g}",
+        fix="Lower the strength, or use bf16 or fp32.",
+    )
+
+
+class Part(Protocol):
+    """One edit as data: `steer2edit.Edit` is one.
+
+    Attributes:
+        sites: site key → its edit. config: the budgets. fingerprint: site key → sketch of the base's weight.
+        provenance: where the scores came from. strength: scales the whole edit. layers: how many the base has.
+    """
+
+    @property
+    def sites(self) -> Mapping[str, SiteEdit]: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def fingerprint(self) -> Mapping[str, Tensor]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+    @property
+    def strength(self) -> float: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def id(self) -> str: ...
+    def edited(self) -> Mapping[str, SiteEdit]: ...
+
+
+class Changes(Protocol):
+    """What can be applied, served and written: an edit, or several combined.
+
+    Attributes:
+        id: a short hash of what it does. parts: the edits that it consists of.
+    """
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def parts(self) -> Sequence[Part]: ...
+    def changes(self) -> Mapping[str, Change]:
+        """Site key → what changes in its weight, of the sites that change."""
+        ...

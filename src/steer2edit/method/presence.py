@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from ..edits import Verbs
 from ..errors import EditError, ModelError
-from .change import SiteEdit
+from .change import Part, SiteEdit
 from .fingerprint import TOLERANCE, differing, from_reading, signs
 from .scores import Reading, read
 from .site import Site
 
 
-def check_weights(edit: Verbs, read: Callable[[Site], Tensor], tolerance: float = TOLERANCE) -> None:
+def check_weights(
+    parts: Sequence[Part],
+    read: Callable[[Site], Tensor],
+    tolerance: float = TOLERANCE,
+    keys: Sequence[Collection[str]] | None = None,
+) -> None:
     """As `check_base`, for weights that come from anywhere, one at a time.
 
     Args:
         read: gives a site's weight [d, n·c].
         tolerance: by how much of its norm a weight may differ from the one that was scored.
+        keys: of each part the sites to compare; all if None.
     """
     others: list[list[str]] = []
     presences: list[Presence] = []
-    for part in edit.parts:
+    for part, chosen in zip(parts, keys or [part.sites for part in parts], strict=True):
         other: list[str] = []
         presence = Presence()
-        for key, site in part.sites.items():
+        for key in chosen:
+            site = part.sites[key]
             reading = read_for(site, read(site.site))
             if key in part.fingerprint:
                 found = from_reading(reading, site.site.d, site.site.inputs)
@@ -35,18 +41,18 @@ def check_weights(edit: Verbs, read: Callable[[Site], Tensor], tolerance: float 
             presence.add(site, reading)
         others.append(other)
         presences.append(presence)
-    decide(edit, presences, others)
+    decide(parts, presences, others)
 
 
-def decide(edit: Verbs, presences: Sequence[Presence], others: Sequence[Sequence[str]]) -> None:
+def decide(parts: Sequence[Part], presences: Sequence[Presence], others: Sequence[Sequence[str]]) -> None:
     """Raises EditError if a part of the edit is in the weights already, ModelError if they are another base's.
 
     Args:
         presences, others: for each part what of it is in the weights, and at which sites they differ from its base's.
     """
-    if any(presence.of(part.strength) for part, presence in zip(edit.parts, presences, strict=True)):
+    if any(presence.of(part.strength) for part, presence in zip(parts, presences, strict=True)):
         raise _twice()
-    for part, other in zip(edit.parts, others, strict=True):
+    for part, other in zip(parts, others, strict=True):
         if other:
             raise ModelError(
                 "the model is not the base that the edit was made for",

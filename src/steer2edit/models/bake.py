@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..edits import Verbs
 from ..errors import EditError
-from ..method.change import not_finite, patched
+from ..method.change import Changes, not_finite, patched
 from ..method.fingerprint import QUANTISED_TOLERANCE, TOLERANCE
 from ..method.presence import _twice, check_weights
 from ..method.site import Site, same_sites
@@ -48,7 +47,7 @@ class _Kept:
     bytes: Mapping[str, Tensor]  # [d, m], as they were
 
 
-def check_base(edit: Verbs, model: nn.Module) -> dict[str, Site]:
+def check_base(edit: Changes, model: nn.Module) -> dict[str, Site]:
     """The model's own sites, by key, of the edit's.
 
     Raises:
@@ -60,17 +59,17 @@ def check_base(edit: Verbs, model: nn.Module) -> dict[str, Site]:
     coarse = any(quantised(model, site) for site in own.values())
     with torch.inference_mode():
         check_weights(
-            edit, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
+            edit.parts, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
         )
     return own
 
 
-def own_sites(edit: Verbs, model: nn.Module) -> dict[str, Site]:
+def own_sites(edit: Changes, model: nn.Module) -> dict[str, Site]:
     """The model's own sites, by key, of the edit's. Raises ModelError if it has not each of them in the same shape."""
     return same_sites(find_sites(model), [s.site for part in edit.parts for s in part.sites.values()], "the edit")
 
 
-def apply(edit: Verbs, model: nn.Module) -> Applied:
+def apply(edit: Changes, model: nn.Module) -> Applied:
     """Adds ΔW to the weights: in fp32, rounded once to the weights' dtype. All or nothing.
 
     Raises:
@@ -114,7 +113,7 @@ def _share(error: float, told: float) -> float:
     return (error / told) ** 0.5 if told else 0.0
 
 
-def revert(edit: Verbs, model: nn.Module) -> None:
+def revert(edit: Changes, model: nn.Module) -> None:
     """Puts back the columns that `apply` kept.
 
     Raises:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, Steer2EditError
+from ..method.change import Changes
 from ..method.intervention import Intervention, Term
 from .architectures import architecture_of
+from .bake import check_base
 from .experts import Tap, tapped
 from .sites import find_sites, module_of
-
-if TYPE_CHECKING:
-    from ..edits import Verbs
 
 
 @contextlib.contextmanager
@@ -209,15 +208,13 @@ def _check(key: str, term: Term, d: int, inputs: int) -> None:
 
 
 @contextlib.contextmanager
-def intervening(model: nn.Module, intervention: Intervention, edit: Verbs | None = None) -> Iterator[Interventions]:
+def intervening(model: nn.Module, intervention: Intervention, edit: Changes | None = None) -> Iterator[Interventions]:
     """Every row of every forward pass inside runs under one intervention.
 
     Raises:
         ModelError: it does not fit the model; for an edit also if the model is not the edit's base.
     """
     if edit is not None:
-        from .bake import check_base
-
         check_base(edit, model)
     with Interventions(model, [intervention]) as running:
         yield running
