@@ -6,7 +6,7 @@ Run: python benchmarks/mixed_batch.py
 from __future__ import annotations
 
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
 from timing import ratio

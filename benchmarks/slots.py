@@ -12,7 +12,7 @@ import statistics
 import torch
 
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
 from timing import report, seconds

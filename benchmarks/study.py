@@ -19,7 +19,7 @@ from pathlib import Path
 
 import steer2edit as s2e
 from steer2edit.behaviours.safety import BUILTIN, Prompt, load_prompts, messages
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
 from steer2edit.recipe import parse_recipe

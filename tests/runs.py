@@ -14,7 +14,7 @@ import torch
 from conftest import make_pico, make_tokenizer
 from steer2edit import cli, progress
 from steer2edit.edits import Scores
-from steer2edit.engines import Answer, Losses, Request
+from steer2edit.engines.base import Answer, Losses, Request
 from steer2edit.method.fingerprint import from_reading, signs
 from steer2edit.method.intervention import Intervention
 from steer2edit.method.scores import read, score_site

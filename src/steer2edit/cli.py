@@ -96,7 +96,7 @@ def demo(overrides: Overrides = None, out: Out = None, quiet: Quiet = False, jso
 
 def _run_and_show(run: Any, json: bool) -> None:
     from .files.reading import read_jsonl
-    from .pipeline.run import load_results
+    from .pipeline.stages import load_results
     from .pipeline.stages import run_all
 
     run_all(run)
@@ -351,6 +351,39 @@ def diff(
     for row in found["sites"]:
         row["largest"] = ", ".join(f"{i}: {lam:+.2f}" for i, lam in row["largest"])
     show(Console(width=None if sys.stdout.isatty() else 150), found)
+
+
+@app.command()
+def judge(
+    run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Judge the answers that a run kept once more, without a model: after a detector was improved."""
+    from .pipeline.judge import judge as judge_again
+    from .progress import be_quiet
+
+    be_quiet(quiet)
+    judged = judge_again(run)
+    if json:
+        _print_json(judged)
+        return
+    from .report.page import print_results
+
+    print("As judged before:")
+    print_results(_console(), judged["before"])
+    print("As judged now:")
+    print_results(_console(), judged["after"])
+    choice = judged["choice"]
+    print(f"{len(judged['changed'])} validation trials are judged in another way.")
+    if choice["old"] != choice["new"]:
+        print(f"The rule now takes {choice['new']} in place of {choice['old']}: run the stages edit to report again.")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 150)
 
 
 @app.command()

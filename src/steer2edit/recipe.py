@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from .behaviours.plan import Behaviour
+from .behaviours.base import SPLITS, Behaviour
+from .behaviours.known import BEHAVIOURS
 from .engines.plan import EnginePlan, Model
 from .errors import FileError, RecipeError
 from .files.reading import read_text
-from .files.schema import Count, Many, Section, parse
+from .files.schema import Count, Many, Section, nearest, parse
+from .search.front import Aim
 from .search.plan import Evaluation, Search
-
-
-def _with_harmful(counts: dict[Any, int]) -> dict[Any, int]:
-    if "harmful" not in counts:
-        raise ValueError("The refusal rate needs harmful prompts")
-    return counts
-
-
-Judged = Annotated[dict[Literal["harmful", "benign", "borderline"], Many], AfterValidator(_with_harmful)]
 
 
 class Questions(Section):
@@ -36,13 +29,23 @@ class Questions(Section):
     test: Many = 100
 
 
+class Utility(Section):
+    """Prompts of their own for KL, the rise of the NLL and the base answers that both are measured on.
+
+    JSON Lines with `prompt`. If its rows have `split`, each split takes its own; else validation takes the first ones
+    and test those after. `evaluation.utility_prompts` says how many. Without it the behaviour's neutral prompts serve.
+    """
+
+    prompts: str | None = None
+
+
 class Data(Section):
     """The prompts, and how many of each kind every split takes."""
 
-    prompts: str = "builtin:safety"
-    probe: dict[Literal["harmful", "benign"], Many] = {"harmful": 80, "benign": 80}
-    validation: Judged
-    test: Judged
+    prompts: str
+    probe: dict[str, Many]
+    validation: dict[str, Many]
+    test: dict[str, Many]
     questions: Questions | None = None
 
 
@@ -56,19 +59,80 @@ class ProbePass(Section):
     expert_tokens: Count = 16
 
 
+def _behaviour(value: Any) -> Any:
+    """The section of the behaviour that `name` names."""
+    if isinstance(value, Behaviour):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("Write the behaviour's name and its options as keys")
+    name = value.get("name", "safety")
+    if name not in BEHAVIOURS:
+        raise RecipeError(
+            "the recipe's behaviour.name is not known", got=name, fix=nearest(str(name), list(BEHAVIOURS), "Known")
+        )
+    return parse(BEHAVIOURS[name], value, under="behaviour")
+
+
 class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]
     seed: Count = 0
     model: Model
-    behaviour: Behaviour = Behaviour()
+    behaviour: Annotated[SerializeAsAny[Behaviour], BeforeValidator(_behaviour)]
     data: Data
+    utility: Utility = Utility()
     probe: ProbePass = ProbePass()
     search: Search
     evaluation: Evaluation = Evaluation()
     engine: EnginePlan = EnginePlan()
     exports: list[Literal["adapter", "checkpoint", "gguf", "steering"]] = ["adapter"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, raw: Any) -> Any:
+        """The prompts and the probe's counts that the behaviour has by default."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = {"behaviour": {}, **raw}
+        data = raw.get("data")
+        if isinstance(data, dict):
+            behaviour = _behaviour(raw["behaviour"])
+            defaults = {"prompts": behaviour.prompts, "probe": behaviour.probe and dict(behaviour.probe)}
+            raw["data"] = {key: value for key, value in defaults.items() if value is not None} | data
+        return raw
+
+    @model_validator(mode="after")
+    def _behaviours_words(self) -> Recipe:
+        """Kinds and measures are the behaviour's own."""
+        for split in SPLITS:
+            counts = getattr(self.data, split)
+            kinds = self.behaviour.probe_kinds if split == "probe" else self.behaviour.kinds
+            for kind in counts:
+                if kind not in kinds:
+                    fix = nearest(kind, kinds, "Kinds of this behaviour there")
+                    raise RecipeError(f"the recipe has an unknown key data.{split}.{kind}", got=kind, fix=fix)
+            missing = [kind for kind in self.behaviour.required if kind not in counts]
+            if missing and split != "probe":
+                attribute = self.behaviour.attribute.title
+                raise RecipeError(
+                    f"the recipe's data.{split} cannot be used",
+                    got=f"no {missing[0]} prompts",
+                    fix=f"{attribute} is measured on {missing[0]} prompts: say how many.",
+                )
+        names = [measure.name for measure in self.behaviour.measures()]
+        for name in self.search.limits:
+            if name not in names:
+                fix = nearest(name, names, "Measures of this behaviour")
+                raise RecipeError(f"the recipe has an unknown key search.limits.{name}", got=name, fix=fix)
+        return self
+
+    @property
+    def aim(self) -> Aim:
+        """What the search is to improve and what that may cost: the measures' own limits, where none is written."""
+        s = self.search
+        limits = {m: s.limits.get(m.name, m.limit) for m in self.behaviour.measures()}
+        return Aim(self.behaviour.attribute, limits, s.rule, s.tolerance, s.reference)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -21,7 +21,7 @@ import torch
 import steer2edit as s2e
 from steer2edit.artefacts.gguf import save_gguf_adapter
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, make_traces, messages
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
 from steer2edit.models.embedded import EMBEDDED, embedded_gguf

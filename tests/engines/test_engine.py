@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
 from steer2edit.method.intervention import NOTHING, steering

@@ -16,7 +16,7 @@ import torch
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.plan import EnginePlan, Model, load_section
 from steer2edit.engines.ray import RayEngine, _parts
 from steer2edit.engines.transformers import TransformersEngine

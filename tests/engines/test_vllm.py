@@ -33,7 +33,7 @@ from conftest import make_tokenizer
 from families import make_family
 from runs import save_pico, tiny_recipe
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, written_refusals
-from steer2edit.engines import Request, vllm_worker
+from steer2edit.engines.base import Request, vllm_worker
 from steer2edit.engines.server import ServerEngine
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.engines.vllm import VllmEngine

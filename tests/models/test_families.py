@@ -23,7 +23,7 @@ import steer2edit as s2e
 from conftest import VOCABULARY, make_tokenizer, make_traces
 from families import FAMILIES, MIXTURES, WINDOW, Row, make_family, make_model
 from steer2edit.artefacts.places import stored_name
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, ModelError
 from steer2edit.models.architectures import Architecture, Heads, describe_as

@@ -17,7 +17,7 @@ from conftest import make_tokenizer, make_traces
 from families import make_family
 from runs import save_pico, tiny_recipe
 from steer2edit.edits import Edit
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import ModelError
 from steer2edit.method.site import Site

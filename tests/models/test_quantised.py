@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import steer2edit as s2e
 from conftest import make_pico, make_tokenizer, make_traces
-from steer2edit.engines import Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, FileError, ModelError
 from steer2edit.method.scores import score_site

@@ -18,7 +18,7 @@ import steer2edit as s2e
 from conftest import CHATML, SENTENCES
 from runs import FakeEngine, make_scores, save_pico, tiny_recipe
 from steer2edit.behaviours.safety import Prompt, declines, make_traces
-from steer2edit.engines import Answer, Request
+from steer2edit.engines.base import Answer, Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import ModelError, TraceError
 from steer2edit.method.intervention import Intervention

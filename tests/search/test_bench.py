@@ -14,7 +14,7 @@ import torch
 from runs import FakeEngine, make_scores, tiny_recipe
 from steer2edit.behaviours.questions import Question
 from steer2edit.behaviours.safety import Prompt
-from steer2edit.engines import Losses
+from steer2edit.engines.base import Losses
 from steer2edit.errors import RecipeError
 from steer2edit.method.intervention import NOTHING
 from steer2edit.report.page import describe

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ..engines import Engine, Progress
+from ..engines.base import Engine, Progress
 from ..models.load import local_folder
 from ..models.weights import device_of
 from ..probing.collect import Plan, Sums, run_pass

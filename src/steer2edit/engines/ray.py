@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..engines import Answer, Engine, Losses, Progress, Request
+from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention
 from ..probing.collect import Plan, Sums, run_pass

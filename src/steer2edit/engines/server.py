@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..engines import Answer, Engine, Losses, Progress, Request
+from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention
 from ..probing.chat import CHAT, Chat

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from ..engines import Answer, Engine, Losses, Progress, Request
+from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import NOTHING, Intervention
 from ..models.architectures import ARCHITECTURES

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines import Answer, Engine, Losses, Progress, Request
+from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention, Term
 from ..models.architectures import Architecture, describe_as

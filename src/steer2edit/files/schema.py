@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -34,26 +34,52 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def parse(section: type[S], raw: dict[str, Any]) -> S:
-    """A recipe, or one of its sections. Raises RecipeError for the first key or value that is wrong."""
+def parse(section: type[S], raw: dict[str, Any], under: str = "") -> S:
+    """A recipe, or one of its sections.
+
+    Args:
+        under: the section's own key, if it is not a whole recipe.
+
+    Raises:
+        RecipeError: for the first key or value that is wrong.
+    """
     try:
         return section.model_validate(raw)
     except ValidationError as error:
-        # Of a value that may be of several kinds the kind that it fits farthest.
+        # For a union, the branch that matched deepest is the one that was meant.
         problem = max(error.errors(), key=lambda e: len(e["loc"]))
-        path = [
-            str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-", "list["))
-        ]
-        key = ".".join(path)
+        parts = [str(part) for part in problem["loc"]]
+        path = [part for part in parts if not part.startswith(("function-", "constrained-", "list[", "dict["))]
+        key = ".".join([under, *path] if under else path)
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(section, path[:-1])
-            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
-            fix = f"Did you mean {near[0]!r}?" if near else f"Known keys there: {', '.join(known)}."
-            raise RecipeError(f"the recipe has an unknown key {key}", got=path[-1], fix=fix) from None
+            raise RecipeError(f"the recipe has an unknown key {key}", got=path[-1], fix=_hint(section, path)) from None
         if problem["type"] == "missing":
             raise RecipeError(f"the recipe has no {key}", got="nothing", fix=f"Add the key {key}.") from None
         message = problem["msg"].removeprefix("Value error, ")
         raise RecipeError(f"the recipe's {key} cannot be used", got=repr(problem["input"]), fix=f"{message}.") from None
+
+
+def nearest(name: str, known: Sequence[str], what: str) -> str:
+    """A hint for an unknown name: the one that it comes near, else all of them."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"Did you mean {near[0]!r}?" if near else f"{what}: {', '.join(known)}."
+
+
+def _hint(section: type[BaseModel], path: Sequence[str]) -> str:
+    """For an unknown key: the same key where it belongs, or the nearest one beside it."""
+    elsewhere = [".".join(place) for place in _places(section) if place[-1] == path[-1]]
+    if elsewhere:
+        return f"Did you mean {elsewhere[0]!r}?"
+    return nearest(path[-1], _known_keys(section, path[:-1]), "Known keys there")
+
+
+def _places(section: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Every key of a section and of the sections in it, as its path."""
+    for name, field in section.model_fields.items():
+        yield (name,)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from ((name, *place) for place in _places(kind))
 
 
 def _known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:

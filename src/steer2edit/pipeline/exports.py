@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import importlib.util
+from collections.abc import Callable, Sequence
 
 from ..edits import Edit
+from ..errors import FileError
 from ..files.reading import read_json
 from ..files.writing import remove, write_json
 from ..progress import megabytes, say, showing
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
 
 # The model card of an export; a checkpoint comes with the base's, and the report writes its own over it.
 CARD = "README.md"
+
+
+# What an export needs beside the core packages.
+_NEEDS = {"gguf": "gguf"}
+
+
+def check_exports(kinds: Sequence[str]) -> None:
+    """Raises FileError if an export needs a package that is not installed."""
+    for kind in kinds:
+        package = _NEEDS.get(kind)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise FileError(
+                f"the export {kind} needs the package {package}",
+                got="not installed",
+                fix=f"pip install {package}, or leave {kind} out of exports.",
+            )
 
 
 def export(run: Run) -> list[str]:
@@ -39,8 +54,13 @@ def export(run: Run) -> list[str]:
             not_written[kind] = f"no {kind}: {reason}"
     for reason in not_written.values():
         say(f"  {reason}")
-    told = {kind: {"not_written": not_written[kind]} if kind in not_written else {"folder": kind} for kind in EXPORTS}
-    write_json(run.path("exports.json"), {kind: told[kind] for kind in EXPORTS if kind in wanted})
+    summary = {}
+    for kind in EXPORTS:
+        if kind in not_written:
+            summary[kind] = {"not_written": not_written[kind]}
+        elif kind in wanted:
+            summary[kind] = {"folder": kind}
+    write_json(run.path("exports.json"), summary)
     files = [f for kind in EXPORTS for f in sorted(run.path(kind).rglob("*")) if f.is_file()]
     cards = [run.path(f"{kind}/{CARD}") for kind in EXPORTS]
     return ["exports.json", *(str(f.relative_to(run.folder)) for f in files if f not in cards)]

@@ -1,4 +1,7 @@
-"""What each stage's result depends on, as a hash."""
+"""What each stage's result depends on, as a hash: its parts of the recipe and the stages that it builds on.
+
+Where a key and the files that a stage read and wrote are still the same, the stage is whole and is not run again.
+"""
 
 from __future__ import annotations
 
@@ -9,62 +12,71 @@ from pathlib import Path
 from typing import Any
 
 from ..files.reading import sha256
-from ..method.variants import Variant
+from ..method.variants import FULL, SCORED, Variant
 from ..recipe import Recipe
-from .stages import STAGES
+
+ORDER = ("traces", "probe", "score", "search", "edit", "export", "evaluate", "report")
 
 
-def _keys(recipe: Recipe) -> dict[str, str]:
-    """Stage → hash of what its result depends on: its parts of the recipe, and the stage before."""
+def stage_keys(recipe: Recipe) -> dict[str, str]:
+    """Stage → key; and under "test answers" what the journal of the test depends on."""
     r = recipe.model_dump(mode="json")
-    prompts = recipe.data.prompts
-    text = prompts if prompts.startswith("builtin:") else _digest(prompts)
-    search = r["search"]
-    asked = recipe.data.questions
-    questions = None if asked is None else [r["data"]["questions"], _digest(asked.file)]
-    plan = {k: v for k, v in r["evaluation"].items() if k != "resamples"}
-    parts: dict[str, Any] = {
-        "traces": [
-            r["engine"]["name"],
-            _local_files(recipe.model.name),
-            r["seed"],
-            r["model"],
-            r["behaviour"],
-            r["data"]["probe"],
-            text,
-            r["evaluation"]["rows"],
-        ],
-        "probe": {k: v for k, v in r["probe"].items() if k != "expert_tokens"},
-        "score": [r["probe"]["expert_tokens"], sorted(_score_files(recipe))],
-        "search": [_searched(recipe), r["data"]["validation"], questions, plan],
-        "edit": [search, r["evaluation"]["resamples"]],
-        "export": r["exports"],
-        "evaluate": r["data"]["test"],
-        "report": r["name"],
-    }
-    keys, before = {}, importlib.metadata.version("steer2edit")
-    for stage in STAGES:
-        before = hashlib.sha256(json.dumps([before, stage, parts[stage]]).encode()).hexdigest()[:16]
-        keys[stage] = before
+    evaluation = r["evaluation"]
+    resamples = evaluation["resamples"]
+    answers = {name: value for name, value in evaluation.items() if name != "resamples"}
+    questions, utility = recipe.data.questions, recipe.utility.prompts
+    asked = [
+        None if questions is None else [r["data"]["questions"], _file(questions.file)],
+        None if utility is None else _file(utility),
+        answers,
+    ]
+    limits = {measure.name: limit for measure, limit in recipe.aim.limits.items()}
+    rule = [recipe.search.rule, recipe.search.tolerance, recipe.search.reference, limits]
+    model = [r["engine"]["name"], _local_files(recipe.model.name), r["model"]]
+    data = [r["behaviour"], _prompts(recipe)]
+    keys = {"traces": _key("traces", *model, *data, r["seed"], r["data"]["probe"], evaluation["rows"])}
+    probe_pass = {name: value for name, value in r["probe"].items() if name != "expert_tokens"}
+    keys["probe"] = _key("probe", keys["traces"], probe_pass)
+    keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], sorted(score_files(recipe)))
+    keys["search"] = _key("search", keys["score"], _searched(recipe), r["data"]["validation"], asked)
+    choice = _key("choice", keys["search"], rule)
+    # Intervals alone depend on the resamples: neither exports nor answers on test are made again for them.
+    keys["edit"] = _key("edit", choice, resamples)
+    keys["export"] = _key("export", choice, r["exports"])
+    keys["test answers"] = _key("test answers", keys["score"], r["data"]["test"], asked)
+    keys["evaluate"] = _key("evaluate", choice, keys["test answers"], resamples)
+    keys["report"] = _key("report", keys["edit"], keys["export"], keys["evaluate"], r["name"])
     return keys
 
 
-def _digest(path: str) -> str:
+def _key(*parts: Any) -> str:
+    version = importlib.metadata.version("steer2edit")
+    return hashlib.sha256(json.dumps([version, *parts]).encode()).hexdigest()[:16]
+
+
+def _prompts(recipe: Recipe) -> str:
+    """The source of the prompts; of a file its content."""
+    source = recipe.data.prompts
+    return source if source.startswith("builtin:") else _file(source)
+
+
+def _file(path: str) -> str:
     return sha256(path) if Path(path).is_file() else "missing"
 
 
 def _searched(recipe: Recipe) -> dict[str, Any]:
-    """What of the search section the trials depend on: of the rule and the limits only where they steer the search."""
+    """What the trials depend on of the search section: the rule and the limits only if they steer the search."""
     s = recipe.search.model_dump(mode="json")
     steered = recipe.search.method == "tpe" or recipe.search.refine
-    keys = set(s) - (set() if steered else {"limits", "rule", "tolerance", "reference"})
-    found = {key: s[key] for key in sorted(keys)}
-    return found | ({"degenerate": s["limits"]["degenerate"]} if recipe.search.sanity else {})
+    left_out = set() if steered else {"limits", "rule", "tolerance", "reference"}
+    kept = {key: s[key] for key in sorted(s) if key not in left_out}
+    if recipe.search.sanity:
+        kept["degenerate"] = s["limits"].get("degenerate")
+    return kept
 
 
-def _score_files(recipe: Recipe) -> dict[Variant, str]:
-    from ..method.variants import FULL, SCORED
-
+def score_files(recipe: Recipe) -> dict[Variant, str]:
+    """Variant → the file of its scores, for the full method and the variants that score in another way."""
     files: dict[Variant, str] = {FULL: "scores.safetensors"}
     return files | {name: f"scores-{name}.safetensors" for name in recipe.search.variants if name in SCORED}
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
+
+from ..behaviours.base import Item, Split
+from ..behaviours.prompts import load_neutral, load_questions
 from ..edits import Scores
+from ..engines.base import Engine
+from ..engines.host import Host
 from ..errors import FileError, RecipeError
 from ..files.reading import read_json, sha256
-from ..files.writing import write_json
+from ..files.writing import clear_temporaries, write_json, write_text
 from ..recipe import Recipe
 from ..report.inspection import MANIFEST
-from .keys import _keys, _score_files
+from ..search.bench import Bench
+from .keys import ORDER, score_files, stage_keys
 
-if TYPE_CHECKING:
-    from ..behaviours.safety import Prompt, Split
-    from ..engines import Engine
-    from ..search.bench import Bench
+_FOLDERS = (".", "traces", "search", "evaluation", "figures")
 
 
 class Run:
@@ -35,7 +40,8 @@ class Run:
         self.folder, self.recipe = Path(folder), recipe
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError("the run directory is a file", got=self.folder, fix="Give another --out.")
-        self.keys = _keys(recipe)
+        self.keys = stage_keys(recipe)
+        self.notes: dict[str, Any] = {}  # what a stage adds to its entry in the manifest
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -48,8 +54,6 @@ class Run:
             from ..engines.ray import RayEngine
 
             return RayEngine(model, plan, rows=rows)
-        from ..engines.host import Host
-
         return Host(model, plan, rows)
 
     @property
@@ -64,47 +68,126 @@ class Run:
     @cached_property
     def scores(self) -> dict[str, Scores]:
         """The full method's, and those of the variants that score in another way."""
-        return {name: Scores.load(self.path(file)) for name, file in _score_files(self.recipe).items()}
+        return {name: Scores.load(self.path(file)) for name, file in score_files(self.recipe).items()}
 
-    def prompts(self, split: Split) -> list[Prompt]:
-        """A split's prompts. Those of test cannot be read before the choice is made."""
-        from ..behaviours.safety import load_prompts
+    # What is asked -------------------------------------------------------------------------------------------------
 
-        if split == "test" and not self.is_whole("edit"):
+    def items(self, split: Split, locked: bool = True) -> list[Item]:
+        """A split's prompts. Those of test cannot be read before the choice is made.
+
+        Args:
+            locked: False only where nothing can be asked any more, since a journal is judged again.
+        """
+        if split == "test" and locked and not self.is_whole("edit"):
             raise FileError(
                 "the test prompts are not read before an edit is chosen", got=self.folder, fix="Run the stage edit."
             )
         counts = getattr(self.recipe.data, split)
-        return load_prompts(self.recipe.data.prompts, split, {str(k): n for k, n in counts.items()})
+        return self.recipe.behaviour.items(self.recipe.data.prompts, split, counts)
 
-    def bench(self, stage: str, split: Split, journal: str) -> Bench:
-        """Where a stage tries candidates on a split, with its journal."""
-        from ..behaviours.questions import load_questions
-        from ..search.bench import Bench
+    def bench(self, split: Split, journal: Path, engine: Engine | None) -> Bench:
+        """Where candidates are tried on a split.
 
-        q = self.recipe.data.questions
-        first, count = (0, 0) if q is None else (0, q.validation) if split == "validation" else (q.validation, q.test)
-        path = self.path(f"{journal}/journal-{self.keys[stage]}.jsonl")
-        path.parent.mkdir(exist_ok=True)
-        questions = [] if q is None else load_questions(q.file, first, count)
-        return Bench(self.engine, self.scores, self.prompts(split), self.recipe, path, questions)
+        Args:
+            engine: None if the journal is only judged again.
+        """
+        recipe = self.recipe
+        items = self.items(split, locked=engine is not None)
+        journal.parent.mkdir(exist_ok=True)
+        return Bench(
+            engine,
+            {} if engine is None else self.scores,
+            [*items, *self._questions(split)],
+            recipe.behaviour,
+            recipe.evaluation,
+            journal,
+            neutral=self._neutral(split, items),
+            seed=recipe.seed,
+        )
+
+    def journal(self, split: Split) -> Path:
+        """The journal of a split's answers."""
+        if split == "test":
+            return self.path(f"evaluation/journal-{self.keys['test answers']}.jsonl")
+        return self.path(f"search/journal-{self.keys['search']}.jsonl")
+
+    def _questions(self, split: Split) -> list[Item]:
+        questions = self.recipe.data.questions
+        if questions is None:
+            return []
+        if split == "validation":
+            return load_questions(questions.file, 0, questions.validation)
+        return load_questions(questions.file, questions.validation, questions.test)
+
+    def _neutral(self, split: Split, items: Sequence[Item]) -> list[Item]:
+        count = self.recipe.evaluation.utility_prompts
+        if self.recipe.utility.prompts is not None:
+            first = 0 if split == "validation" else count
+            return load_neutral(self.recipe.utility.prompts, split, first, count)
+        return [item for item in items if item.kind == self.recipe.behaviour.neutral][:count]
+
+    # The manifest --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While it lasts, no other process works in this directory. Writes down the recipe, and marks as stale what
+        another recipe left.
+
+        Raises:
+            FileError: another process is at work here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path(".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise FileError(
+                "another steer2edit process is working in this run directory",
+                got=self.folder,
+                fix="Wait until it has finished, or give another --out.",
+            ) from None
+        try:
+            for place in _FOLDERS:
+                clear_temporaries(self.path(place))
+            self._mark_stale()
+            write_text(self.path("recipe.yaml"), self.recipe.to_yaml())
+            with contextlib.closing(self):
+                yield
+        finally:
+            lock.release()
+
+    def _mark_stale(self) -> None:
+        manifest = self.manifest()
+        stale = [name for name, entry in manifest["stages"].items() if entry["key"] != self.keys.get(name)]
+        for name in stale:
+            manifest["stages"][name]["stale"] = True
+        if stale:
+            write_json(self.path(MANIFEST), manifest)
 
     def manifest(self) -> dict[str, Any]:
         path = self.path(MANIFEST)
-        found = read_json(path) if path.is_file() else {"stages": {}}
-        if not (isinstance(found, dict) and isinstance(found.get("stages"), dict)):
-            raise FileError(f"{path} is not a run's manifest", got=type(found).__name__, fix="Give another --out.")
-        return found
+        manifest = read_json(path) if path.is_file() else {"stages": {}}
+        if not (isinstance(manifest, dict) and isinstance(manifest.get("stages"), dict)):
+            raise FileError(f"{path} is not a run's manifest", got=type(manifest).__name__, fix="Give another --out.")
+        return manifest
+
+    def entry(self, stage: str) -> Mapping[str, Any] | None:
+        return self.manifest()["stages"].get(stage)
 
     def is_whole(self, stage: str) -> bool:
-        entry = self.manifest()["stages"].get(stage)
+        """Whether a stage was run with this recipe, and what it read and wrote is as it was."""
+        entry = self.entry(stage)
         if entry is None or entry["key"] != self.keys[stage]:
             return False
-        return all(
-            self.path(name).is_file() and sha256(self.path(name)) == digest for name, digest in entry["files"].items()
-        )
+        files = entry["files"] | entry.get("read", {})
+        return all(self.path(name).is_file() and sha256(self.path(name)) == digest for name, digest in files.items())
 
-    def record(self, stage: str, seconds: float, files: Sequence[str]) -> None:
+    def record(self, stage: str, seconds: float, files: Sequence[str], read: Sequence[str]) -> None:
+        """Writes into the manifest that a stage is whole.
+
+        Args:
+            files: what it wrote. read: what it read of the stages before.
+        """
         manifest = self.manifest()
         manifest["steer2edit"] = importlib.metadata.version("steer2edit")
         manifest["recipe"] = self.recipe.model_dump(mode="json")
@@ -114,12 +197,12 @@ class Run:
             "key": self.keys[stage],
             "seconds": round(seconds, 1),
             "files": {name: sha256(self.path(name)) for name in files},
+            "read": {name: sha256(self.path(name)) for name in read},
         }
         if "host" in self.__dict__ and (where := self.host.where()):
             entry["model"] = where
-        manifest["stages"][stage] = entry
+        entry |= self.notes
+        self.notes = {}
+        manifest["stages"] = {name: e for name, e in manifest["stages"].items() if name != stage} | {stage: entry}
+        manifest["stages"] = {name: manifest["stages"][name] for name in ORDER if name in manifest["stages"]}
         write_json(self.path(MANIFEST), manifest)
-
-
-def load_results(folder: str | Path) -> Mapping[str, Any]:
-    return read_json(Path(folder) / "evaluation/results.json")

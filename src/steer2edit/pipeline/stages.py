@@ -1,57 +1,75 @@
 """The stages in order: recipe → traces → probe → scores → search → edit → export → evaluate → report.
 
 Each stage reads files of the run directory and writes files there, so that it can be run alone, and a killed run goes
-on from its last whole stage. The manifest holds for each stage a key of all that its result depends on; a stage whose
-key and files still match is not run again.
+on from its last whole stage.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..edits import Edit
-from ..errors import FileError
-from ..files.reading import read_json, read_jsonl
-from ..files.writing import clear_temporaries, write_json, write_jsonl, write_text
+from ..engines.plan import load_tokenizer
+from ..errors import FileError, ModelError, Steer2EditError
+from ..files.reading import read_json, read_jsonl, sha256
+from ..files.writing import write_json, write_jsonl, write_text
+from ..probing.collect import plan_pass, probe_of
+from ..probing.probe import Probe
+from ..probing.score import score
+from ..probing.traces import read_traces, write_traces
 from ..progress import say, showing
-from .exports import CARD, EXPORTS, export
-from .keys import _score_files
+from ..report.card import model_card
+from ..report.figures import heat_map, trade_off
+from ..report.live import watching
+from ..report.page import markdown
+from ..search.candidates import BASE, Candidate, Trial, edit_of, of_kind
+from ..search.choice import moved, require_choice, summary
+from ..search.front import choose
+from ..search.rounds import run_study
+from ..search.study import Discarded, Study
+from .exports import CARD, EXPORTS, check_exports, export
+from .keys import ORDER, score_files
+from .own_answers import Journalled
+from .results import results_of
 from .run import Run
+
+TRACES, PROBE, EDIT = "traces.jsonl", "probe.safetensors", "edit.safetensors"
+TRIALS, DISCARDED, STUDY = "search/trials.jsonl", "search/discarded.jsonl", "search/study.json"
+CHOICE, RESULTS, ANSWERS = "choice.json", "evaluation/results.json", "evaluation/answers.jsonl"
 
 
 def _traces(run: Run) -> list[str]:
-    from ..behaviours.safety import make_traces
-    from ..probing.traces import write_traces
-
-    b = run.recipe.behaviour
-    prompts = run.prompts("probe")
+    if _is_foreign(run, TRACES):
+        traces = read_traces(run.path(TRACES))
+        labels = [trace.label for trace in traces]
+        count = f"{labels.count('positive')} positive, {labels.count('negative')} negative"
+        say(f"  {TRACES} was put there by hand and is taken as it is: {count}")
+        run.notes["by_hand"] = True
+        return [TRACES]
+    path = run.path(f"traces/journal-{run.keys['traces']}.jsonl")
+    path.parent.mkdir(exist_ok=True)
     with showing("own answers") as progress:
-        traces, left_out = make_traces(
-            run.engine,
-            prompts,
-            positive=b.positive,
-            negative=b.negative,
-            system=b.system,
-            new_tokens=b.new_tokens,
-            progress=progress,
-        )
-    if left_out:
-        say(f"  {left_out} own answers to harmful prompts decline and were left out of the negative set")
-    write_traces(run.path("traces.jsonl"), traces)
-    return ["traces.jsonl"]
+        engine = Journalled(run.engine, path)
+        write_traces(run.path(TRACES), run.recipe.behaviour.traces(engine, run.items("probe"), progress))
+    return [TRACES]
+
+
+def _is_foreign(run: Run, name: str) -> bool:
+    """Whether a file of the run directory is not the one that a stage of this run wrote last."""
+    if not run.path(name).is_file():
+        return False
+    entry = run.entry("traces")
+    return entry is None or entry["files"].get(name) != sha256(run.path(name)) or entry.get("by_hand", False)
 
 
 def _probe(run: Run) -> list[str]:
-    from ..engines.plan import load_tokenizer
-    from ..probing.collect import plan_pass, probe_of
-    from ..probing.traces import read_traces
-
     p, model = run.recipe.probe, run.recipe.model
-    traces = read_traces(run.path("traces.jsonl"))
+    traces = read_traces(run.path(TRACES))
     plan = plan_pass(
         load_tokenizer(model), traces, chat=model.chat, part=p.part, positions=p.positions, max_tokens=p.max_tokens
     )
@@ -62,119 +80,97 @@ def _probe(run: Run) -> list[str]:
         for label, count in probe.counts[what].items():
             if count:
                 say(f"  {label}: {count} traces {what.replace('_', ' ')}")
-    probe.save(run.path("probe.safetensors"))
-    return ["probe.safetensors"]
+    probe.save(run.path(PROBE))
+    return [PROBE]
 
 
 def _score(run: Run) -> list[str]:
-    from ..probing.probe import Probe
-    from ..probing.score import score
-
-    probe = Probe.load(run.path("probe.safetensors"))
-    wanted = _score_files(run.recipe)
+    probe = Probe.load(run.path(PROBE))
+    wanted = score_files(run.recipe)
+    few = run.recipe.probe.expert_tokens
     for variant, file in wanted.items():
-        few = run.recipe.probe.expert_tokens
         scores = run.host.call(partial(score, probe=probe, expert_tokens=few, variant=variant))
         scores.save(run.path(file))
     if alone := scores.provenance["experts_left_alone"]:
-        say(f"  {len(alone)} experts, reached by fewer than {run.recipe.probe.expert_tokens} tokens, are left alone")
+        say(f"  {len(alone)} experts, reached by fewer than {few} tokens, are left alone")
     run.__dict__.pop("scores", None)
     return list(wanted.values())
 
 
 def _search(run: Run) -> list[str]:
-    from ..report.live import watching
-    from ..search.study import run_study
-
-    bench = run.bench("search", "validation", "search")
-    with watching() as (progress, told):
-        study = run_study(bench, run.recipe, progress, told)
+    recipe = run.recipe
+    bench = run.bench("validation", run.journal("validation"), run.engine)
+    with watching(recipe.behaviour.measures(), recipe.aim) as (progress, on_round):
+        study = run_study(bench, recipe.search, recipe.aim, recipe.seed, progress, on_round)
     for row in study.discarded:
-        say(f"  discarded: {row['id']}, {row['why']}")
-    write_jsonl(run.path("search/trials.jsonl"), ({k: v for k, v in t.items() if k != "texts"} for t in study.trials))
-    write_jsonl(run.path("search/discarded.jsonl"), study.discarded)
-    write_json(run.path("search/study.json"), {"evaluations": study.evaluations, "refined": study.refined})
-    return ["search/trials.jsonl", "search/discarded.jsonl", "search/study.json"]
+        say(f"  discarded: {row.candidate.id}, {row.why}")
+    write_jsonl(run.path(TRIALS), (trial.to_json() for trial in study.trials))
+    write_jsonl(run.path(DISCARDED), (row.to_json() for row in study.discarded))
+    write_json(run.path(STUDY), {"evaluations": study.evaluations, "refined": study.refined})
+    return [TRIALS, DISCARDED, STUDY]
+
+
+def read_study(run: Run) -> Study:
+    """What the stage search wrote."""
+    trials = [Trial.from_json(row) for row in read_jsonl(run.path(TRIALS))]
+    discarded = [Discarded.from_json(row) for row in read_jsonl(run.path(DISCARDED))]
+    return Study(trials, discarded, **read_json(run.path(STUDY)))
 
 
 def _edit(run: Run) -> list[str]:
-    from ..search.candidates import edit_of
-    from ..search.front import choose
-    from ..search.study import Study, require_choice, summary
+    recipe, aim = run.recipe, run.recipe.aim
+    study = read_study(run)
+    chosen = require_choice(study.trials, aim)
+    steered = choose(of_kind(study.trials, "steering"), aim)
+    edit_of(chosen.candidate.config, run.scores).save(run.path(EDIT))
+    base = of_kind(study.trials, "base")
+    any_moved = not base or moved(chosen, base[0], aim)
+    if not any_moved:
+        say(f"  nothing moved: no edit within the limits has a better {aim.attribute.title} than the original model")
+    shown = summary(study, aim, recipe.search.method, recipe.evaluation.resamples, recipe.seed)
+    choice = {"edit": _brief(chosen), "steering": None if steered is None else _brief(steered), "moved": any_moved}
+    write_json(run.path(CHOICE), shown | choice)
+    other = steered.candidate.id if steered else "no steering strength within the limits"
+    say(f"  chosen on validation: {chosen.candidate.id}, {other}")
+    return [EDIT, CHOICE]
 
-    s = run.recipe.search
-    trials = read_jsonl(run.path("search/trials.jsonl"))
-    chosen = require_choice(trials, run.recipe)
-    steered = choose([t for t in trials if t["kind"] == "steering"], s.rule, s.limits.model_dump(), s.tolerance)
-    edit_of(chosen["config"], run.scores).save(run.path("edit.safetensors"))
-    left_out = ("counts", "flags", "losses", "round", "kind")
-    brief = {
-        k: None if t is None else {n: v for n, v in t.items() if n not in left_out}
-        for k, t in (("edit", chosen), ("steering", steered))
-    }
-    study = Study(trials, read_jsonl(run.path("search/discarded.jsonl")), **read_json(run.path("search/study.json")))
-    write_json(run.path("choice.json"), summary(study, run.recipe) | brief)
-    other = steered["id"] if steered else "no steering strength within the limits"
-    say(f"  chosen on validation: {chosen['id']}, {other}")
-    return ["edit.safetensors", "choice.json"]
+
+def _brief(trial: Trial) -> dict[str, Any]:
+    c = trial.candidate
+    return {"id": c.id, "config": dict(c.config)} | trial.means()
 
 
 def _evaluate(run: Run) -> list[str]:
-    from ..search.candidates import BASE, Candidate
-    from ..search.statistics import interval, paired_difference
-
-    plan, seed = run.recipe.evaluation, run.recipe.seed
-    choice = read_json(run.path("choice.json"))
+    recipe = run.recipe
+    choice = read_json(run.path(CHOICE))
     tried = [BASE]
     tried += [Candidate(choice[k]["id"], k, choice[k]["config"]) for k in ("steering", "edit") if choice[k]]
-    bench = run.bench("evaluate", "test", "evaluation")
+    bench = run.bench("test", run.journal("test"), run.engine)
     with showing("test") as progress:
-        rows = bench.run(tried, "test", progress)
-    systems = {}
-    for row in rows:
-        flags = row["flags"]
-        systems[row["kind"]] = {
-            "id": row["id"],
-            "config": row["config"],
-            "refusal": interval(flags["harmful"], plan.resamples, seed),
-            "over_refusal": interval(flags.get("benign", []), plan.resamples, seed),
-            "over_refusal_borderline": interval(flags.get("borderline", []), plan.resamples, seed),
-            "degenerate": interval(flags["degenerate"], plan.resamples, seed),
-            "nll_rise": interval(row["losses"]["nll_rise"], plan.resamples, seed),
-            "utility_loss": interval(row["losses"]["kl"], plan.resamples, seed),
-            "accuracy": interval(flags["right"], plan.resamples, seed),
-        }
-    by_kind = {row["kind"]: row for row in rows}
-    differences = {
-        f"edit - {other}": paired_difference(
-            by_kind["edit"]["flags"]["harmful"], by_kind[other]["flags"]["harmful"], plan.resamples, seed
-        )
-        for other in by_kind
-        if other != "edit"
-    }
-    result = {
-        "split": "test",
-        "systems": systems,
-        "refusal_differences": differences,
-        "agreement": run.host.call(_agreement, Edit.load(run.path("edit.safetensors")), bench.ids[0]),
-    }
-    write_json(run.path("evaluation/results.json"), result)
-    answers = (
-        {"prompt": p.text, "kind": p.kind} | {row["kind"]: row["texts"][i] for row in rows}
-        for i, p in enumerate(bench.prompts)
-    )
-    write_jsonl(run.path("evaluation/answers.jsonl"), answers)
-    return ["evaluation/results.json", "evaluation/answers.jsonl"]
+        trials = bench.run(tried, "test", progress)
+    results = results_of(trials, recipe)
+    edit = Edit.load(run.path(EDIT))
+    prompt = run.engine.tokens(bench.items[0].messages(recipe.behaviour.system))
+    results["agreement"] = run.host.call(_agreement, edit, prompt)
+    write_json(run.path(RESULTS), results)
+    outcomes = dict(zip((c.kind for c in tried), bench.outcomes(tried, "test"), strict=True))
+    answers = []
+    for i, item in enumerate(bench.open):
+        texts = {kind: [outcome.text for outcome in rows[i]] for kind, rows in outcomes.items()}
+        several = recipe.evaluation.samples > 1
+        row: dict[str, Any] = {"prompt": item.prompt, "kind": item.kind}
+        answers.append(row | {kind: text if several else text[0] for kind, text in texts.items()})
+    write_jsonl(run.path(ANSWERS), answers)
+    return [RESULTS, ANSWERS]
 
 
 def _agreement(model: Any, edit: Edit, prompt: Sequence[int]) -> dict[str, Any]:
     """Largest difference of logits between the edit as an intervention and baked into the weights, on one prompt.
 
-    Not measured, and said so, where the weights cannot be written: quantised or offloaded ones.
+    Not measured, which the result says, where the weights cannot be written: quantised or offloaded ones.
     """
     import torch
 
-    from ..errors import ModelError
     from ..models.weights import device_of
 
     ids = torch.tensor([prompt], device=device_of(model))
@@ -191,74 +187,93 @@ def _agreement(model: Any, edit: Edit, prompt: Sequence[int]) -> dict[str, Any]:
 
 
 def _report(run: Run) -> list[str]:
-    from ..report.card import model_card
-    from ..report.figures import heat_map, trade_off
-    from ..report.page import markdown
-
     run.path("figures").mkdir(exist_ok=True)
-    trials = read_jsonl(run.path("search/trials.jsonl"))
-    choice, results = read_json(run.path("choice.json")), read_json(run.path("evaluation/results.json"))
-    files = trade_off(trials, choice, run.path("figures/trade_off"))
-    files += heat_map(Edit.load(run.path("edit.safetensors")), run.path("figures/lambda"))
-    edit = Edit.load(run.path("edit.safetensors"))
+    choice, results = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
+    edit = Edit.load(run.path(EDIT))
+    files = trade_off(read_study(run).trials, choice, run.recipe.behaviour.measures(), run.path("figures/trade_off"))
+    files += heat_map(edit, run.path("figures/lambda"))
     write_text(run.path("report.md"), markdown(run.recipe, choice, results, edit))
     for kind in EXPORTS:
         if run.path(kind).is_dir():
-            write_text(run.path(f"{kind}/{CARD}"), model_card(run.recipe, edit, results, kind))
+            write_text(run.path(f"{kind}/{CARD}"), model_card(run.recipe, edit, choice, results, kind))
             files.append(run.path(f"{kind}/{CARD}"))
     return ["report.md", *(str(file.relative_to(run.folder)) for file in files)]
 
 
-STAGES: dict[str, Callable[[Run], list[str]]] = {
-    "traces": _traces,
-    "probe": _probe,
-    "score": _score,
-    "search": _search,
-    "edit": _edit,
-    "export": export,
-    "evaluate": _evaluate,
-    "report": _report,
+@dataclass(frozen=True)
+class Stage:
+    """What a stage does, and which files of the stages before it reads."""
+
+    work: Callable[[Run], list[str]]
+    reads: tuple[str, ...] = ()
+
+
+STAGES: dict[str, Stage] = {
+    "traces": Stage(_traces),
+    "probe": Stage(_probe, (TRACES,)),
+    "score": Stage(_score, (PROBE,)),
+    "search": Stage(_search, ("scores.safetensors",)),
+    "edit": Stage(_edit, (TRIALS, DISCARDED, STUDY)),
+    "export": Stage(export, (EDIT,)),
+    "evaluate": Stage(_evaluate, (EDIT,)),
+    "report": Stage(_report, (EDIT, CHOICE, RESULTS)),
 }
+assert tuple(STAGES) == ORDER
 
 
 def run_all(run: Run) -> None:
-    """Every stage that is not whole yet, and all after it."""
-    _prepare(run)
-    fresh = False
-    with contextlib.closing(run):
-        for stage in STAGES:
-            if not fresh and run.is_whole(stage):
-                say(f"{stage}: there already")
+    """Every stage that is not whole. If the export fails, the evaluation and the report are made all the same.
+
+    Raises:
+        FileError: an export needs a package that is not installed, before anything is run.
+    """
+    check_exports(run.recipe.exports)
+    failure: Steer2EditError | None = None
+    with run.working():
+        for number, stage in enumerate(STAGES, start=1):
+            if run.is_whole(stage):
+                say(f"{number}/{len(STAGES)} {stage}: done before")
                 continue
-            fresh = True
-            _run_stage(run, stage)
+            try:
+                _run_stage(run, stage)
+            except Steer2EditError as error:
+                if stage != "export":
+                    raise
+                say(f"  the export failed, the run goes on without it: {error}")
+                failure = error
+    if failure is not None:
+        raise failure
 
 
 def run_stage(run: Run, stage: str, recipe_name: str) -> None:
-    """One stage, anew. Raises FileError if a stage before it is not whole."""
-    for before in STAGES:
-        if before == stage:
-            break
-        if not run.is_whole(before):
+    """One stage, even if it is whole; what its journal holds is not made again.
+
+    Raises:
+        FileError: a stage before it is not whole.
+    """
+    for before in ORDER[: ORDER.index(stage)]:
+        needed = before not in ("export", "evaluate") or stage == "report"
+        if needed and not run.is_whole(before) and not _hand_made(run, before, stage):
             raise FileError(
                 f"the stage {before} has not been run with this recipe",
                 got=run.folder,
                 fix=f"Run `steer2edit {before} {recipe_name}` first, or all with `steer2edit run {recipe_name}`.",
             )
-    _prepare(run)
-    with contextlib.closing(run):
+    with run.working():
         _run_stage(run, stage)
 
 
-def _prepare(run: Run) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for place in (".", "search", "evaluation", "figures"):
-        clear_temporaries(run.path(place))
-    write_text(run.path("recipe.yaml"), run.recipe.to_yaml())
+def _hand_made(run: Run, before: str, stage: str) -> bool:
+    """Whether traces were put into the run directory in place of the stage that makes them."""
+    return before == "traces" and stage == "probe" and _is_foreign(run, TRACES)
 
 
 def _run_stage(run: Run, stage: str) -> None:
-    say(f"{stage}:")
+    say(f"{ORDER.index(stage) + 1}/{len(ORDER)} {stage}:")
     started = time.monotonic()
-    files = STAGES[stage](run)
-    run.record(stage, time.monotonic() - started, files)
+    files = STAGES[stage].work(run)
+    run.record(stage, time.monotonic() - started, files, STAGES[stage].reads)
+
+
+def load_results(folder: str | Path) -> Mapping[str, Any]:
+    return read_json(Path(folder) / RESULTS)

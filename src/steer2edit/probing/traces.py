@@ -80,7 +80,7 @@ def read_traces(path: str | Path) -> list[Trace]:
         texts = [row["response"], row.get("group", ""), row.get("source", ""), row.get("system") or ""]
         start = row.get("answer_start", 0)
         fits = type(start) is int and isinstance(row["response"], str) and 0 <= start <= len(row["response"])
-        if not all(isinstance(text, str) for text in texts) or not _is_prompt(row["prompt"]) or not fits:
+        if not all(isinstance(text, str) for text in texts) or not is_prompt(row["prompt"]) or not fits:
             raise TraceError(
                 f"line {number} of {path} holds a value of the wrong type",
                 got=repr({k: type(v).__name__ for k, v in row.items()}),
@@ -91,7 +91,9 @@ def read_traces(path: str | Path) -> list[Trace]:
     return traces
 
 
-def _is_prompt(value: Any) -> bool:
+def is_prompt(value: Any) -> bool:
+    """Whether a value from a file is a prompt: a text, or a list of messages with role and content."""
+
     def is_message(m: Any) -> bool:
         return isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
 

@@ -10,9 +10,9 @@ import yaml
 
 from ..edits import Edit
 from ..models.embedded import EMBEDDED, HUB_NAMES
+from ..probing.traces import LABELS
 from ..recipe import Recipe
-from ..search.front import RULES
-from .page import describe, markdown_table
+from .page import describe, describe_limits, markdown_table, nothing_moved
 
 _PAPER = "[arXiv 2602.09870](https://arxiv.org/abs/2602.09870)"
 
@@ -57,11 +57,11 @@ def base_name(name: str) -> str:
     return HUB_NAMES.get(name) or (Path(name).name if Path(name).exists() or name.startswith(("/", ".")) else name)
 
 
-def model_card(recipe: Recipe, edit: Edit, results: Mapping[str, Any], kind: str) -> str:
+def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: Mapping[str, Any], kind: str) -> str:
     """The card of what a run exports.
 
     Args:
-        results: a run's `evaluation/results.json`.
+        choice: a run's `choice.json`. results: its `evaluation/results.json`.
         kind: "adapter", "checkpoint", "gguf", or "steering": the baseline, as biases of a checkpoint.
     """
     base = base_name(recipe.model.name)
@@ -73,10 +73,8 @@ def model_card(recipe: Recipe, edit: Edit, results: Mapping[str, Any], kind: str
         "tags": ["steer2edit", "activation-steering", *_TAGS[kind]],
     }
     counts: Mapping[str, Any] = edit.provenance.get("probe", {}).get("counts", {})
-    told = ", ".join(f"{counts[label]['responses']} {label}" for label in ("positive", "negative") if label in counts)
-    allowed = {name: value for name, value in recipe.search.limits.model_dump().items() if value is not None}
-    limits = ", ".join(f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in allowed.items()) or "none"
-    chosen = f"chosen on validation prompts:\n  {RULES[recipe.search.rule][0]}. Limits: {limits}"
+    probed = ", ".join(f"{counts[label]['responses']} {label}" for label in LABELS if label in counts)
+    chosen = f"chosen on validation prompts:\n  {choice['rule']}. Limits: {describe_limits(choice['limits'])}"
     steered = kind == "steering"
     title = "steered" if steered else "edited"
     became = (
@@ -99,15 +97,15 @@ A steering vector, the mean activation on responses that show the behaviour minu
 
 ## How it was made
 
-- Behaviour: {recipe.behaviour.name}. Data: {recipe.data.prompts}; {told or "see the recipe"} responses were probed.
+- Behaviour: {recipe.behaviour.name}. Data: {recipe.data.prompts}; {probed or "see the recipe"} responses were probed.
 {made}
 
 ## What was measured
 
 {markdown_table(results)}
 
-On test prompts that nothing before had read. Means with 95 % intervals over prompts; the steering row is the baseline,
-chosen by the same rule.{quantised}
+{nothing_moved(choice)}On test prompts that nothing before had read. Means with 95 % intervals over prompts; the
+steering row is the baseline, chosen by the same rule.{quantised}
 
 ## How to use it
 
@@ -115,9 +113,8 @@ chosen by the same rule.{quantised}
 
 ## Intended use and limits
 
-For research on how behaviours are represented and changed. More refusals of harmful requests come with more of
-harmless ones: see the table. It was measured on short English requests of one data set, with greedy answers, and
-is no safeguard by itself. What holds for the base model (its licence, its languages, its limits) holds here too.
+For research on how behaviours are represented and changed. {recipe.behaviour.remark}
+What holds for the base model (its licence, its languages, its limits) holds here too.
 """
 
 

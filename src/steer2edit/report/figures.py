@@ -8,53 +8,60 @@ from typing import Any
 
 import numpy as np
 
+from ..behaviours.base import UTILITY_LOSS, Measure
 from ..edits import Edit
 from ..files.writing import replacing
+from ..search.candidates import Trial, of_kind
 
 _STEERING, _EDIT, _BASE = "#c44e52", "#1f5fa8", "#555555"
 
 
-def trade_off(trials: Sequence[Mapping[str, Any]], choice: Mapping[str, Any], path: Path) -> list[Path]:
-    """Refusal against what it costs, on validation: steering as a curve in the order of γ, edits as points.
+def trade_off(
+    trials: Sequence[Trial], choice: Mapping[str, Any], measures: Sequence[Measure], path: Path
+) -> list[Path]:
+    """The attribute against what it costs, on validation: steering as a curve in the order of γ, edits as points.
+
+    Args:
+        measures: the attribute first, then the behaviour's costs; drawn are the utility loss and the first cost.
 
     Returns:
         The files written, path + .png and .svg.
     """
-    figure, axes = _canvas(10, 4.2, columns=2)
-    costs = (("utility_loss", "utility loss: KL per token [nats]"), ("over_refusal", "over-refusal on benign prompts"))
-    for axis, (cost, label) in zip(axes, costs, strict=True):
-        known = [t for t in trials if t[cost] is not None]  # without benign prompts there is no cost
-        steered = sorted((t for t in known if t["kind"] == "steering"), key=lambda t: t["config"]["gamma"])
-        edits = [t for t in known if t["kind"] == "edit"]
-        base = [t for t in known if t["kind"] == "base"]
-        axis.plot(_of(steered, cost), _of(steered, "refusal"), "-o", color=_STEERING, ms=4, lw=1.2, label="steering, γ")
+    attribute, first_cost = measures[0], measures[1]
+    costs = [UTILITY_LOSS] if first_cost == UTILITY_LOSS else [UTILITY_LOSS, first_cost]
+    figure, axes = _canvas(5 * len(costs), 4.2, columns=len(costs))
+    for axis, cost in zip(axes, costs, strict=True):
+        known = [t for t in trials if t.mean(cost.name) is not None and t.mean(attribute.name) is not None]
+
+        def draw(some: Sequence[Trial], style: str, cost: Measure = cost, axis: Any = axis, **look: Any) -> None:
+            axis.plot([t.mean(cost.name) for t in some], [t.mean(attribute.name) for t in some], style, **look)
+
+        steered = sorted(of_kind(known, "steering"), key=lambda t: t.candidate.config["gamma"])
+        draw(steered, "-o", color=_STEERING, ms=4, lw=1.2, label="steering, γ")
         for t in steered:
-            axis.annotate(f"{t['config']['gamma']:.2g}", (t[cost], t["refusal"]), fontsize=6, xytext=(3, -8), **_POINTS)
-        axis.plot(_of(edits, cost), _of(edits, "refusal"), "*", color=_EDIT, ms=9, label="edits")
-        axis.plot(_of(base, cost), _of(base, "refusal"), "s", color=_BASE, ms=6, label="original model")
-        chosen = [t for t in known if choice.get(t["kind"]) and t["id"] == choice[t["kind"]]["id"]]
-        axis.plot(
-            _of(chosen, cost), _of(chosen, "refusal"), "o", ms=15, mfc="none", mec="black", mew=0.9, label="chosen"
-        )
-        limit = choice["limits"].get(cost)
+            point = (t.mean(cost.name), t.mean(attribute.name))
+            axis.annotate(f"{t.candidate.config['gamma']:.2g}", point, fontsize=6, xytext=(3, -8), **_POINTS)
+        draw(of_kind(known, "edit"), "*", color=_EDIT, ms=9, label="edits")
+        draw(of_kind(known, "base"), "s", color=_BASE, ms=6, label="original model")
+        ids = [choice[kind]["id"] for kind in ("edit", "steering") if choice.get(kind)]
+        chosen = [t for t in known if t.candidate.id in ids]
+        draw(chosen, "o", ms=15, mfc="none", mec="black", mew=0.9, label="chosen")
+        limit = choice["limits"].get(cost.name)
         if limit is not None:
             axis.axvline(limit, color="#999999", lw=0.8, ls="--")
             axis.annotate("limit", (limit, 0.01), fontsize=7, color="#777777", xytext=(3, 0), **_POINTS)
-        axis.set_xlabel(label)
-        axis.set_ylim(-0.03, 1.03)
+        axis.set_xlabel(cost.title)
+        if attribute.rate:
+            axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("refusal rate on harmful prompts")
+    axes[0].set_ylabel(attribute.title)
     axes[0].legend(fontsize=7, loc="lower right")
-    n = trials[0]["counts"]
-    figure.suptitle(f"Validation: {n['harmful']} harmful and {n['benign']} benign prompts", fontsize=10)
+    counts = ", ".join(f"{m.title} on {trials[0].count(m.name)}" for m in (attribute, *costs))
+    figure.suptitle(f"Validation: {counts} prompts", fontsize=10)
     return _save(figure, path)
 
 
 _POINTS: dict[str, Any] = {"textcoords": "offset points"}
-
-
-def _of(trials: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [t[name] for t in trials]
 
 
 def heat_map(edit: Edit, path: Path) -> list[Path]:

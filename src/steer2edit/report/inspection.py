@@ -13,6 +13,8 @@ from ..files.reading import read_json
 from ..files.tensors import read_header
 from ..probing.probe import Probe
 
+MANIFEST = "manifest.json"
+
 
 def describe(path: Path, top: int = 10) -> dict[str, Any]:
     """Raises FileError if it is none of them."""
@@ -92,7 +94,6 @@ def _combination(both: Combination) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-
     manifest = read_json(path / MANIFEST)
     try:
         found = {
@@ -100,7 +101,12 @@ def _run(path: Path) -> dict[str, Any]:
             "name": manifest["recipe"]["name"],
             "model": manifest["recipe"]["model"]["name"],
             "stages": [
-                {"stage": name, "seconds": e["seconds"], "files": ", ".join(e["files"])}
+                {
+                    "stage": name,
+                    "seconds": e["seconds"],
+                    "files": ", ".join(e["files"]),
+                    "state": "stale: another recipe's" if e.get("stale") else "whole",
+                }
                 for name, e in manifest["stages"].items()
             ],
         }
@@ -132,6 +138,3 @@ def show(console: Any, found: dict[str, Any]) -> None:
         from .page import print_results
 
         print_results(console, results)
-
-
-MANIFEST = "manifest.json"

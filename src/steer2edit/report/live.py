@@ -5,30 +5,32 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from ..behaviours.base import UTILITY_LOSS, Measure
 from ..progress import Progress, columns, is_quiet, say, showing
-from ..search.front import pareto
+from ..search.candidates import Trial
+from ..search.front import Aim, pareto
+from ..search.study import Study
 from .page import describe
 
-if TYPE_CHECKING:
-    from ..search.study import Study
-
-Told = Callable[["Study"], None]
-
+OnRound = Callable[[Study], None]
 _LABEL = "search"
-
 # Rows of the front that are shown, spread evenly over it.
 _ROWS = 8
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[tuple[Progress, Told]]:
-    """Gives what to call with (steps done, in all), and what to call with the study after each round."""
+def watching(measures: Sequence[Measure], aim: Aim) -> Iterator[tuple[Progress, OnRound]]:
+    """Gives what to call with (steps done, in all), and what to call with the study after each round.
+
+    Args:
+        measures: the table's columns, those of them that were measured.
+    """
     if is_quiet() or not sys.stderr.isatty():
         with showing(_LABEL) as progress:
-            yield progress, _line
+            yield progress, lambda study: say(f"  {_line(study, aim)}")
         return
     from rich.console import Console, Group
     from rich.live import Live
@@ -39,36 +41,42 @@ def watching() -> Iterator[tuple[Progress, Told]]:
     with Live(bar, console=bar.console, refresh_per_second=4) as live:
         yield (
             lambda done, total: bar.update(task, completed=done, total=total),
-            lambda study: live.update(Group(bar, _table(study))),
+            lambda study: live.update(Group(bar, _table(study, measures, aim))),
         )
 
 
-def _line(study: Study) -> None:
-    best = front(study, "edit")[-1:]
-    told = "".join(f"; highest refusal {t['refusal']:.2f} at KL {t['utility_loss']:.2f}" for t in best)
-    say(f"  {_counts(study)}{told}")
+def _line(study: Study, aim: Aim) -> str:
+    """What was tried, and the far end of the edits' front."""
+    edits = front(study, "edit", aim)
+    if not edits:
+        return _counts(study)
+    word = "highest" if aim.attribute.better == "higher" else "lowest"
+    attribute, cost = edits[-1].mean(aim.attribute.name), edits[-1].mean(UTILITY_LOSS.name)
+    return f"{_counts(study)}; {word} {aim.attribute.title} {attribute:.2f} at {UTILITY_LOSS.title} {cost:.2f}"
 
 
 def _counts(study: Study) -> str:
-    edits, steered = (sum(t["kind"] == kind for t in study.trials) for kind in ("edit", "steering"))
+    edits, steered = len(study.of_kind("edit")), len(study.of_kind("steering"))
     return f"{edits} edits and {steered} steering strengths tried, {len(study.discarded)} discarded"
 
 
-def front(study: Study, kind: str) -> list[Any]:
+def front(study: Study, kind: str, aim: Aim) -> list[Trial]:
     """Its Pareto front so far, whatever the limits, at most so many rows of it."""
-    found = pareto([t for t in study.trials if t["kind"] == kind])
-    if len(found) <= _ROWS:
-        return found
-    return [found[round(i * (len(found) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+    whole = pareto(study.of_kind(kind), aim)
+    if len(whole) <= _ROWS:
+        return whole
+    return [whole[round(i * (len(whole) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
 
 
-def _table(study: Study) -> Any:
+def _table(study: Study, measures: Sequence[Measure], aim: Aim) -> Any:
     from rich.table import Table
 
+    shown = [m for m in measures if m.column and any(trial.count(m.name) for trial in study.trials)]
     table = Table(title=f"Front on validation: {_counts(study)}", title_justify="left")
-    for name in ("", "refusal", "over-refusal", "degenerate", "KL per token"):
-        table.add_column(name, justify="right" if name else "left")
-    for trial in (*front(study, "edit"), *front(study, "steering")):
-        numbers = (trial[k] for k in ("refusal", "over_refusal", "degenerate", "utility_loss"))
-        table.add_row(describe(trial["config"]), *("–" if x is None else f"{x:.2f}" for x in numbers))
+    table.add_column("")
+    for measure in shown:
+        table.add_column(measure.title, justify="right")
+    for trial in (*front(study, "edit", aim), *front(study, "steering", aim)):
+        means = [trial.mean(measure.name) for measure in shown]
+        table.add_row(describe(trial.candidate.config), *("–" if x is None else f"{x:.2f}" for x in means))
     return table

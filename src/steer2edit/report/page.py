@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..behaviours.base import UTILITY_LOSS
 from ..edits import Edit
 from ..recipe import Recipe
 
@@ -12,22 +13,11 @@ _NAMES = {"base": "original", "steering": "steering", "edit": "edit"}
 
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ"}
 
-_COLUMNS = {
-    "refusal": "refusal (harmful)",
-    "over_refusal": "over-refusal (benign)",
-    "over_refusal_borderline": "over-refusal (looks harmful)",
-    "degenerate": "degenerate",
-    "nll_rise": "NLL rise per token",
-    "utility_loss": "KL per token",
-    "accuracy": "accuracy (choices)",
-}
-
 
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the test results: mean [95 % interval]."""
+    """Header and rows of the test results: mean [95 % interval] of every measure that was measured."""
     sizes = next(iter(results["systems"].values()))
-    # Accuracy is only measured where the recipe names questions.
-    columns = {name: title for name, title in _COLUMNS.items() if name != "accuracy" or sizes[name]["n"]}
+    columns = {name: title for name, title in _columns(results).items() if sizes[name]["n"]}
     header = ["on test", *columns.values()]
     rows = []
     for kind, system in results["systems"].items():
@@ -37,6 +27,16 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _columns(results: Mapping[str, Any]) -> dict[str, str]:
+    """Measure → title. Results of older runs do not hold the titles: there the names serve."""
+    if "measures" in results:
+        return {m["name"]: m["title"] for m in results["measures"] if m["column"]}
+    system = next(iter(results["systems"].values()))
+    return {
+        name: name.replace("_", " ") for name, value in system.items() if isinstance(value, dict) and "mean" in value
+    }
+
+
 def markdown_table(results: Mapping[str, Any]) -> str:
     header, rows = table(results)
     return "\n".join([_row(header), _row(["---"] * len(header)), *map(_row, rows)])
@@ -44,22 +44,38 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 def describe(config: Mapping[str, Any]) -> str:
     """A configuration in words: `ρ_attn 0.2, ρ_mlp off, α 0.1`, or `γ 0.4`."""
-    told = {name: f"{value:.4g}" if name == "gamma" else value for name, value in config.items()}
-    return ", ".join(f"{_SIGNS.get(name, name)} {'off' if value is None else value}" for name, value in told.items())
+    words = []
+    for name, value in config.items():
+        shown = "off" if value is None else f"{value:.4g}" if name == "gamma" else str(value)
+        words.append(f"{_SIGNS.get(name, name)} {shown}")
+    return ", ".join(words)
 
 
 def _cell(value: Mapping[str, Any]) -> str:
     if value["mean"] is None:
-        return "–"
+        return f"not finite in {value['not_finite']}" if value.get("not_finite") else "–"
     return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def nothing_moved(choice: Mapping[str, Any]) -> str:
+    """A warning, if no edit within the limits has a better attribute than the original model; else nothing."""
+    if choice.get("moved", True):
+        return ""
+    title = choice["attribute"]["title"]
+    return f"**Nothing moved: on validation no edit has a better {title} than the original model.** "
 
 
 def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, Any], edit: Edit) -> str:
     lines = [f"# {recipe.name}", "", f"Model `{recipe.model.name}`, behaviour {recipe.behaviour.name}.", ""]
+    if warning := nothing_moved(choice):
+        lines += [warning, ""]
     lines += ["## On test", "", markdown_table(results), ""]
-    lines += ["Means with 95 % bootstrap intervals over prompts; exact intervals where a rate is 0 or 1. ", ""]
-    for name, d in results["refusal_differences"].items():
-        lines.append(f"- Refusal, {name}: {d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], same {d['n']} prompts.")
+    lines += ["Means with 95 % intervals over prompts: Wilson's for rates, the bootstrap's for everything else.", ""]
+    title = recipe.behaviour.attribute.title
+    for name, d in results["differences"].items():
+        if d["mean"] is not None:
+            difference = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
+            lines.append(f"- {title}, {name}: {difference}, same {d['n']} prompts.")
     a = results["agreement"]
     agreement = a.get("not_measured") or (
         f"logits differ by at most {a['largest_logit_difference']:.1e}; rounding to the weights' dtype lost "
@@ -71,7 +87,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         "## How it was chosen",
         "",
         f"On validation, out of {choice['tried']['edit']} edits and {choice['tried']['steering']} steering strengths:"
-        f" {choice['rule']}. Limits: {_limits(choice['limits'])}.",
+        f" {choice['rule']}. Limits: {describe_limits(choice['limits'])}.",
         "",
         "| on validation | tried | configurations × prompts | hypervolume | on the front |",
         "| --- | --- | --- | --- | --- |",
@@ -82,9 +98,9 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         lines.append(_row([str(cell) for cell in cells]))
     lines += [
         "",
-        f"The hypervolume is the share of refusal from 0 to 1 and KL from 0 to {recipe.search.reference:g} that the"
-        " trials within the limits dominate, with a 95 % bootstrap interval over prompts. "
-        + (f"{choice['discarded']} configurations were discarded." if choice["discarded"] else ""),
+        f"The hypervolume is the share of {title} from worst to best and {UTILITY_LOSS.title} from 0 to"
+        f" {recipe.search.reference:g} that the trials within the limits dominate, with a 95 % bootstrap interval over"
+        " prompts. " + (f"{choice['discarded']} configurations were discarded." if choice["discarded"] else ""),
         "",
     ]
     if choice["refined"]:
@@ -95,10 +111,9 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
             tried = choice["tried"]["steering"]
             lines.append(f"- steering: {'no strength stays within the limits' if tried else 'none was tried'}.")
         else:
-            over = "not measured" if c["over_refusal"] is None else f"{c['over_refusal']:.2f}"
-            lines.append(
-                f"- {kind}: {describe(c['config'])}; on validation refusal {c['refusal']:.2f}, over-refusal {over}."
-            )
+            shown = [recipe.behaviour.attribute, *recipe.behaviour.costs]
+            means = [f"{m.title} {c[m.name]:.2f}" for m in shown if c.get(m.name) is not None]
+            lines.append(f"- {kind}: {describe(c['config'])}; on validation {', '.join(means)}.")
     lines += ["", "![trade-off](figures/trade_off.png)", "", "## The edit", ""]
     for block, s in edit.summary().items():
         lines.append(
@@ -109,9 +124,9 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     return "\n".join(lines)
 
 
-def _limits(limits: Mapping[str, Any]) -> str:
-    found = [f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in limits.items() if value is not None]
-    return ", ".join(found) or "none"
+def describe_limits(limits: Mapping[str, Any]) -> str:
+    written = [f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in limits.items() if value is not None]
+    return ", ".join(written) or "none"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -130,16 +145,24 @@ def print_results(console: Any, results: Mapping[str, Any]) -> None:
     console.print(out)
 
 
-def print_answers(console: Any, answers: Sequence[Mapping[str, str]], each: int = 3) -> None:
-    """The first answers to harmful and to benign prompts, side by side."""
+def print_answers(console: Any, answers: Sequence[Mapping[str, Any]], each: int = 3) -> None:
+    """The first answers to the first two kinds of prompts, side by side."""
     from rich.markup import escape
     from rich.table import Table
 
     systems = [name for name in _NAMES if name in answers[0]]
-    for kind in ("harmful", "benign"):
+    kinds = list(dict.fromkeys(row["kind"] for row in answers))
+    for kind in kinds[:2]:
         out = Table(title=f"{kind} test prompts", show_lines=True)
         for name in ("prompt", *(_NAMES[s] for s in systems)):
             out.add_column(name, overflow="fold", ratio=1)
-        for row in [a for a in answers if a["kind"] == kind][:each]:
-            out.add_row(escape(row["prompt"]), *(escape(" ".join(row[s].split())[:140]) for s in systems))
+        for row in [answer for answer in answers if answer["kind"] == kind][:each]:
+            out.add_row(escape(_one_line(row["prompt"])), *(escape(_one_line(row[s])[:140]) for s in systems))
         console.print(out)
+
+
+def _one_line(value: Any) -> str:
+    """A text, the last message of a conversation, or the first of several answers, on one line."""
+    if isinstance(value, list):
+        value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
+    return " ".join(value.split())

@@ -1,233 +1,295 @@
-"""Trials: candidates on prompts, in batches whose rows carry them all, and what each of them showed and cost.
+"""The bench: candidates on items, in batches whose rows carry them all, and what each of them showed and cost.
 
 Scores do not depend on (ρ, α), so that a configuration costs a soft threshold and its rows in a batch. What a batch
-gave is journalled, so that a killed study goes on from its last whole batch.
+gave is journalled, so that a killed study goes on from its last whole batch, and can be judged again without a model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..behaviours.base import NLL_RISE, UTILITY_LOSS, Behaviour, Item, Outcome, judge
 from ..behaviours.degenerate import degenerate
-from ..behaviours.questions import Question
-from ..behaviours.safety import KINDS, Prompt, declines, messages
 from ..edits import Scores
-from ..engines import Engine, Progress, Request
+from ..engines.base import Answer, Engine, Progress, Request, Sampling
 from ..errors import RecipeError
-from ..files.reading import read_journal
-from ..files.writing import append_jsonl
 from ..method.intervention import NOTHING
 from ..probing.spans import response_span
 from ..probing.traces import Trace
-from ..recipe import Recipe
-from .candidates import Candidate, intervention_of
-from .statistics import rate
+from .candidates import Candidate, Trial, Values, intervention_of
+from .journal import Journal
+from .plan import Evaluation
 
 # Answers whose losses are journalled at once.
 _LOSSES = 8
+Ids = tuple[int, ...]
 
 
 class Bench:
-    """Where candidates are tried: an engine, the scores, the prompts, and the journal of what was made already.
+    """Where candidates are tried: an engine, the scores, the items, and the journal of what was made already.
 
     Args:
-        journal: one line a batch; lines that are there already are not made again.
-        recipe: its `behaviour` and `evaluation` sections are the plan.
+        engine: None to judge the journal alone, without a model.
+        scores: the full method's under "full", and those of variants that score in another way.
+        items: what every candidate is asked.
+        neutral: the items whose base answers give KL and the rise of their NLL.
+        plan: how answers are made.
+        journal: its file.
+        seed: of sampled answers.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | None,
         scores: Mapping[str, Scores],
-        prompts: Sequence[Prompt],
-        recipe: Recipe,
+        items: Sequence[Item],
+        behaviour: Behaviour,
+        plan: Evaluation,
         journal: Path,
-        questions: Sequence[Question] = (),
+        *,
+        neutral: Sequence[Item] = (),
+        seed: int = 0,
     ):
-        self.engine, self.scores, self.prompts, self.recipe, self.journal = engine, scores, prompts, recipe, journal
-        self.plan = recipe.evaluation
-        self.ids = [engine.tokens(self._messages(p.text)) for p in prompts]
-        self.done = {(row["round"], row["what"], row["batch"]): row for row in read_journal(journal)}
-        self.questions = questions
-        self.base_right: list[bool] = []
-        benign = [i for i, p in enumerate(prompts) if p.kind == "benign"][: self.plan.utility_prompts]
-        made = self._kept("own", "answers", 0, lambda: self._own(benign))["ids"]
-        self.own = [(self.ids[p], tuple(answer)) for p, answer in zip(benign, made, strict=True) if answer]
-        self.empty = len(benign) - len(self.own)
+        self._engine, self.scores, self.items = engine, scores, items
+        self.behaviour, self.plan, self.seed = behaviour, plan, seed
+        self.journal = Journal(journal, replay=engine is None)
+        self.sampling = Sampling(plan.temperature, plan.top_p, plan.top_k)
+        self.open = [item for item in items if not item.choices]
+        self.closed = [item for item in items if item.choices]
+        self.base: list[list[Outcome]] | None = None
+        self._ids_of: dict[int, Ids] = {}
+        own = self._own_answers(neutral)
+        self.own = [(item, ids) for item, ids in zip(neutral, own, strict=True) if ids]
+        self.empty = len(neutral) - len(self.own)
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
 
     @property
     def steps(self) -> int:
-        """What progress counts for each candidate: prompts, and answers and choices whose losses are measured."""
-        return len(self.prompts) + len(self.own) + sum(len(q.choices) for q in self.questions)
+        """What progress counts for each candidate: answers, and answers and choices whose losses are measured."""
+        return len(self.open) * self.plan.samples + len(self.own) + sum(len(item.choices) for item in self.closed)
 
     def sane(
         self, tried: Sequence[Candidate], prompts: Sequence[str], name: str, progress: Progress | None = None
     ) -> list[float]:
-        """The share of degenerate answers to short simple prompts, of each candidate."""
-        said = self._answers(tried, [self.engine.tokens(self._messages(p)) for p in prompts], name, progress)
-        return [sum(degenerate(text[start:]) for text, start in row) / len(prompts) for row in said]
+        """The share of degenerate answers to short simple prompts, of each candidate; one answer to each prompt."""
+        simple = [Item("sanity", prompt) for prompt in prompts]
+        answers = self._answers(tried, simple, 1, name, progress)
+        return [sum(degenerate(row[0].answer) for row in rows) / len(prompts) for rows in answers]
 
-    def run(self, tried: Sequence[Candidate], name: str, progress: Progress | None = None) -> list[dict[str, Any]]:
-        """Every candidate on every prompt; one row a candidate, with the answers' flags in the order of the prompts.
+    def run(self, tried: Sequence[Candidate], name: str, progress: Progress | None = None) -> list[Trial]:
+        """Every candidate on every item.
 
         Args:
+            tried: the base model stands first, or was in a round before: the others are compared with its outcomes.
             name: of the round, which its journal lines carry.
         """
         steps = self.steps * len(tried)
-        at = [len(tried) * n for n in (0, len(self.ids), len(self.ids) + len(self.own))]
-        said = self._answers(tried, self.ids, name, _shifted(progress, at[0], steps))
-        kl, rise = self._losses(tried, self.own, name, _shifted(progress, at[1], steps))
-        right = self._accuracies(tried, f"{name} choices", _shifted(progress, at[2], steps))
+        answers_at, losses_at = len(self.open) * self.plan.samples, len(self.own)
+        answers = self._answers(tried, self.open, self.plan.samples, name, _shifted(progress, 0, steps))
+        kl, rise = self._own_losses(tried, name, _shifted(progress, len(tried) * answers_at, steps))
+        chosen = self._choices(tried, name, _shifted(progress, len(tried) * (answers_at + losses_at), steps))
         if progress:
             progress(steps, steps)
-        losses = [{"kl": [row[c] for row in kl], "nll_rise": [row[c] for row in rise]} for c in range(len(tried))]
-        return [self._trial(*one) for one in zip(tried, said, losses, right, strict=True)]
+        outcomes = [[*of_open, *of_closed] for of_open, of_closed in zip(answers, chosen, strict=True)]
+        if self.base is None:
+            of_base = [i for i, candidate in enumerate(tried) if candidate.kind == "base"]
+            self.base = outcomes[of_base[0]] if of_base else outcomes[0]
+        return [
+            self._trial(candidate, name, outcomes[c], [row[c] for row in kl], [row[c] for row in rise])
+            for c, candidate in enumerate(tried)
+        ]
 
-    def _messages(self, prompt: str) -> list[dict[str, str]]:
-        return messages(prompt, self.recipe.behaviour.system)
+    # Answers -------------------------------------------------------------------------------------------------------
 
-    def _kept(self, name: str, what: str, batch: int, make: Any) -> dict[str, Any]:
-        """A journal line: the one that is there, or a new one that `make` gives."""
-        row = self.done.get((name, what, batch))
-        if row is None:
-            row = {"round": name, "what": what, "batch": batch, **make()}
-            append_jsonl(self.journal, row)
-            self.done[name, what, batch] = row
-        return row
+    def _own_answers(self, neutral: Sequence[Item]) -> list[Ids]:
+        """The base model's own answers, greedy, whatever the sampling."""
+        if not neutral:
+            return []
 
-    def _own(self, benign: Sequence[int]) -> dict[str, Any]:
-        made = self.engine.generate([Request(self.ids[p]) for p in benign], [NOTHING], self.plan.utility_tokens)
-        return {"ids": [list(a.ids) for a in made]}
+        def make() -> dict[str, Any]:
+            requests = [Request(self._ids(item)) for item in neutral]
+            answers = self.engine.generate(requests, [NOTHING], self.plan.utility_tokens)
+            return {"ids": [list(answer.ids) for answer in answers]}
+
+        asked = [[self._messages(item) for item in neutral], self.plan.utility_tokens]
+        line = self.journal.keep("own", "answers", 0, asked, make)
+        return [tuple(ids) for ids in line["ids"]]
 
     def _answers(
-        self, tried: Sequence[Candidate], ids: Sequence[tuple[int, ...]], name: str, progress: Progress | None
-    ) -> list[list[tuple[str, int]]]:
-        """Text, and where its answer starts: [candidates][prompts]."""
-        table = [intervention_of(candidate, self.scores) for candidate in tried]
-        work = [(c, p) for c in range(len(tried)) for p in range(len(ids))]
-        said: list[tuple[str, int]] = []
+        self, tried: Sequence[Candidate], items: Sequence[Item], samples: int, name: str, progress: Progress | None
+    ) -> list[list[list[Outcome]]]:
+        """Outcomes [candidates][items][samples] of open items."""
+        work = [(c, i, s) for c in range(len(tried)) for i in range(len(items)) for s in range(samples)]
+        seeds = [[self._seed(item, s) for s in range(samples)] for item in items]
+        flat: list[Outcome] = []
         for number, first in enumerate(range(0, len(work), self.plan.batch)):
             batch = work[first : first + self.plan.batch]
 
-            def make(batch: Sequence[tuple[int, int]] = batch, first: int = first) -> dict[str, Any]:
-                requests = [Request(ids[p], c) for c, p in batch]
-                made = self.engine.generate(requests, table, self.plan.new_tokens, _shifted(progress, first, len(work)))
-                texts, starts = [a.text for a in made], [a.start for a in made]
-                return {"texts": texts, "starts": starts, "rows": self.engine.slots}
+            def make(batch: Sequence[tuple[int, int, int]] = batch, first: int = first) -> dict[str, Any]:
+                table = [intervention_of(candidate, self.scores) for candidate in tried]
+                requests = [Request(self._ids(items[i]), c, seeds[i][s]) for c, i, s in batch]
+                answers = self.engine.generate(
+                    requests, table, self.plan.new_tokens, _shifted(progress, first, len(work)), self.sampling
+                )
+                return {"outcomes": [_row_of(answer) for answer in answers], "rows": self.engine.slots}
 
-            row = self._kept(name, "answers", number, make)
-            self.engine.slots = row["rows"]  # where memory ran out before, a resumed study goes on with fewer rows
-            said += zip(row["texts"], row["starts"], strict=True)
-        return [said[c * len(ids) : (c + 1) * len(ids)] for c in range(len(tried))]
+            asked = [
+                [[tried[c].id, self._messages(items[i]), seeds[i][s]] for c, i, s in batch],
+                [self.plan.new_tokens, self.plan.temperature, self.plan.top_p, self.plan.top_k],
+            ]
+            line = self.journal.keep(name, "answers", number, asked, make)
+            if self._engine is not None:
+                self.engine.slots = line["rows"]  # where memory ran out before, a resumed study goes on with fewer rows
+            flat += _outcomes(line)
+        chunks = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+        return [chunks[c * len(items) : (c + 1) * len(items)] for c in range(len(tried))]
+
+    def _seed(self, item: Item, sample: int) -> int:
+        """The same for every candidate, so that they are compared on the same draws."""
+        text = f"{self.seed} {sample} {self._messages(item)}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+    # Losses --------------------------------------------------------------------------------------------------------
+
+    def _own_losses(
+        self, tried: Sequence[Candidate], name: str, progress: Progress | None
+    ) -> tuple[list[list[float | None]], list[list[float | None]]]:
+        """KL and rise of the NLL per token of the base model's own answers, [answers][candidates]."""
+        asked = [[self._messages(item), list(answer)] for item, answer in self.own]
+        return self._losses(tried, asked, lambda i: (self._ids(self.own[i][0]), self.own[i][1]), name, progress)
 
     def _losses(
         self,
         tried: Sequence[Candidate],
-        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        asked: Sequence[Any],
+        pair: Callable[[int], tuple[Ids, Ids]],
         name: str,
         progress: Progress | None,
     ) -> tuple[list[list[float | None]], list[list[float | None]]]:
-        """KL and rise of the NLL per token, [answers][candidates], the base model's 0; None where it is not finite."""
-        changed = [c for c, candidate in enumerate(tried) if candidate.kind != "base"]
-        table = [intervention_of(tried[c], self.scores) for c in changed]
-        if not table:
-            return [[0.0] * len(tried) for _ in pairs], [[0.0] * len(tried) for _ in pairs]
-        kl: list[list[float | None]] = []
-        rise: list[list[float | None]] = []
-        for number, first in enumerate(range(0, len(pairs), _LOSSES)):
+        """KL and rise of the NLL per token, [answers][candidates], the base model's 0; None where it is not finite.
 
-            def make(first: int = first) -> dict[str, Any]:
-                losses = self.engine.losses(
-                    pairs[first : first + _LOSSES],
-                    table,
-                    _of_losses(progress, first, len(pairs), len(tried)),
-                )
+        Args:
+            asked: what each answer is, for the journal. pair: i → the i-th prompt's ids and answer's ids.
+        """
+        changed = [c for c, candidate in enumerate(tried) if candidate.kind != "base"]
+        kl: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
+        rise: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
+        if not changed:
+            return kl, rise
+        for number, first in enumerate(range(0, len(asked), _LOSSES)):
+            here = range(first, min(first + _LOSSES, len(asked)))
+
+            def make(here: range = here) -> dict[str, Any]:
+                table = [intervention_of(tried[c], self.scores) for c in changed]
+                counted = _of_losses(progress, here, len(asked), len(tried))
+                losses = self.engine.losses([pair(i) for i in here], table, counted)
                 rises = losses.nll - losses.base_nll[:, None]
                 return {"kl": _finite(losses.kl), "nll_rise": _finite(rises)}
 
-            row = self._kept(name, "losses", number, make)
-            for of_answer, rise_of_answer in zip(row["kl"], row["nll_rise"], strict=True):
-                kl.append([0.0] * len(tried))
-                rise.append([0.0] * len(tried))
-                for c, value, other in zip(changed, of_answer, rise_of_answer, strict=True):
-                    kl[-1][c], rise[-1][c] = value, other
+            what = [[tried[c].id for c in changed], [asked[i] for i in here]]
+            line = self.journal.keep(name, "losses", number, what, make)
+            for i, kl_of_answer, rise_of_answer in zip(here, line["kl"], line["nll_rise"], strict=True):
+                for c, value, other in zip(changed, kl_of_answer, rise_of_answer, strict=True):
+                    kl[i][c], rise[i][c] = value, other
         return kl, rise
 
-    def _accuracies(self, tried: Sequence[Candidate], name: str, progress: Progress | None) -> list[list[bool]]:
-        """Whether the right choice is the likeliest per token, [candidates][questions]."""
-        if not self.questions:
+    def _choices(self, tried: Sequence[Candidate], name: str, progress: Progress | None) -> list[list[list[Outcome]]]:
+        """Outcomes [candidates][items][1] of items with choices: the NLL per token of each choice."""
+        if not self.closed:
             return [[] for _ in tried]
-        pairs = [pair for question in self.questions for pair in self._pairs(question)]
-        _, rise = self._losses(tried, pairs, name, progress)
-        base = self._kept("base choices", "nll", 0, lambda: {"nll": self.engine.losses(pairs, []).base_nll.tolist()})
-        right: list[list[bool]] = [[] for _ in tried]
-        self.base_right = []
-        at = 0
-        for question in self.questions:
-            here = range(at, at + len(question.choices))
-            at = here.stop
-            for c in range(len(tried)):
-                rises = [rise[i][c] for i in here]
-                nll = [math.inf if r is None else base["nll"][i] + r for i, r in zip(here, rises, strict=True)]
-                right[c].append(min(nll) < math.inf and nll.index(min(nll)) == question.answer)
-            of_base = base["nll"][here.start : here.stop]
-            self.base_right.append(of_base.index(min(of_base)) == question.answer)
-        return right
+        flat = [(item, choice) for item in self.closed for choice in item.choices]
+        asked = [[self._messages(item), choice] for item, choice in flat]
+        _, rise = self._losses(tried, asked, lambda i: self._choice_ids(*flat[i]), f"{name} choices", progress)
 
-    def _pairs(self, question: Question) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        pairs = []
-        for choice in question.choices:
-            trace = Trace(question.question, choice, "positive", self.recipe.behaviour.system)
-            span, _ = response_span(self.engine.tokenizer, trace, chat=self.engine.chat, positions="response")
-            if span is None:
-                raise RecipeError("a choice has no text", got=question.question, fix="Give every choice a text.")
-            pairs.append((span.ids[: span.first], span.ids[span.first :]))
-        return pairs
+        def make() -> dict[str, Any]:
+            pairs = [self._choice_ids(item, choice) for item, choice in flat]
+            return {"nll": _finite(self.engine.losses(pairs, []).base_nll[:, None])}
+
+        base = [row[0] for row in self.journal.keep("base choices", "nll", 0, asked, make)["nll"]]
+        outcomes: list[list[list[Outcome]]] = []
+        for c in range(len(tried)):
+            nll = [_sum(base[i], rise[i][c]) for i in range(len(flat))]
+            outcomes.append([[Outcome(nll=tuple(nll[start:end]))] for start, end in _ends(self.closed)])
+        return outcomes
+
+    def _choice_ids(self, item: Item, choice: str) -> tuple[Ids, Ids]:
+        trace = Trace(item.prompt, choice, "positive", self.behaviour.system)
+        span, _ = response_span(self.engine.tokenizer, trace, chat=self.engine.chat, positions="response")
+        if span is None:
+            raise RecipeError("a choice has no text", got=item.text, fix="Give every choice a text.")
+        return span.ids[: span.first], span.ids[span.first :]
+
+    # Trials --------------------------------------------------------------------------------------------------------
 
     def _trial(
         self,
         candidate: Candidate,
-        said: Sequence[tuple[str, int]],
-        losses: Mapping[str, list[float | None]],
-        right: list[bool],
-    ) -> dict[str, Any]:
-        judged = [text[start:] for text, start in said]  # what a model thinks is not what it answers
-        bad = [degenerate(text) for text in judged]
-        refused = [declines(text) and not b for text, b in zip(judged, bad, strict=True)]
-        by_kind = {kind: [r for r, p in zip(refused, self.prompts, strict=True) if p.kind == kind] for kind in KINDS}
-        return {
-            "id": candidate.id,
-            "kind": candidate.kind,
-            "config": dict(candidate.config),
-            "refusal": rate(by_kind["harmful"]),
-            "over_refusal": rate(by_kind["benign"]),
-            "over_refusal_borderline": rate(by_kind["borderline"]),
-            "degenerate": rate(bad),
-            "utility_loss": _mean(losses["kl"]),
-            "nll_rise": _mean(losses["nll_rise"]),
-            "accuracy": rate(right),
-            "accuracy_loss": sum(self.base_right) / len(right) - sum(right) / len(right) if right else None,
-            "counts": {kind: len(flags) for kind, flags in by_kind.items()}
-            | {"utility": len(losses["kl"]), "empty": self.empty, "questions": len(right)},
-            "flags": {**by_kind, "degenerate": bad, "right": right},
-            "losses": dict(losses),
-            "texts": [text for text, _ in said],
-        }
+        name: str,
+        outcomes: Sequence[Sequence[Outcome]],
+        kl: Sequence[float | None],
+        rise: Sequence[float | None],
+    ) -> Trial:
+        assert self.base is not None
+        values: dict[str, list[float | None]] = {measure.name: [] for measure in self.behaviour.measures()}
+        for item, samples, of_base in zip([*self.open, *self.closed], outcomes, self.base, strict=True):
+            counted = [judge(self.behaviour, item, *pair) for pair in zip(samples, of_base, strict=True)]
+            for measure in counted[0]:
+                values[measure].append(sum(one[measure] for one in counted) / len(counted))
+        values[UTILITY_LOSS.name], values[NLL_RISE.name] = list(kl), list(rise)
+        frozen: dict[str, Values] = {measure: tuple(numbers) for measure, numbers in values.items()}
+        return Trial(candidate, frozen, name)
+
+    def outcomes(self, tried: Sequence[Candidate], name: str) -> list[list[list[Outcome]]]:
+        """What a round that was run gave for the open items, from the journal: [candidates][items][samples]."""
+        return self._answers(tried, self.open, self.plan.samples, name, None)
+
+    # Prompts -------------------------------------------------------------------------------------------------------
+
+    def _messages(self, item: Item) -> list[dict[str, str]]:
+        return item.messages(self.behaviour.system)
+
+    def _ids(self, item: Item) -> Ids:
+        if id(item) not in self._ids_of:
+            self._ids_of[id(item)] = self.engine.tokens(self._messages(item))
+        return self._ids_of[id(item)]
+
+
+def _row_of(answer: Answer) -> dict[str, Any]:
+    return {"text": answer.text, "start": answer.start, "tokens": len(answer.ids), "ended": answer.ended}
+
+
+def _outcomes(line: Mapping[str, Any]) -> list[Outcome]:
+    """The outcomes of a journal line; lines of older runs hold texts and starts alone."""
+    if "texts" in line:
+        return [Outcome(text, start) for text, start in zip(line["texts"], line["starts"], strict=True)]
+    return [Outcome(row["text"], row["start"], row["tokens"], row["ended"]) for row in line["outcomes"]]
+
+
+def _ends(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """Where each item's choices begin and end among all choices."""
+    ends = [0]
+    for item in items:
+        ends.append(ends[-1] + len(item.choices))
+    return list(pairwise(ends))
+
+
+def _sum(base: float | None, rise: float | None) -> float:
+    return math.inf if base is None or rise is None else base + rise
 
 
 def _finite(losses: torch.Tensor) -> list[list[float | None]]:
     return [[value if math.isfinite(value) else None for value in row] for row in losses.tolist()]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """None where there is no value, or one that is not finite."""
-    finite = [value for value in values if value is not None]
-    return sum(finite) / len(finite) if finite and len(finite) == len(values) else None
 
 
 def _shifted(progress: Progress | None, start: int, steps: int) -> Progress | None:
@@ -235,11 +297,14 @@ def _shifted(progress: Progress | None, start: int, steps: int) -> Progress | No
     return None if progress is None else lambda done, _: progress(min(start + done, steps), steps)
 
 
-def _of_losses(progress: Progress | None, first: int, pairs: int, tried: int) -> Progress | None:
+def _of_losses(progress: Progress | None, here: range, answers: int, tried: int) -> Progress | None:
     """Progress in answers × candidates. The engine counts its own rows, which may be one more or one fewer."""
+    if progress is None:
+        return None
+    report = progress
 
-    def told(done: int, of: int) -> None:
-        assert progress is not None
-        progress(min(first + done * min(_LOSSES, pairs - first) // max(1, of), pairs) * tried, pairs * tried)
+    def on_rows(done: int, of: int) -> None:
+        answers_done = min(here.start + done * len(here) // max(1, of), answers)
+        report(answers_done * tried, answers * tried)
 
-    return None if progress is None else told
+    return on_rows

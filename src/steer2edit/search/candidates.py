@@ -1,22 +1,20 @@
-"""Candidates: what is tried, and the intervention that each stands for."""
+"""Candidates and trials: what is tried, the intervention that it stands for, and what it showed and cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from ..edits import Edit, Scores, edit_of_variant
+from ..errors import FileError
 from ..method.intervention import NOTHING, Intervention, steering
 from ..method.variants import FULL
 
-
-def layers_of(text: str) -> range:
-    """`8-20` → layers 8 to 20, both of them."""
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+Values = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,72 @@ class Candidate:
 
 
 BASE = Candidate("base", "base", {})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a candidate showed and cost.
+
+    Attributes:
+        values: measure's name → a number for each item that counts for it, None where it is not finite.
+        round: when it was tried.
+    """
+
+    candidate: Candidate
+    values: Mapping[str, Values]
+    round: str
+
+    def mean(self, measure: str) -> float | None:
+        """The mean over items; None where no item counts for the measure, or one has a number that is not finite."""
+        values = self.values.get(measure, ())
+        finite = [value for value in values if value is not None]
+        return sum(finite) / len(finite) if finite and len(finite) == len(values) else None
+
+    def count(self, measure: str) -> int:
+        return len(self.values.get(measure, ()))
+
+    def means(self) -> dict[str, float | None]:
+        return {name: self.mean(name) for name in self.values}
+
+    def to_json(self) -> dict[str, Any]:
+        """The trial as a row on disk; the means are for people and scripts."""
+        c = self.candidate
+        row: dict[str, Any] = {"id": c.id, "kind": c.kind, "config": dict(c.config), "round": self.round}
+        return row | self.means() | {"values": {name: list(values) for name, values in self.values.items()}}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Trial:
+        """Raises FileError if the row is not a trial's."""
+        try:
+            known = {name: row[name] for name in ("id", "kind", "config", "values", "round")}
+            checked = _ROW.validate_python(known)
+        except (KeyError, ValidationError) as error:
+            got = str(error).splitlines()[0]
+            raise FileError("a row is not a trial", got=got, fix="Run the stage search again.") from None
+        return cls(Candidate(checked.id, checked.kind, checked.config), checked.values, checked.round)
+
+
+@dataclass(frozen=True)
+class _Row:
+    id: str
+    kind: str
+    config: dict[str, Any]
+    values: dict[str, Values]
+    round: str
+
+
+_ROW = TypeAdapter(_Row)
+
+
+def of_kind(trials: Sequence[Trial], kind: str) -> list[Trial]:
+    """The trials of edits, of steering strengths or of the base model."""
+    return [trial for trial in trials if trial.candidate.kind == kind]
+
+
+def layers_of(text: str) -> range:
+    """`8-20` → layers 8 to 20, both of them."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def steered(gamma: float) -> Candidate:

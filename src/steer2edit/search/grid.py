@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..method.variants import FULL
 from .candidates import Candidate, edited
-from .front import choose
+from .front import Aim, choose, cost_of
 from .plan import Search
 from .study import Study
 
@@ -22,35 +23,44 @@ def axes_of(s: Search) -> dict[str, Sequence[Any]]:
 
 def _grid(s: Search, axes: Axes) -> list[Candidate]:
     """Every combination, without those that switch both block types off; l2, which takes no α, under the first only."""
-    found = [edited(*values) for values in itertools.product(*axes.values()) if values[0] or values[1]]
-    found = [c for c in found if c.config.get("variant") != "l2" or c.config["alpha"] == axes["alpha"][0]]
-    return list({c.id: c for c in found}.values())
+    candidates = [edited(*values) for values in itertools.product(*axes.values()) if values[0] or values[1]]
+    first_alpha = axes["alpha"][0]
+    kept = [c for c in candidates if c.config.get("variant") != "l2" or c.config["alpha"] == first_alpha]
+    return list({c.id: c for c in kept}.values())
 
 
-def grid(s: Search, study: Study) -> Iterator[list[Candidate]]:
+def planned_edits(s: Search) -> int:
+    """How many edits a search will try, at most."""
+    if s.method == "tpe":
+        return s.trials
+    refinable = _refinable(s)
+    refined = s.refine ** len(refinable) if s.refine and refinable else 0
+    return len(_grid(s, axes_of(s))) + refined
+
+
+def grid(s: Search, aim: Aim, study: Study) -> Iterator[list[Candidate]]:
     """The coarse grid; then, if asked for, a finer one around what the rule takes of it (paper, section 5)."""
     coarse = _grid(s, axes_of(s))
     yield coarse
     if not s.refine:
         return
-    edits = [t for t in study.trials if t["kind"] == "edit"]
-    # Where nothing is within the limits the good region is where they are missed least: at the smallest cost.
-    best = choose(edits, s.rule, s.limits.model_dump(), s.tolerance) or min(
-        edits, key=lambda t: (t["utility_loss"] or 0.0, t["refusal"]), default=None
-    )
+    edits = study.of_kind("edit")
+    # If nothing is within the limits, the good region is where they are missed least: at the smallest cost.
+    best = choose(edits, aim) or min(edits, key=lambda t: (cost_of(t), aim.gain(t) or 0.0), default=None)
     if best is None:
         return
+    config = best.candidate.config
     axes: dict[str, Sequence[Any]] = {
-        name: [best["config"].get(name, "full" if name == "variant" else None)] for name in axes_of(s)
+        name: [config.get(name, FULL if name == "variant" else None)] for name in axes_of(s)
     }
     for name in _refinable(s):
-        axes[name] = _around(best["config"][name], getattr(s, name), s.refine)
+        axes[name] = _around(config[name], getattr(s, name), s.refine)
     tried = {candidate.id for candidate in coarse}
-    study.refined = {"around": best["id"], **{name: list(values) for name, values in axes.items()}}
+    study.refined = {"around": best.candidate.id, **{name: list(values) for name, values in axes.items()}}
     yield [candidate for candidate in _grid(s, axes) if candidate.id not in tried]
 
 
-def _short(x: float, digits: int) -> float:
+def short(x: float, digits: int) -> float:
     """A number as it is printed."""
     return float(f"{x:.{digits}g}")
 
@@ -70,4 +80,4 @@ def _around(best: float | None, values: Sequence[float | None], count: int) -> l
     at = numbers.index(best)
     low = (numbers[at - 1] + best) / 2 if at else best
     high = (numbers[at + 1] + best) / 2 if at + 1 < len(numbers) else best
-    return list(dict.fromkeys(_short(x, 6) for x in np.linspace(low, high, count)))
+    return list(dict.fromkeys(short(x, 6) for x in np.linspace(low, high, count)))

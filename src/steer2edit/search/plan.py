@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ..files.schema import Count, Many, Positive, Section, Share, _number
 from ..method.variants import Variant
 from .candidates import layers_of
+from .front import Rule
 
 
 def _off(value: Any) -> Any:
@@ -30,16 +31,6 @@ Alpha = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Limit = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] | None
 
 Layers = Annotated[str, AfterValidator(_are_layers)]
-
-
-class Limits(Section):
-    """What a configuration may cost on validation; null is no limit."""
-
-    over_refusal: Limit = 0.2
-    over_refusal_borderline: Limit = None
-    utility_loss: Limit = None
-    degenerate: Limit = 0.1
-    accuracy_loss: Limit = None
 
 
 class Range(Section):
@@ -73,10 +64,10 @@ class Search(Section):
     trials: Many = 60
     at_once: Many = 12
     steering: Range | list[Positive] = []
-    rule: Literal["largest", "cheapest", "knee"] = "largest"
+    rule: Rule = "largest"
     tolerance: Share = 0.05
     reference: Positive = 1.0
-    limits: Limits = Limits()
+    limits: dict[str, Limit] = {}
 
     @model_validator(mode="after")
     def _edits(self) -> Search:
@@ -88,11 +79,24 @@ class Search(Section):
 
 
 class Evaluation(Section):
-    """How answers are made and judged, in the search and on test, and the batch plan, which results may depend on."""
+    """How answers are made, in the search and on test, and the batch plan, which results may depend on.
+
+    With a `temperature` above 0 answers are sampled, `samples` of each prompt; at 0 they are greedy.
+    """
 
     new_tokens: Many = 24
     utility_prompts: Many = 24
     utility_tokens: Many = 64
+    samples: Many = 1
+    temperature: Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] = 0.0
+    top_p: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 1.0
+    top_k: Count = 0
     rows: Many = 128
     batch: Many = 512
     resamples: Many = 2000
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Evaluation:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("Greedy answers are all the same: give a temperature above 0 with samples above 1")
+        return self

@@ -9,31 +9,32 @@ from typing import Any
 
 import numpy as np
 
-from .candidates import Candidate, edited
-from .front import Trial
-from .grid import _short
+from ..behaviours.base import Measure
+from .candidates import Candidate, Trial, edited
+from .front import Aim
+from .grid import short
 from .plan import Search
-from .study import Study
+from .study import Discarded, Study
 
 
-def tpe(s: Search, seed: int, study: Study) -> Iterator[list[Candidate]]:
-    """Rounds of candidates from Optuna's multi-objective TPE: refusal up, utility loss down, the limits as constraints.
+def tpe(s: Search, aim: Aim, seed: int, study: Study) -> Iterator[list[Candidate]]:
+    """Rounds of candidates: the attribute to be better, the utility loss smaller, the limits as constraints.
 
     Each round is drawn from a study made anew of the trials so far, by a sampler seeded with the round's number: the
     rounds depend on the seed and on the trials alone, and a resumed study draws what the broken one drew.
     """
-    made = 0
+    proposed_so_far = 0
     for number in itertools.count():
-        if made >= s.trials:
+        if proposed_so_far >= s.trials:
             return
-        proposed = _ask(s, seed, number, study, min(s.at_once, s.trials - made))
+        proposed = _ask(s, aim, seed, number, study, min(s.at_once, s.trials - proposed_so_far))
         if not proposed:  # the space has no more
             return
-        made += len(proposed)
+        proposed_so_far += len(proposed)
         yield proposed
 
 
-def _ask(s: Search, seed: int, number: int, study: Study, count: int) -> list[Candidate]:
+def _ask(s: Search, aim: Aim, seed: int, number: int, study: Study, count: int) -> list[Candidate]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -48,9 +49,9 @@ def _ask(s: Search, seed: int, number: int, study: Study, count: int) -> list[Ca
             constant_liar=True,  # candidates of one round keep away from each other
         )
         own = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        own.add_trials([axes.told(trial, s) for trial in study.trials if trial["kind"] == "edit"])
-        own.add_trials([axes.told(row, s) for row in study.discarded if row["kind"] == "edit"])
-        known = {row["id"] for row in (*study.trials, *study.discarded)}
+        own.add_trials([axes.as_optuna(trial, aim) for trial in study.of_kind("edit")])
+        own.add_trials([axes.as_optuna(row, aim) for row in study.discarded if row.candidate.kind == "edit"])
+        known = study.known()
         proposed: dict[str, Candidate] = {}
         # A drawn configuration may be one that was tried, or have both block types off: then another is drawn.
         for _ in range(50 * count):
@@ -87,32 +88,49 @@ class _Axes:
             config[name] = None
             if switch is None or trial.suggest_categorical(f"{name} on", switch.choices):
                 assert numbers is not None
-                # Four digits: what is tried is what is printed, and what the study is told.
-                drawn = _short(trial.suggest_float(name, numbers.low, numbers.high), 4)
+                # Four digits: what is tried is what is printed, and what Optuna gets to know.
+                drawn = short(trial.suggest_float(name, numbers.low, numbers.high), 4)
                 config[name] = min(max(drawn, numbers.low), numbers.high)
         layers, variant = (trial.suggest_categorical(name, self.space[name].choices) for name in ("layers", "variant"))
         if config["rho_attn"] is None and config["rho_mlp"] is None:
             return None
         return edited(**config, layers=None if layers == "all" else layers, variant=variant)
 
-    def told(self, row: Trial, s: Search) -> Any:
-        """A trial that was made, as Optuna is told of it; one that was discarded misses every limit."""
+    def as_optuna(self, tried: Trial | Discarded, aim: Aim) -> Any:
+        """A trial as Optuna has it; one that was discarded misses every limit."""
         from optuna.trial import create_trial
 
-        config = row["config"]
+        config = tried.candidate.config
         params: dict[str, Any] = {"layers": config.get("layers", "all"), "variant": config.get("variant", "full")}
         for name in ("rho_attn", "rho_mlp", "alpha"):
             if f"{name} on" in self.space:
                 params[f"{name} on"] = config[name] is not None
             if config[name] is not None:
                 params[name] = config[name]
-        limits = {name: limit for name, limit in s.limits.model_dump().items() if limit is not None}
-        discarded = "why" in row
+        limits = {measure: limit for measure, limit in aim.limits.items() if limit is not None}
+        if isinstance(tried, Discarded):
+            values: list[float] = [aim.attribute.gain(aim.attribute.worst), aim.reference]
+            excess = {measure.name: 1.0 for measure in limits}
+        else:
+            values = list(_objectives(tried, aim))
+            excess = {measure.name: _excess(measure, tried, limit) for measure, limit in limits.items()}
         return create_trial(
             params=params,
             distributions={name: self.space[name] for name in params},
-            values=[0.0, s.reference] if discarded else [row["refusal"], row["utility_loss"]],
-            constraints={
-                name: 1.0 if discarded or row[name] is None else row[name] - limit for name, limit in limits.items()
-            },
+            values=values,
+            constraints=excess,
         )
+
+
+def _objectives(trial: Trial, aim: Aim) -> tuple[float, float]:
+    """(gain, utility loss) of a trial that has both: one that has not is discarded."""
+    point = aim.point(trial)
+    assert point is not None
+    cost, gain = point
+    return gain, cost
+
+
+def _excess(measure: Measure, trial: Trial, limit: float) -> float:
+    """By how much a trial misses a limit; 0 or less if it is within."""
+    mean = trial.mean(measure.name)
+    return 1.0 if mean is None else measure.gain(limit) - measure.gain(mean)

@@ -1,0 +1,206 @@
+"""What a behaviour is to everything that searches, measures and reports: measures, items and outcomes.
+
+The search, the fronts, the rules, the tables and the figures know these types alone, never a behaviour's own words. A
+behaviour is a section of the recipe, so that its options are checked when the recipe is read.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ..engines.base import Engine, Progress
+from ..files.schema import Section
+from ..probing.traces import Trace
+from .degenerate import degenerate
+
+Split = Literal["probe", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("probe", "validation", "test")
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over items that every trial has: the attribute, or a cost.
+
+    Attributes:
+        name: the key in trials, in `search.limits` and in results.json.
+        title: the column of a table, the label of an axis.
+        better: whether a higher or a lower mean is better.
+        worst, best: what maps to 0 and to 1 when a trade-off is drawn to scale.
+        limit: what a configuration may cost if `search.limits` does not say it; None is no limit.
+        rate: whether each item counts as yes or no (a Wilson interval), or as a number (a bootstrap).
+        column: whether it has a column in tables.
+
+    >>> Measure("refusal", "refusal", better="higher", worst=0.0, best=1.0).scaled(0.25)
+    0.25
+    >>> Measure("tokens", "tokens", worst=200.0, best=0.0, rate=False).scaled(50.0)
+    0.75
+    """
+
+    name: str
+    title: str
+    better: Literal["higher", "lower"] = "lower"
+    worst: float = 1.0
+    best: float = 0.0
+    limit: float | None = None
+    rate: bool = True
+    column: bool = True
+
+    def scaled(self, value: float) -> float:
+        """clip((value − worst)/(best − worst)) to [0, 1]: 1 is best, whichever direction is better."""
+        return min(1.0, max(0.0, (value - self.worst) / (self.best - self.worst)))
+
+    def gain(self, value: float) -> float:
+        """The value with the sign that makes more of it better."""
+        return value if self.better == "higher" else -value
+
+    def allows(self, value: float | None, limit: float | None) -> bool:
+        """Whether a mean is within a limit; a mean that was not measured is within none."""
+        if limit is None:
+            return True
+        return value is not None and self.gain(value) >= self.gain(limit)
+
+    def to_json(self) -> dict[str, Any]:
+        """What reports need of it, so that they need no behaviour."""
+        return {"name": self.name, "title": self.title, "better": self.better, "column": self.column}
+
+
+# What every behaviour has beside its own measures.
+DEGENERATE = Measure("degenerate", "degenerate", limit=0.1)
+UTILITY_LOSS = Measure("utility_loss", "KL per token", rate=False)
+NLL_RISE = Measure("nll_rise", "NLL rise per token", rate=False)
+ACCURACY = Measure("accuracy", "accuracy (choices)", better="higher", worst=0.0, best=1.0)
+ACCURACY_LOSS = Measure("accuracy_loss", "accuracy lost", rate=False, column=False)
+COMMON = (DEGENERATE, NLL_RISE, UTILITY_LOSS, ACCURACY, ACCURACY_LOSS)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that every candidate is asked.
+
+    Attributes:
+        kind: what the recipe's counts of a split count.
+        prompt: a text, or chat messages.
+        choices: empty if the model is to answer in its own words; else texts, of which the likeliest per token counts.
+        target: what the behaviour or the choices compare with, like the number of the right choice.
+    """
+
+    kind: str
+    prompt: Prompt
+    choices: tuple[str, ...] = ()
+    target: Any = None
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text: that of the last message."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+    def messages(self, system: str | None) -> list[dict[str, str]]:
+        """The prompt as chat messages, after the system text if there is one."""
+        return Trace(self.prompt, "", "positive", system).messages()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the engine gave for an item; the journal stores exactly this.
+
+    Attributes:
+        text: what was generated. answer_start: where in it the answer starts, after any thinking.
+        tokens: how many were generated. ended: whether the model ended its turn.
+        nll: of each choice its negative log-likelihood per token, in nats.
+    """
+
+    text: str = ""
+    answer_start: int = 0
+    tokens: int = 0
+    ended: bool = True
+    nll: tuple[float, ...] = ()
+
+    @property
+    def answer(self) -> str:
+        """The text without the thinking: what a model thinks is not what it answers."""
+        return self.text[self.answer_start :]
+
+
+class Behaviour(Section):
+    """A behaviour, as the recipe's section of that name describes it.
+
+    A subclass adds its options as fields and registers itself in `behaviours/known.py`.
+
+    Attributes:
+        attribute: the measure that edits are to improve.
+        costs: measures of what the behaviour itself may cost, beside `COMMON`.
+        kinds: the kinds of prompts that validation and test may have. required: those that they must have.
+        probe_kinds: the kinds that the probe may have.
+        neutral: the kind whose base answers give KL and the rise of their NLL; None if no kind is neutral.
+        prompts, probe: the default of `data.prompts` and of `data.probe`; None if the recipe has to say it.
+        remark: what a model card says of the behaviour's limits.
+    """
+
+    attribute: ClassVar[Measure]
+    costs: ClassVar[tuple[Measure, ...]] = ()
+    kinds: ClassVar[tuple[str, ...]]
+    required: ClassVar[tuple[str, ...]]
+    probe_kinds: ClassVar[tuple[str, ...]]
+    neutral: ClassVar[str | None] = None
+    prompts: ClassVar[str | None] = None
+    probe: ClassVar[Mapping[str, int] | None] = None
+    remark: ClassVar[str] = ""
+
+    name: str
+    system: str | None = None
+
+    @classmethod
+    def measures(cls) -> tuple[Measure, ...]:
+        """Every measure that a trial has: the attribute first."""
+        return (cls.attribute, *cls.costs, *COMMON)
+
+    @abstractmethod
+    def items(self, source: str, split: Split, counts: Mapping[str, int]) -> list[Item]:
+        """The first `counts[kind]` items of each kind in one split; the other splits are not returned.
+
+        Args:
+            source: the recipe's `data.prompts`.
+
+        Raises:
+            FileError: the source is not what the behaviour reads. RecipeError: the split has too few of a kind.
+        """
+
+    @abstractmethod
+    def traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
+        """Traces of both labels for the probe."""
+
+    @abstractmethod
+    def measure(self, item: Item, outcome: Outcome, base: Outcome) -> Mapping[str, float]:
+        """What one outcome counts for: measure → number. Pure, so that a journal can be judged again without a model.
+
+        Args:
+            base: the original model's outcome on the same item.
+        """
+
+
+def judge(behaviour: Behaviour, item: Item, outcome: Outcome, base: Outcome) -> dict[str, float]:
+    """The behaviour's own measures of an outcome, and those of every behaviour.
+
+    Open answers count for `degenerate`; questions with a known answer for `accuracy`.
+    """
+    if item.choices and item.kind == QUESTION:
+        right, base_right = (float(_likeliest(o.nll) == item.target) for o in (outcome, base))
+        return {ACCURACY.name: right, ACCURACY_LOSS.name: base_right - right}
+    values = dict(behaviour.measure(item, outcome, base))
+    if not item.choices:
+        values[DEGENERATE.name] = float(degenerate(outcome.answer))
+    return values
+
+
+# The kind of a multiple-choice question from `data.questions`, whatever the behaviour.
+QUESTION = "question"
+
+
+def _likeliest(nll: Sequence[float]) -> int:
+    """Number of the choice with the smallest NLL, the first of equals; −1 if none is finite."""
+    smallest = min(nll, default=float("inf"))
+    return list(nll).index(smallest) if smallest < float("inf") else -1

@@ -1,0 +1,115 @@
+"""Items from JSON Lines files: prompts by kind and split, and small multiple-choice sets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError, RecipeError
+from ..files.reading import numbered_jsonl
+from ..probing.traces import is_prompt
+from .base import QUESTION, SPLITS, Item, Prompt, Split
+
+
+def load_prompts(source: str | Path, kinds: Collection[str], split: Split, counts: Mapping[str, int]) -> list[Item]:
+    """The first `counts[kind]` prompts of each kind in one split.
+
+    Args:
+        source: a JSON Lines file with `prompt` (a text, or a list of messages), `kind` and `split`.
+
+    Raises:
+        FileError: a row is not a prompt, or the file is empty. RecipeError: the split holds fewer prompts of a kind
+            than asked, or a prompt stands in two splits.
+    """
+    rows: list[tuple[Prompt, str, Split]] = []
+    for number, row in numbered_jsonl(source):
+        if row.get("kind") not in kinds or row.get("split") not in SPLITS or not is_prompt(row.get("prompt")):
+            raise FileError(
+                f"line {number} of {Path(source).name} is not a prompt",
+                got=row,
+                fix=f"Write a prompt, its kind ({', '.join(kinds)}) and its split ({', '.join(SPLITS)}).",
+            )
+        rows.append((row["prompt"], row["kind"], row["split"]))
+    if not rows:
+        raise FileError(f"{source} is empty", got="no prompt", fix="Write one JSON object a line: prompt, kind, split.")
+    _refuse_leaks(source, rows)
+    items = []
+    for kind, count in counts.items():
+        of_kind = [Item(kind, prompt) for prompt, its_kind, its_split in rows if (its_kind, its_split) == (kind, split)]
+        if len(of_kind) < count:
+            raise RecipeError(
+                f"the {split} split has too few {kind} prompts",
+                got=f"{len(of_kind)}, {count} asked",
+                fix="Ask for fewer.",
+            )
+        items += of_kind[:count]
+    return items
+
+
+def _refuse_leaks(source: str | Path, rows: Collection[tuple[Prompt, str, Split]]) -> None:
+    """Raises RecipeError if a prompt stands in two splits: what was tuned on it would be measured on it."""
+    split_of: dict[str, Split] = {}
+    for prompt, kind, split in rows:
+        text = _normalised(Item(kind, prompt).text)
+        first = split_of.setdefault(text, split)
+        if first != split:
+            raise RecipeError(
+                f"a prompt of {Path(source).name} stands in two splits",
+                got=f"{text[:60]!r} in {first} and in {split}",
+                fix="Leave it in one of them: test prompts must be new to everything before.",
+            )
+
+
+def _normalised(text: str) -> str:
+    """Letters and digits alone, in lower case: two prompts that differ in nothing else are the same."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
+
+
+def load_questions(path: str | Path, first: int, count: int) -> list[Item]:
+    """`count` questions of a JSON Lines file, from the one numbered `first` on.
+
+    Raises:
+        FileError: a row is no question. RecipeError: there are too few.
+    """
+    items = [_question(path, number, row) for number, row in numbered_jsonl(path)]
+    if len(items) < first + count:
+        raise RecipeError(
+            f"{path} has too few questions", got=f"{len(items)}, {first + count} asked", fix="Ask for fewer."
+        )
+    return items[first : first + count]
+
+
+def _question(path: str | Path, number: int, row: Mapping[str, Any]) -> Item:
+    question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
+    texts = isinstance(choices, list) and all(isinstance(x, str) and x.strip() for x in (question, *choices))
+    if not isinstance(choices, list) or not texts or type(answer) is not int or not 0 <= answer < len(choices):
+        raise FileError(
+            f"line {number} of {path} is not a question",
+            got=row,
+            fix="Write a question, its choices (texts) and the number of the right one from 0 on.",
+        )
+    return Item(QUESTION, str(question), tuple(choices), answer)
+
+
+def load_neutral(path: str | Path, split: Split, first: int, count: int) -> list[Item]:
+    """`count` prompts of any JSON Lines file with `prompt`: of one split if the rows name theirs, else from the one
+    numbered `first` on.
+
+    Raises:
+        FileError: a row has no prompt. RecipeError: there are too few.
+    """
+    rows = numbered_jsonl(path)
+    for number, row in rows:
+        if not is_prompt(row.get("prompt")):
+            raise FileError(f"line {number} of {path} is not a prompt", got=row, fix="Write a prompt in each line.")
+    splits = any("split" in row for _, row in rows)
+    chosen = [row["prompt"] for _, row in rows if not splits or row.get("split") == split]
+    chosen = chosen if splits else chosen[first:]
+    if len(chosen) < count:
+        raise RecipeError(
+            f"{path} has too few prompts for {split}",
+            got=f"{len(chosen)}, {count} asked",
+            fix="Lower evaluation.utility_prompts, or add prompts.",
+        )
+    return [Item("neutral", prompt) for prompt in chosen[:count]]

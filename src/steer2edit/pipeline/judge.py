@@ -1,0 +1,77 @@
+"""Judging a run's journalled answers again, without a model: after the detector of a behaviour has become better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..behaviours.base import Split
+from ..errors import FileError
+from ..files.reading import read_json, read_jsonl
+from ..files.writing import write_json
+from ..recipe import Recipe, load_recipe
+from ..search.candidates import BASE, Candidate, Trial
+from ..search.choice import require_choice
+from ..search.rounds import run_study
+from .results import results_of
+from .run import Run
+from .stages import CHOICE, RESULTS, TRIALS
+
+JUDGED = "judged.json"
+
+
+def judge(folder: str | Path) -> dict[str, Any]:
+    """Judges what the run's systems answered on validation and on test, and writes `judged.json` beside the results.
+
+    Nothing else of the run is changed, and nothing is generated.
+
+    Returns:
+        choice: which edit the rule takes by the old judgement and by the new one. changed: id → measure → [old mean,
+        new mean] of the validation trials whose judgement differs. before, after: results on test, as in results.json.
+
+    Raises:
+        FileError: the folder is no finished run, or its journals do not hold the answers.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file() or not (folder / RESULTS).is_file():
+        raise FileError("this is no finished run", got=folder, fix="Give a run directory with evaluation/results.json.")
+    recipe = load_recipe(folder / "recipe.yaml")
+    run = Run(folder, recipe)
+    bench = run.bench("validation", _journal(run, "validation"), None)
+    after = run_study(bench, recipe.search, recipe.aim, recipe.seed).trials
+    choice = read_json(run.path(CHOICE))
+    judged = {
+        "choice": {"old": choice["edit"]["id"], "new": require_choice(after, recipe.aim).candidate.id},
+        "changed": _changed(read_jsonl(run.path(TRIALS)), after),
+        "before": read_json(run.path(RESULTS)),
+        "after": results_of(_on_test(run, recipe, choice), recipe),
+    }
+    write_json(run.path(JUDGED), judged)
+    return judged
+
+
+def _on_test(run: Run, recipe: Recipe, choice: dict[str, Any]) -> list[Trial]:
+    tried = [BASE]
+    tried += [Candidate(choice[k]["id"], k, choice[k]["config"]) for k in ("steering", "edit") if choice[k]]
+    return run.bench("test", _journal(run, "test"), None).run(tried, "test")
+
+
+def _journal(run: Run, split: Split) -> Path:
+    """The journal of this recipe; of a run that an older version made, the only one that is there."""
+    path = run.journal(split)
+    others = sorted(path.parent.glob("journal-*.jsonl"))
+    if path.is_file() or len(others) != 1:
+        return path
+    return others[0]
+
+
+def _changed(before: list[dict[str, Any]], after: list[Trial]) -> dict[str, dict[str, list[float | None]]]:
+    """Args: before: the rows of trials.jsonl, whose means stand beside the values."""
+    old = {row["id"]: row for row in before}
+    changed: dict[str, dict[str, list[float | None]]] = {}
+    for trial in after:
+        row = old.get(trial.candidate.id, {})
+        moved = {name: [row.get(name), mean] for name, mean in trial.means().items() if row.get(name) != mean}
+        if moved:
+            changed[trial.candidate.id] = moved
+    return changed

@@ -1,0 +1,57 @@
+"""An engine that journals its answers, so that a killed stage does not make them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..engines.base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
+from ..method.intervention import Intervention
+from ..search.journal import Journal
+
+# Answers that are journalled at once: what a kill costs.
+_BATCH = 32
+
+
+class Journalled(Engine):
+    """Answers from a journal where it has them, else from the engine.
+
+    Args:
+        path: the journal's file.
+    """
+
+    def __init__(self, engine: Engine, path: Path):
+        self.engine, self.journal = engine, Journal(path)
+        self.tokenizer, self.chat, self.slots = engine.tokenizer, engine.chat, engine.slots
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> list[Answer]:
+        answers: list[Answer] = []
+        for number, first in enumerate(range(0, len(requests), _BATCH)):
+            batch = requests[first : first + _BATCH]
+
+            def make(batch: Sequence[Request] = batch) -> dict[str, Any]:
+                made = self.engine.generate(batch, table, max_new_tokens, None, sampling)
+                return {"answers": [[list(a.ids), a.text, a.ended, a.start] for a in made]}
+
+            asked = [[[list(r.ids), r.row, r.seed] for r in batch], [i.name for i in table], max_new_tokens]
+            line = self.journal.keep("own", "answers", number, asked, make)
+            answers += [Answer(tuple(ids), text, ended, start) for ids, text, ended, start in line["answers"]]
+            if progress:
+                progress(len(answers), len(requests))
+        return answers
+
+    def losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None = None,
+    ) -> Losses:
+        return self.engine.losses(pairs, table, progress)

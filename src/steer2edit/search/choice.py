@@ -1,0 +1,62 @@
+"""The choice: the edit and the steering strength that the recipe's rule takes, on validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..behaviours.base import UTILITY_LOSS
+from ..errors import EditError
+from .candidates import Trial, of_kind
+from .front import Aim, choose, cost_of, hypervolume_interval, pareto
+from .study import Study
+
+
+def require_choice(trials: Sequence[Trial], aim: Aim) -> Trial:
+    """The edit that the rule takes. Raises EditError if none is within the limits."""
+    edits = of_kind(trials, "edit")
+    if not edits:
+        raise EditError("no edit is left to choose from", got="all discarded", fix="Raise ρ or α (smaller edits).")
+    chosen = choose(edits, aim)
+    if chosen is None:
+        gentlest = min(edits, key=cost_of)
+        raise EditError(
+            "no edit stays within the limits on validation",
+            got=f"the gentlest has {'; '.join(aim.missed(gentlest))}",
+            fix="Raise search.rho_attn, search.rho_mlp or search.alpha (smaller edits), or the limits.",
+        )
+    return chosen
+
+
+def moved(trial: Trial, base: Trial, aim: Aim) -> bool:
+    """Whether a trial's attribute is better than the original model's at all."""
+    gain, of_base = aim.gain(trial), aim.gain(base)
+    return gain is not None and of_base is not None and gain > of_base
+
+
+def summary(study: Study, aim: Aim, method: str, resamples: int, seed: int) -> dict[str, Any]:
+    """What was tried, at which budget, and each method's front and hypervolume on validation.
+
+    A front is of the trials within the limits, but for that of the utility loss, for which the reference stands.
+    """
+    shown: dict[str, Any] = {
+        "method": method,
+        "attribute": aim.attribute.to_json(),
+        "rule": aim.describe_rule(),
+        "limits": {measure.name: limit for measure, limit in aim.limits.items()},
+        "reference": aim.reference,
+        "tried": {kind: len(study.of_kind(kind)) for kind in study.evaluations},
+        "discarded": len(study.discarded),
+        "evaluations": study.evaluations,
+        "refined": study.refined,
+        "front": {},
+        "hypervolume": {},
+    }
+    without_cost = {measure: limit for measure, limit in aim.limits.items() if measure != UTILITY_LOSS}
+    wide = replace(aim, limits=without_cost)
+    for kind in study.evaluations:
+        allowed = [trial for trial in study.of_kind(kind) if wide.allows(trial)]
+        shown["front"][kind] = [trial.candidate.id for trial in pareto(allowed, aim)]
+        shown["hypervolume"][kind] = hypervolume_interval(allowed, aim, resamples, seed)
+    return shown

@@ -1,0 +1,139 @@
+"""The search: which edits are tried, in rounds, and as many steering strengths beside them; all on validation.
+
+A round is a list of candidates that are evaluated at once. The grid is one round, or two; TPE proposes one after the
+other, each from what the rounds before it showed. Nothing is kept but the journal: a killed study proposes the same
+rounds again, finds them in the journal, and goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+
+import numpy as np
+
+from ..behaviours.base import DEGENERATE, UTILITY_LOSS
+from ..engines.base import Progress
+from ..errors import RecipeError
+from ..files.reading import read_jsonl
+from .bench import Bench
+from .candidates import BASE, Candidate, steered
+from .front import Aim
+from .grid import grid, planned_edits, short
+from .plan import Range, Search
+from .study import Discarded, Study
+from .tpe import tpe
+
+
+def run_study(
+    bench: Bench,
+    search: Search,
+    aim: Aim,
+    seed: int,
+    progress: Progress | None = None,
+    on_round: Callable[[Study], None] | None = None,
+) -> Study:
+    """Every round of the recipe's search.
+
+    Args:
+        progress: called with the steps done and planned; an edit that is discarded counts as done.
+        on_round: called after each round.
+
+    Raises:
+        RecipeError: TPE without neutral items, on which the utility loss is measured.
+    """
+    if search.method == "tpe" and not bench.own:
+        raise RecipeError(
+            f"TPE weighs {aim.attribute.title} against {UTILITY_LOSS.title}, which is measured on neutral prompts",
+            got="none on validation",
+            fix="Add some to data.validation or give utility.prompts, or use search.method: grid.",
+        )
+    return _Rounds(bench, search, aim, seed, progress, on_round).run()
+
+
+class _Rounds:
+    """One study under way: what it has tried so far, and how much of the planned work is done."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        search: Search,
+        aim: Aim,
+        seed: int,
+        progress: Progress | None,
+        on_round: Callable[[Study], None] | None,
+    ):
+        self.bench, self.search, self.aim, self.seed = bench, search, aim, seed
+        self.progress, self.on_round = progress, on_round
+        self.study = Study()
+        self.simple = sanity_prompts()[: search.sanity]
+        self.strengths = [] if isinstance(search.steering, Range) else list(dict.fromkeys(search.steering))
+        edits = planned_edits(search)
+        steering = edits if isinstance(search.steering, Range) else len(self.strengths)
+        self.planned = (1 + edits + steering) * bench.steps + edits * len(self.simple)
+        self.done = 0
+
+    def run(self) -> Study:
+        s = self.search
+        rounds = grid(s, self.aim, self.study) if s.method == "grid" else tpe(s, self.aim, self.seed, self.study)
+        first: list[Candidate] = [BASE, *map(steered, self.strengths)]  # they go with the first round's edits
+        for number, proposed in enumerate(rounds):
+            sound = self._sound(proposed, f"{number} sanity")
+            self._take([*first, *sound], str(number))
+            first = []
+        if isinstance(s.steering, Range):
+            self._take(self._equal_budget(s.steering), "steering")
+        if self.progress:
+            self.progress(self.planned, self.planned)
+        return self.study
+
+    def _sound(self, proposed: Sequence[Candidate], name: str) -> list[Candidate]:
+        """The candidates whose answers to simple prompts are not degenerate; the others are discarded."""
+        if not self.simple:
+            return list(proposed)
+        shares = self.bench.sane(proposed, self.simple, name, self._part(len(proposed) * len(self.simple)))
+        self.study.evaluations["edit"] += len(proposed) * len(self.simple)
+        allowed = self.aim.limits.get(DEGENERATE) or 0.0
+        sound = []
+        for candidate, share in zip(proposed, shares, strict=True):
+            if share <= allowed:
+                sound.append(candidate)
+                continue
+            why = f"{share:.0%} of its answers to simple prompts are degenerate"
+            self.study.discarded.append(Discarded(candidate, why))
+        self._part((len(proposed) - len(sound)) * self.bench.steps)
+        return sound
+
+    def _take(self, tried: Sequence[Candidate], name: str) -> None:
+        """One round: its trials go to the study, those whose losses are not finite to the discarded."""
+        steps = self._part(len(tried) * self.bench.steps)
+        for trial in self.bench.run(tried, name, steps) if tried else []:
+            kind = trial.candidate.kind
+            if kind in self.study.evaluations:
+                self.study.evaluations[kind] += len(self.bench.items)
+            if kind != "base" and self.bench.own and trial.mean(UTILITY_LOSS.name) is None:
+                self.study.discarded.append(Discarded(trial.candidate, "its losses are not finite"))
+            else:
+                self.study.trials.append(trial)
+        if self.on_round:
+            self.on_round(self.study)
+
+    def _equal_budget(self, strengths: Range) -> list[Candidate]:
+        """As many steering strengths as make their evaluations the edits', sanity checks included."""
+        count = max(2, math.ceil(self.study.evaluations["edit"] / max(1, len(self.bench.items))))
+        return [steered(short(x, 6)) for x in np.linspace(strengths.low, strengths.high, count)]
+
+    def _part(self, steps: int) -> Progress | None:
+        """The progress of the next part of so many steps."""
+        start = self.done
+        self.done += steps
+        if self.progress is None:
+            return None
+        report = self.progress
+        return lambda now, _: report(min(start + now, self.planned), self.planned)
+
+
+def sanity_prompts() -> list[str]:
+    """Twenty short simple prompts."""
+    return [row["prompt"] for row in read_jsonl(str(files("steer2edit") / "data" / "sanity_prompts.jsonl"))]
