@@ -14,7 +14,7 @@ import torch
 from conftest import make_pico, make_tokenizer
 from steer2edit import cli, progress
 from steer2edit.edits import Scores
-from steer2edit.engines.base import Answer, Losses, Request
+from steer2edit.engines.base import GREEDY, Answer, Losses, Request, Sampling
 from steer2edit.method.fingerprint import from_reading, signs
 from steer2edit.method.intervention import Intervention
 from steer2edit.method.scores import read, score_site
@@ -63,7 +63,12 @@ class FakeEngine:
         return False
 
     def generate(
-        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Any = None
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Any = None,
+        sampling: Sampling = GREEDY,
     ) -> list[Answer]:
         self.batches.append(len(requests))
         answers = []

@@ -96,8 +96,7 @@ def demo(overrides: Overrides = None, out: Out = None, quiet: Quiet = False, jso
 
 def _run_and_show(run: Any, json: bool) -> None:
     from .files.reading import read_jsonl
-    from .pipeline.stages import load_results
-    from .pipeline.stages import run_all
+    from .pipeline.stages import load_results, run_all
 
     run_all(run)
     results = load_results(run.folder)
