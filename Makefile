@@ -29,6 +29,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) benchmarks/run_all.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard 
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    # OpenMP's threads spin while they wait, which makes everything several times slower beside another busy process. It
+    # is read when torch is loaded; what the user has set stands.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="steer2edit")
     except Steer2EditError as error:
