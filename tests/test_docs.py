@@ -92,3 +92,37 @@ def test_every_key_of_a_recipe_is_documented() -> None:
         parent = names[0].rpartition(".")[0]
         documented |= {parent + name if name.startswith(".") else name for name in names}
     assert set(keys(Recipe)) <= documented
+
+
+def test_the_page_on_the_architecture_names_ten_files_and_rooms_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    path = re.findall(r"^\d+\. `(src/[\w/]+\.py)`", page, re.MULTILINE)
+    assert len(path) == len(set(path)) == 10
+    named = {*path, *re.findall(r"`((?:src|docs)/[\w/]+\.\w+)`", page)}
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+    package = ROOT / "src" / "steer2edit"
+    rooms = re.findall(r"^\| `([\w.]+)/?` \|", page, re.MULTILINE)
+    assert {p.name for p in package.iterdir() if p.is_dir()} - {"data", "recipes", "__pycache__"} <= set(rooms)
+    assert all((package / room).exists() for room in rooms)
+
+
+def test_at_the_top_of_the_package_stands_what_the_page_names() -> None:
+    package = ROOT / "src" / "steer2edit"
+    files = {path.name for path in package.iterdir() if path.is_file()}
+    assert files == {
+        *("__init__.py", "__init__.pyi", "py.typed", "errors.py", "progress.py", "parallel.py"),
+        *("edits.py", "recipe.py", "cli.py"),
+    }
+
+
+def test_no_file_has_more_than_500_lines() -> None:
+    long = {p.name for p in (ROOT / "src").rglob("*.py") if len(p.read_text(encoding="utf-8").splitlines()) > 500}
+    assert long == set()
+
+
+def test_one_behaviours_words_stand_in_its_own_room_alone() -> None:
+    words = re.compile("refusal|harmful|borderline", re.IGNORECASE)
+    package = ROOT / "src" / "steer2edit"
+    rooms = [package / name for name in ("behaviours", "data", "recipes")]
+    files = [p for p in package.rglob("*") if p.suffix in (".py", ".pyi") and not any(r in p.parents for r in rooms)]
+    assert [p.name for p in files if words.search(p.read_text(encoding="utf-8"))] == []
