@@ -143,7 +143,7 @@ def test_prompts_are_prefilled_in_parts_as_all_at_once(
 ) -> None:
     model = pico()
     told = greedy(model, prompts, 6)
-    monkeypatch.setattr("steer2edit.engines.transformers.PREFILL", at_once)  # tokens: one prompt, or two
+    monkeypatch.setattr("steer2edit.engines.decoding.PREFILL", at_once)  # tokens: one prompt, or two
     engine = without_stops(TransformersEngine(model, tokenizer))
     sizes: list[int] = []
     admit = engine._admit

@@ -16,7 +16,7 @@ import torch
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
-from steer2edit.engines.base import Request
+from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.plan import EnginePlan, Model, load_section
 from steer2edit.engines.ray import RayEngine, _parts
 from steer2edit.engines.transformers import TransformersEngine
@@ -82,6 +82,14 @@ def test_replicas_answer_as_the_engine_here_does(local: Any, spread: Any, table:
     assert told == local.generate(requests, table, 12)
     assert seen == [(5, 10), (10, 10)]
     assert spread.generate([], table, 12) == []
+
+
+def test_replicas_draw_as_the_engine_here_does(local: Any, spread: Any, table: list[Any]) -> None:
+    requests = [Request(r.ids, r.row, seed) for seed, r in enumerate(_requests(local))]
+    warm = Sampling(1.0, 0.9, 40)
+    answers = spread.generate(requests, table, 12, sampling=warm)
+    assert answers == local.generate(requests, table, 12, sampling=warm)
+    assert answers != local.generate(requests, table, 12)
 
 
 def test_replicas_lie_on_both_nodes(spread: Any) -> None:

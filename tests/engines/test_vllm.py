@@ -33,7 +33,8 @@ from conftest import make_tokenizer
 from families import make_family
 from runs import save_pico, tiny_recipe
 from steer2edit.behaviours.safety import BUILTIN, load_prompts, written_refusals
-from steer2edit.engines.base import Request, vllm_worker
+from steer2edit.engines import vllm_worker
+from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.server import ServerEngine
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.engines.vllm import VllmEngine
@@ -44,6 +45,7 @@ from steer2edit.models.embedded import EMBEDDED, embedded_checkpoint
 from steer2edit.models.load import load_model
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
+from steer2edit.probing.chat import Chat
 from steer2edit.recipe import parse_recipe
 
 PYTHON = os.environ.get("STEER2EDIT_VLLM_PYTHON")
@@ -133,6 +135,30 @@ def test_answers_come_in_the_order_of_the_requests_and_end_at_a_stop(start: Any)
     assert [a.ended for a in answers] == [False, True, True]
     assert answers[1].text == engine.tokenizer.decode([31, 30])
     assert seen == [(1, 3), (3, 3), (3, 3)]
+
+
+def test_the_worker_is_given_the_sampling_and_each_requests_seed(start: Any) -> None:
+    engine = start()
+    table = [NOTHING, steering({"0.mlp": torch.ones(32)}, 0.5)]
+    requests = [Request((20, 21), seed=3), Request((30, 31), 1, seed=4), Request((40, 41), seed=5)]
+    engine.generate(requests, table, 3, sampling=Sampling(0.7, 0.9, 20))
+    engine.generate(requests[:1], table, 3, sampling=Sampling(0.7))
+    engine.generate(requests[:1], table, 3)
+    whole = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    assert [(command["sampling"], command["seeds"]) for command in asked(engine)] == [
+        (whole, [3, 5]),
+        (whole, [4]),
+        ({"temperature": 0.7, "top_p": 1.0}, [3]),
+        ({}, []),
+    ]
+
+
+def test_a_stop_string_cuts_the_workers_answer(start: Any) -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer("Paris. The capital", add_special_tokens=False)["input_ids"]
+    (answer,) = start(chat=Chat(stop=(" The",))).generate([Request(tuple(ids[::-1]))], [NOTHING], 40)
+    assert (answer.text, answer.ended) == ("Paris.", True)
+    assert tokenizer.decode(answer.ids) == "Paris."
 
 
 def test_edits_share_a_batch_and_every_steering_has_its_own(start: Any) -> None:
@@ -356,6 +382,30 @@ class Place(vllm_worker.Extension):
         return self.model
 
 
+def test_the_worker_draws_by_each_requests_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recording:
+        def __init__(self) -> None:
+            self.params: list[dict[str, Any]] = []
+
+        def add_request(self, name: str, prompt: Any, params: Any, lora_request: Any) -> None:
+            self.params.append(vars(params))
+
+        def has_unfinished_requests(self) -> bool:
+            return False
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=None))  # type: ignore[arg-type]
+    worker = vllm_worker.Worker(print)
+    worker.engine = engine = Recording()
+    fixed = {"max_tokens": 5, "stop_token_ids": [2], "ignore_eos": True, "detokenize": False}
+    requests = [[[1], None], [[2], None]]
+    warm = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    worker.generate(requests, 5, [2], None, warm, [8, 9])
+    worker.generate(requests, 5, [2], None, {}, [])
+    assert engine.params[:2] == [fixed | warm | {"seed": 8}, fixed | warm | {"seed": 9}]
+    assert engine.params[2:] == [fixed | {"temperature": 0.0}] * 2
+
+
 @pytest.mark.parametrize("parts", [(9,), (4, 5), (1, 1, 7), (8, 1)])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_positions_are_scored_whatever_parts_they_come_in(parts: tuple[int, ...], padding: int) -> None:
@@ -489,6 +539,24 @@ def test_a_server_answers_under_the_adapters_that_it_holds(server: Served, ids: 
     assert by_prompt[1]["temperature"] == 0
     assert by_prompt[1]["stop_token_ids"] == [engine.tokenizer.eos_token_id]
     assert {key for *_, key in server.asked} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_server_is_given_the_sampling_the_seed_and_the_stop_strings(server: Served, ids: bool) -> None:
+    server.ids, tokenizer = ids, make_tokenizer()
+    engine = ServerEngine(server.url, tokenizer, model="base", chat=Chat(stop=(" The",)))
+    prompt = tuple(tokenizer("Paris. The capital", add_special_tokens=False)["input_ids"][::-1])
+    (answer,) = engine.generate([Request(prompt, seed=6)], [NOTHING], 40, sampling=Sampling(0.7, 0.9, 20))
+    assert (answer.text, answer.ended) == ("Paris.", True)
+    engine.generate([Request(prompt, seed=6)], [NOTHING], 40, sampling=Sampling(0.7))
+    engine.chat = Chat()
+    engine.generate([Request(prompt, seed=6)], [NOTHING], 40)
+    names = ("temperature", "top_p", "top_k", "seed", "stop")
+    assert [{name: body[name] for name in names if name in body} for _, body, _ in server.asked] == [
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "seed": 6, "stop": [" The"]},
+        {"temperature": 0.7, "top_p": 1.0, "seed": 6, "stop": [" The"]},
+        {"temperature": 0},
+    ]
 
 
 def test_a_server_loads_an_adapter_where_it_may(server: Served) -> None:

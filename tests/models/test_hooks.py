@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 
 import steer2edit as s2e
+from steer2edit.engines import transformers as engine_module
 from steer2edit.engines.base import Request
-from steer2edit.engines.base import transformers as engine_module
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import ModelError, Steer2EditError
 from steer2edit.method.intervention import NOTHING, Intervention, Term, steering

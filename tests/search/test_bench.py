@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from steer2edit.behaviours.questions import Question
 
 from runs import FakeEngine, make_scores, tiny_recipe
-from steer2edit.behaviours.questions import Question
 from steer2edit.behaviours.safety import Prompt
 from steer2edit.engines.base import Losses
 from steer2edit.errors import RecipeError

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from steer2edit.behaviours.questions import Question, load_questions
 
 from steer2edit.behaviours.degenerate import degenerate
-from steer2edit.behaviours.questions import Question, load_questions
 from steer2edit.errors import FileError, RecipeError
 from steer2edit.search.statistics import interval, paired_difference, rate, within
 

@@ -1,1 +1,1 @@
-"""Engines make and score text under interventions."""
+"""Engines make text and score text under interventions, a different one in every row."""

@@ -1,13 +1,16 @@
-"""Engines make text and score text under interventions, a different one in every row."""
+"""What every engine takes and gives: requests, sampling, answers and losses, and the engine itself."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
+from ..errors import Steer2EditError
 from ..method.intervention import Intervention
 from ..probing.chat import Chat, begins_thinking, prompt_tokens
 
@@ -15,18 +18,8 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
 class Request:
-    """A prompt's token ids, and which intervention of the table it runs under."""
+    """A prompt's token ids, which intervention of the table it runs under, and the seed (0 or more) of its draws."""
 
     ids: tuple[int, ...]
     row: int = 0
@@ -34,9 +27,44 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the model's distribution.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; otherwise the logits are divided by it and a token is drawn.
+        top_p: draw from the likeliest tokens that together have this probability.
+        top_k: draw from this many of the likeliest tokens; 0 is all of them.
+
+    Raises:
+        Steer2EditError: a value outside these ranges.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise Steer2EditError(
+                "a sampling value is out of its range",
+                got=f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}",
+                fix="Give a temperature of 0 or more, a top_p above 0 and up to 1, and a top_k of 0 or more.",
+            )
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What was generated: token ids without the end-of-turn token, the text, whether the model ended its turn, and
-    where in the text its answer starts, after its thinking."""
+    """What was generated.
+
+    Attributes:
+        ids: tokens of the answer, without the end-of-turn token and without tokens of a stop string.
+        text: up to the end of the turn or the first stop string.
+        ended: the model ended its turn or wrote a stop string.
+        start: the character at which the answer starts, after the model's thinking.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -59,12 +87,12 @@ class Losses:
     base_nll: Tensor
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Makes and scores text under interventions.
 
     Attributes:
-        tokenizer, chat: by which prompts become token ids.
-        slots: rows that run at once; an engine may lower it, and a resumed study sets it to where it was.
+        tokenizer, chat: they turn messages into token ids; `chat.stop` ends answers.
+        slots: rows that run at once; an engine may lower it, and a resumed study sets it to the lowered number.
     """
 
     tokenizer: Any
@@ -79,6 +107,7 @@ class Engine(Protocol):
         """Whether a prompt ends inside the model's thinking, as some templates make it."""
         return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
 
+    @abstractmethod
     def generate(
         self,
         requests: Sequence[Request],
@@ -86,11 +115,22 @@ class Engine(Protocol):
         max_new_tokens: int,
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
-    ) -> list[Answer]: ...
+    ) -> list[Answer]:
+        """Answers in the order of the requests, each up to `max_new_tokens` tokens.
 
+        With a temperature above 0 each request draws by its own seed, so that its answer does not depend on the other
+        requests.
+        """
+
+    @abstractmethod
     def losses(
         self,
         pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
         table: Sequence[Intervention],
         progress: Progress | None = None,
-    ) -> Losses: ...
+    ) -> Losses:
+        """KL and NLL per token of given answers under each intervention.
+
+        Args:
+            pairs: prompt ids and answer ids.
+        """

@@ -1,7 +1,7 @@
 """A model in this process: as the engine that makes text or, for the probe and the scores, as weights and hooks.
 
-With transformers both are one object. vLLM holds a copy of its own, and most of the memory, so that only one of the two
-is there at a time.
+With transformers both are one object. vLLM holds a copy of its own and most of the memory, so only one of the two is
+loaded at a time.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ..engines.base import Engine, Progress
+from accelerate.utils.memory import clear_device_cache
+
 from ..models.load import local_folder
 from ..models.weights import device_of
 from ..probing.collect import Plan, Sums, run_pass
 from ..progress import say
+from .base import Engine, Progress
 from .plan import EnginePlan, Model, load_section, load_tokenizer
 
 T = TypeVar("T")
@@ -41,7 +43,8 @@ class Host:
             return TransformersEngine(*load_section(model), rows=self.rows, chat=model.chat)
         from .vllm import VllmEngine
 
-        self.__dict__.pop("_model", None)
+        if self.__dict__.pop("_model", None) is not None:
+            clear_device_cache(garbage_collection=True)  # vLLM measures the free memory when it starts
         assert plan.python is not None
         return VllmEngine(
             local_folder(model.name, model.revision),
@@ -84,7 +87,7 @@ class Host:
         return {} if model is None else {"dtype": str(model.dtype)[6:], "device": str(device_of(model))}
 
     def close(self) -> None:
-        """Lets the engine, and its worker process if it has one, go."""
+        """Drops the engine and ends its worker process if it has one."""
         engine = self.__dict__.pop("engine", None)
         if hasattr(engine, "close"):
             engine.close()

@@ -6,7 +6,7 @@ import datetime
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..files.schema import Many, Section, _number
 from ..models.architectures import Architecture
@@ -51,6 +51,35 @@ class Model(Section):
         return Chat(self.plain, self.enable_thinking, self.date)
 
 
+# Fields of vLLM's EngineArgs that the engine sets itself, and the recipe's key for each; "" has none.
+_SET_BY_ENGINE = {
+    "model": "model.name",
+    "model_folder": "model.name",
+    "revision": "model.revision",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "architecture": "model.architecture",
+    "chat": "model.plain",
+    "python": "engine.python",
+    "max_loras": "engine.max_loras",
+    "tensor_parallel_size": "engine.tensor_parallel",
+    "pipeline_parallel_size": "engine.pipeline_parallel",
+    "rows": "evaluation.rows",
+    "max_num_seqs": "evaluation.rows",
+    **dict.fromkeys(("tokenizer", "worker_extension_cls", "enforce_eager", "skip_tokenizer_init"), ""),
+    **dict.fromkeys(("generation_config", "disable_log_stats", "enable_lora", "max_lora_rank", "max_cpu_loras"), ""),
+    "lora_target_modules": "",
+}
+
+
+def _are_free(options: dict[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if name in _SET_BY_ENGINE:
+            key = _SET_BY_ENGINE[name]
+            raise ValueError(f"Leave {name} out, " + (f"use {key} instead" if key else "the engine sets it itself"))
+    return options
+
+
 class EnginePlan(Section):
     """What makes the text, and where.
 
@@ -64,7 +93,7 @@ class EnginePlan(Section):
     max_loras: Many = 8
     tensor_parallel: Many = 1
     pipeline_parallel: Many = 1
-    options: dict[str, Any] = {}
+    options: Annotated[dict[str, Any], AfterValidator(_are_free)] = {}
     distributed: Literal["ray"] | None = None
     address: str | None = None
     replicas: Many = 2

@@ -1,7 +1,7 @@
 """The engine that is spread over machines: replicas of the model as Ray actors, among which a batch is divided.
 
-Only this process asks and tells: it keeps the journal and the study, the replicas make text, losses and sums. A replica
-that dies is started again and its part of the batch made again; a part's result is taken once.
+This process keeps the journal and the study; the replicas make text, losses and sums. If a replica dies, Ray starts it
+again and repeats its part of the batch; each part's result counts once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention
 from ..probing.collect import Plan, Sums, run_pass
 from ..progress import be_quiet, say
+from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 from .host import Host
 from .plan import EnginePlan, Model, load_tokenizer
 
@@ -34,8 +34,12 @@ class Replica:
         be_quiet()
         self.host = Host(Model.model_validate(model), EnginePlan.model_validate(plan), rows)
 
-    def generate(self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int) -> Any:
-        return self.host.engine.generate(requests, table, max_new_tokens), self.host.engine.slots
+    def generate(
+        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, sampling: Sampling
+    ) -> tuple[list[Answer], int]:
+        """The answers, and how many slots the engine has left."""
+        answers = self.host.engine.generate(requests, table, max_new_tokens, sampling=sampling)
+        return answers, self.host.engine.slots
 
     def losses(self, pairs: Sequence[Any], table: Sequence[Intervention]) -> Losses:
         return self.host.engine.losses(pairs, table)
@@ -51,7 +55,7 @@ class Replica:
 
 
 class RayEngine(Engine):
-    """An engine whose rows run on other machines. A context; leaving it lets the replicas go.
+    """An engine whose rows run on other machines. A context; leaving it ends the replicas.
 
     Args:
         model: which every replica loads from its own disk or from the Hub.
@@ -93,21 +97,21 @@ class RayEngine(Engine):
         actor: Any = ray.remote(Replica).options(
             num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=-1, max_task_retries=3, scheduling_strategy="SPREAD"
         )
-        told = model.model_dump(mode="json"), plan.model_dump(mode="json")
-        self._replicas = [actor.remote(*told, rows) for _ in range(plan.replicas)]
+        sections = model.model_dump(mode="json"), plan.model_dump(mode="json")
+        self._replicas = [actor.remote(*sections, rows) for _ in range(plan.replicas)]
 
     def _check_room(self, plan: EnginePlan) -> None:
-        """Ray would wait without a word for what the cluster does not have."""
-        there = self._ray.cluster_resources()
+        """Ray itself would wait silently for resources that the cluster does not have."""
+        total = self._ray.cluster_resources()
         for name, each in (("CPU", plan.cpus), ("GPU", plan.gpus)):
-            if each * plan.replicas > there.get(name, 0):
+            if each * plan.replicas > total.get(name, 0):
                 raise Steer2EditError(
                     "the Ray cluster is too small",
-                    got=f"{there.get(name, 0):g} {name}s, {each * plan.replicas:g} for {plan.replicas} replicas",
+                    got=f"{total.get(name, 0):g} {name}s, {each * plan.replicas:g} for {plan.replicas} replicas",
                     fix=f"Lower engine.replicas or engine.{name.lower()}s, or add nodes.",
                 )
             if each * plan.replicas > (free := self._ray.available_resources().get(name, 0)):
-                say(f"  waiting for the Ray cluster: {free:g} of its {there[name]:g} {name}s are free")
+                say(f"  waiting for the Ray cluster: {free:g} of its {total[name]:g} {name}s are free")
 
     @property
     def slots(self) -> int:
@@ -125,21 +129,22 @@ class RayEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[Answer]:
-        """As TransformersEngine.generate; neighbours stay together, since they share their intervention's prefix."""
+        """As TransformersEngine.generate. Neighbours stay together, since they share their intervention's prefix."""
         held = self._ray.put(list(table))
         parts = _parts(len(requests), len(self._replicas))
-        made = self._get(
+        results = self._get(
             [
-                replica.generate.remote([requests[i] for i in part], held, max_new_tokens)
+                replica.generate.remote([requests[i] for i in part], held, max_new_tokens, sampling)
                 for replica, part in zip(self._replicas, parts, strict=False)
             ],
             [len(part) for part in parts],
             progress,
         )
-        if made:
-            self.slots = min(slots for _, slots in made)
-        return [answer for answers, _ in made for answer in answers]
+        if results:
+            self.slots = min(slots for _, slots in results)
+        return [answer for answers, _ in results for answer in answers]
 
     def losses(
         self,
@@ -149,7 +154,7 @@ class RayEngine(Engine):
     ) -> Losses:
         held = self._ray.put(list(table))
         parts = _parts(len(pairs), len(self._replicas))
-        made = self._get(
+        results = self._get(
             [
                 replica.losses.remote([pairs[i] for i in part], held)
                 for replica, part in zip(self._replicas, parts, strict=False)
@@ -157,9 +162,9 @@ class RayEngine(Engine):
             [len(part) * (1 + len(table)) for part in parts],
             progress,
         )
-        if not made:
+        if not results:
             return Losses(torch.zeros(0, len(table)), torch.zeros(0, len(table)), torch.zeros(0))
-        kl, nll, base_nll = ([getattr(m, name) for m in made] for name in ("kl", "nll", "base_nll"))
+        kl, nll, base_nll = ([getattr(result, name) for result in results] for name in ("kl", "nll", "base_nll"))
         return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
 
     def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> Sums:
@@ -168,7 +173,7 @@ class RayEngine(Engine):
         # Every n-th of the responses by length, so that the parts take equally long.
         order = sorted(range(len(plan.spans)), key=lambda i: -len(plan.spans[i].ids))
         parts = [part for n in range(len(self._replicas)) if (part := order[n :: len(self._replicas)])]
-        made = self._get(
+        results = self._get(
             [
                 replica.run_pass.remote(held, part, batch_tokens)
                 for replica, part in zip(self._replicas, parts, strict=False)
@@ -176,7 +181,7 @@ class RayEngine(Engine):
             [len(part) for part in parts],
             progress,
         )
-        return functools.reduce(operator.add, made)
+        return functools.reduce(operator.add, results)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """`function(model, *arguments)` where a model is: on the first replica."""
@@ -187,7 +192,7 @@ class RayEngine(Engine):
         return self
 
     def where(self) -> dict[str, str]:
-        """What runs is elsewhere."""
+        """Nothing runs in this process."""
         return {}
 
     def close(self) -> None:
@@ -204,7 +209,7 @@ class RayEngine(Engine):
         self.close()
 
     def _get(self, parts: Sequence[Any], sizes: Sequence[int] = (), progress: Progress | None = None) -> list[Any]:
-        """What the replicas give, in order. Their errors of ours are raised as they were."""
+        """The replicas' results, in order. A Steer2EditError of a replica is raised here unchanged."""
         waiting, done = list(parts), 0
         try:
             while waiting:

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention
 from ..probing.chat import CHAT, Chat
-from .transformers import answer_of
+from .answers import answer_of
+from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 
 
 class ServerEngine(Engine):
@@ -28,7 +28,7 @@ class ServerEngine(Engine):
         stops: tokens that end a turn, beside the tokenizer's and those that the server knows.
         rows: how many requests are sent at once.
         seconds: how long an answer may take.
-        key: what the server wants as a bearer token.
+        key: the server's bearer token.
     """
 
     def __init__(
@@ -77,8 +77,9 @@ class ServerEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[Answer]:
-        """As `VllmEngine.generate`. A server that gives no token ids has its text encoded anew, which may give others.
+        """As `VllmEngine.generate`. If the server gives no token ids, its text is encoded, which may give other ids.
 
         Raises:
             Steer2EditError: an intervention steers or has no adapter on the server, or the server does not answer.
@@ -93,7 +94,7 @@ class ServerEngine(Engine):
         for members in (plain, edited):
             with ThreadPoolExecutor(self.slots) as threads:
                 ask = {
-                    i: threads.submit(self._complete, requests[i], served[requests[i].row], max_new_tokens)
+                    i: threads.submit(self._complete, requests[i], served[requests[i].row], max_new_tokens, sampling)
                     for i in members
                 }
                 try:
@@ -136,17 +137,23 @@ class ServerEngine(Engine):
             )
         return self.adapters[intervention.name]
 
-    def _complete(self, request: Request, model: str, new: int) -> Answer:
-        asked = {
+    def _complete(self, request: Request, model: str, new: int, sampling: Sampling) -> Answer:
+        asked: dict[str, Any] = {
             "model": model,
             "prompt": list(request.ids),
             "max_tokens": new,
-            "temperature": 0,
+            "temperature": sampling.temperature,
             "repetition_penalty": 1.0,  # the server may have other defaults
             "stop_token_ids": sorted(self.stops),
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
+        if sampling.temperature > 0:
+            asked |= {"top_p": sampling.top_p, "seed": request.seed}
+            if sampling.top_k:  # vLLM's own; not every server knows it
+                asked["top_k"] = sampling.top_k
+        if self.chat.stop:
+            asked["stop"] = list(self.chat.stop)
         reply = self._post("/completions", asked)
         try:
             choice = reply["choices"][0]
@@ -160,7 +167,7 @@ class ServerEngine(Engine):
         ends = self.stops | set(self.tokenizer.all_special_ids)
         if ended and ids and ids[-1] in ends:
             ids = ids[:-1]
-        return answer_of(self.tokenizer, request, ids, ended)
+        return answer_of(self.tokenizer, request, ids, ended, self.chat.stop)
 
     def _post(self, path: str, what: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -178,9 +185,9 @@ class ServerEngine(Engine):
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise Steer2EditError(
-                f"no answer from {url}", got=error, fix="Check that the server runs, and `seconds`."
+                f"no answer from {url}", got=error, fix="Check that the server runs, or raise `seconds`."
             ) from None
         try:
             return json.loads(body)
         except ValueError:
-            return body  # to load an adapter is answered by a sentence
+            return body  # the answer to loading an adapter is a sentence

@@ -14,22 +14,21 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import NOTHING, Intervention
 from ..models.architectures import ARCHITECTURES
 from ..models.hooks import Interventions
 from ..models.weights import device_of
-from ..probing.chat import CHAT, THOUGHT, Chat, answer_start, begins_thinking
-from ..probing.collect import batches_by_length
+from ..probing.chat import CHAT, Chat
 from ..progress import say
+from .answers import EndAtStopString, StopStrings, answer_of
+from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
+from .decoding import SlotDecoder
+from .sampling import ChosenOnly, Sampler
 from .slots import SlotCache
 
 # Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
 LOGITS = 64_000_000
-
-# Tokens of prompts that are run at once: enough to fill the cores, few enough to stay in a CPU's cache.
-PREFILL = 2048
 
 # Layers whose state is keys and values, a position each: what the slots can hold.
 ATTENTION = {"full_attention", "sliding_attention"}
@@ -40,8 +39,8 @@ class TransformersEngine(Engine):
 
     Args:
         rows: slots of the decode batch. Part of the batch plan: bf16 results depend on it, fp32 ones in the last bits.
-            `slots` holds what is left of them where memory ran out.
-        chat: what the chat template is told; plain text for base models.
+            `slots` is lowered when memory runs out.
+        chat: how messages become text, and the strings that end an answer.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, rows: int = 64, chat: Chat = CHAT):
@@ -50,7 +49,7 @@ class TransformersEngine(Engine):
         self.config: Any = whole.get_text_config()
         self.device = device_of(model)
         known = any(whole.model_type in a.model_types for a in ARCHITECTURES)
-        # Other layers keep a state of their own (linear attention), and of unknown families it is not known.
+        # Layers of linear attention keep another kind of state, and an unknown family may do so too.
         self.slotted = known and set(getattr(self.config, "layer_types", None) or ATTENTION) <= ATTENTION
         self.stops = stop_ids(model, tokenizer)
         self.forward_passes = 0
@@ -63,14 +62,19 @@ class TransformersEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[Answer]:
-        """Greedy answers, in the order of the requests.
+        """Answers in the order of the requests.
+
+        If the device runs out of memory, the number of rows is halved permanently and all requests run again.
 
         Args:
             requests: prompts of at least one token, each with its row of `table`.
-            max_new_tokens: an answer is cut there.
+            max_new_tokens: the most tokens of an answer.
+            sampling: greedy by default; otherwise every request draws by its own seed.
 
-        Where the memory of the device does not do, the rows are halved, for good, and the requests run again.
+        Raises:
+            Steer2EditError: fewer than one new token, or a prompt that is too long with its answer.
         """
         if max_new_tokens < 1:
             raise Steer2EditError("no token was asked for", got=max_new_tokens, fix="Ask for at least one new token.")
@@ -81,73 +85,37 @@ class TransformersEngine(Engine):
         generate = self._generate_in_slots if self.slotted else self._generate_in_step
         while True:
             try:
-                return generate(requests, table, max_new_tokens, progress)
+                return generate(requests, table, max_new_tokens, progress, Sampler(sampling, requests))
             except RuntimeError as error:
                 if self.slots == 1 or not should_reduce_batch_size(error):
                     raise
-            # Outside the handler, whose traceback holds the tensors of the try that failed.
+            # Outside the handler: its traceback holds the failed attempt's tensors.
             self.slots = max(1, min(self.slots, len(requests)) // 2)
             clear_device_cache(garbage_collection=True)
             say(f"  out of memory: going on with {self.slots} rows at once")
 
     def _generate_in_slots(
-        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Progress | None
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Progress | None,
+        sampler: Sampler,
     ) -> list[Answer]:
-        longest = max(len(r.ids) for r in requests)
         prefix = _common_prefix([r.ids for r in requests])
-        made: list[list[int]] = [[] for _ in requests]
-        ended = [False] * len(requests)
-        waiting = list(range(len(requests)))
-        slots: list[int | None] = [None] * min(self.slots, len(requests))  # slot → request
-        cache = SlotCache(self.config.num_hidden_layers, len(slots), longest + max_new_tokens)
-        token = torch.zeros(len(slots), dtype=torch.long)  # the next token to feed, of each slot
-        at = torch.zeros(len(slots), dtype=torch.long)  # and its position
         with Interventions(self.model, table) as running:
-            shared = self._prefix_cache(prefix, running, [r.row for r in requests])
-            while waiting or any(slot is not None for slot in slots):
-                free = [i for i, slot in enumerate(slots) if slot is None]
-                if waiting and 4 * len(free) >= len(slots):
-                    new = [waiting.pop(0) for _ in free[: len(waiting)]]
-                    # Prompts of about the same length together: next to nothing is padding.
-                    for part in batches_by_length([len(requests[i].ids) - len(prefix) for i in new], PREFILL):
-                        self._admit([requests[new[i]] for i in part], [free[i] for i in part], cache, running, shared)
-                    for slot, i in zip(free, new, strict=False):
-                        slots[slot] = i
-                        token[slot], at[slot] = requests[i].ids[-1], len(requests[i].ids) - 1
-                    self._announce(running, slots, requests)
-                elif free and not waiting and 4 * len(free) >= len(slots):
-                    kept = [i for i, slot in enumerate(slots) if slot is not None]
-                    rows = torch.tensor(kept)
-                    cache.keep(rows)
-                    slots, token, at = [slots[i] for i in kept], token[rows], at[rows]
-                    self._announce(running, slots, requests)
-                logits = self._step(token, at, cache)
-                token = logits.argmax(dim=-1).cpu()
-                at = at + 1
-                for slot, request in enumerate(slots):
-                    if request is None:
-                        token[slot], at[slot] = 0, 0
-                        continue
-                    new_token = int(token[slot])
-                    if new_token in self.stops:
-                        ended[request] = True
-                    else:
-                        made[request].append(new_token)
-                    if ended[request] or len(made[request]) == max_new_tokens:
-                        slots[slot] = None
-                        token[slot], at[slot] = 0, 0
-                if progress:
-                    # Answers under way count by their share of the tokens that they may have, so that an ETA is smooth.
-                    under_way = [len(made[i]) for i in slots if i is not None]
-                    whole = len(requests) - len(waiting) - len(under_way)
-                    progress(whole + sum(under_way) // max_new_tokens, len(requests))
-        return [answer_of(self.tokenizer, *one) for one in zip(requests, made, ended, strict=True)]
+            return SlotDecoder(self, requests, max_new_tokens, running, sampler, prefix).run(progress)
 
     def _generate_in_step(
-        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Progress | None
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Progress | None,
+        sampler: Sampler,
     ) -> list[Answer]:
         """As `generate`, by transformers' own loop: the rows of a batch go on until the last one ends."""
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         model: Any = self.model
         config = GenerationConfig(
@@ -157,6 +125,7 @@ class TransformersEngine(Engine):
             eos_token_id=sorted(self.stops) or None,
             pad_token_id=min(self.stops, default=0),
         )
+        strings = StopStrings(self.tokenizer, self.chat.stop)
         answers: list[Answer] = []
         with Interventions(self.model, table) as running:
             for some in _chunks(list(range(len(requests))), self.slots):
@@ -167,11 +136,18 @@ class TransformersEngine(Engine):
                     ids[row, width - len(requests[i].ids) :] = torch.tensor(requests[i].ids)
                     mask[row, width - len(requests[i].ids) :] = 1
                 running.rows([requests[i].row for i in some])
-                out = model.generate(ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
+                out = model.generate(
+                    ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([] if sampler.greedy else [ChosenOnly(sampler, some)]),
+                    stopping_criteria=StoppingCriteriaList([EndAtStopString(strings, width)] if strings else []),
+                )
                 self.forward_passes += out.shape[1] - width
-                for i, made in zip(some, out[:, width:].tolist(), strict=True):
-                    end = next((i for i, token in enumerate(made) if token in self.stops), len(made))
-                    answers.append(answer_of(self.tokenizer, requests[i], made[:end], end < len(made)))
+                for i, new_ids in zip(some, out[:, width:].tolist(), strict=True):
+                    end = next((at for at, token in enumerate(new_ids) if token in self.stops), len(new_ids))
+                    ended = end < len(new_ids)
+                    answers.append(answer_of(self.tokenizer, requests[i], new_ids[:end], ended, self.chat.stop))
                 if progress:
                     progress(len(answers), len(requests))
         return answers
@@ -185,12 +161,11 @@ class TransformersEngine(Engine):
     ) -> Losses:
         """KL and NLL per token of given answers under each intervention.
 
-        One answer under all interventions is one batch without padding, beside the base model's row.
+        One answer under all interventions is one batch without padding, beside the base model's row. If the device
+        runs out of memory, half as many rows run at once from then on.
 
         Args:
             pairs: prompt ids and answer ids, neither empty.
-
-        Where the memory of the device does not do, fewer interventions run at once.
         """
         # Logits of one intervention on the longest answer.
         each = self.config.vocab_size * max((len(answer) for _, answer in pairs), default=1)
@@ -219,9 +194,10 @@ class TransformersEngine(Engine):
         self._check_length(longest)
         prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
         with Interventions(self.model, full) as running:
-            for first in range(0, len(full), rows_at_once):
-                rows = list(range(first, min(first + rows_at_once, len(full))))
-                rows = rows if first == 0 else [0, *rows]  # the base model's row leads every batch
+            scored = 0  # pairs of an answer and a row
+            for first in range(1, max(2, len(full)), rows_at_once - 1):
+                rows = [0, *range(first, min(first + rows_at_once - 1, len(full)))]  # the base model leads every batch
+                fresh = len(rows) if first == 1 else len(rows) - 1
                 cache = self._prefix_cache(prefix, running, rows, capacity=longest)
                 if cache is None and self.slotted:
                     cache = SlotCache(self.config.num_hidden_layers, len(rows), longest)
@@ -236,8 +212,9 @@ class TransformersEngine(Engine):
                         log_row = log_base if j == 0 else logits[j].float().log_softmax(dim=-1)
                         kl[i, row] = (p_base * (log_base - log_row)).sum(dim=-1).mean()
                         nll[i, row] = -log_row.gather(1, wanted[:, None]).mean()
+                    scored += fresh
                     if progress:
-                        progress(first * len(pairs) + (i + 1) * (len(rows) - (first > 0)), len(full) * len(pairs))
+                        progress(scored, len(full) * len(pairs))
         return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
 
     def _check_length(self, tokens: int) -> None:
@@ -248,9 +225,6 @@ class TransformersEngine(Engine):
                 got=f"{tokens} tokens, at most {limit}",
                 fix="Shorten the prompt, or ask for fewer new tokens.",
             )
-
-    def _announce(self, running: Interventions, slots: Sequence[int | None], requests: Sequence[Request]) -> None:
-        running.rows([0 if i is None else requests[i].row for i in slots])
 
     def _prefix_cache(
         self, prefix: tuple[int, ...], running: Interventions, rows: Sequence[int], capacity: int = 0
@@ -349,27 +323,16 @@ class TransformersEngine(Engine):
         return masks if len(types) > 1 else masks.get("sliding_attention", masks["full_attention"])
 
 
-def answer_of(tokenizer: Any, request: Request, ids: Sequence[int], ended: bool) -> Answer:
-    """The answer that generated ids are, without the end-of-turn token."""
-    text, raw = (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
-    start = answer_start(raw, begins_thinking(tokenizer.decode(list(request.ids[-8:]))))
-    if start and raw != text:  # the tags are special tokens, which the text is without
-        ends = next((i for i in range(len(ids)) if THOUGHT in tokenizer.decode(ids[: i + 1])), len(ids))
-        thought = tokenizer.decode(ids[: ends + 1], skip_special_tokens=True)
-        start = len(thought) + len(text[len(thought) :]) - len(text[len(thought) :].lstrip())
-    return Answer(tuple(ids), text, ended, start)
-
-
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end a turn, as the model's configurations and the tokenizer name them."""
-    found: set[Any] = set()
+    ids: set[Any] = set()
     for value in (
         getattr(model.generation_config, "eos_token_id", None),
         getattr(model.config.get_text_config(), "eos_token_id", None),
         tokenizer.eos_token_id,
     ):
-        found |= set(value) if isinstance(value, list | tuple) else {value}
-    return {i for i in found if i is not None}
+        ids |= set(value) if isinstance(value, list | tuple) else {value}
+    return {i for i in ids if i is not None}
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

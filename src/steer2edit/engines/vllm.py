@@ -1,8 +1,8 @@
 """The engine that has vLLM make the text, in a worker process that runs in an environment of its own.
 
-vLLM pins its own transformers, so that the two do not share an environment; what passes between them are token ids and
-files. Edits go as LoRA adapters, many of them in one batch; steering goes as hooks in vLLM's model, one steering
-strength after the other.
+vLLM pins its own transformers, so the two do not share an environment; only token ids and files pass between them. Edits
+go as LoRA adapters, many of them in one batch; steering goes as hooks in vLLM's model, one steering strength after the
+other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engines.base import Answer, Engine, Losses, Progress, Request
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention, Term
 from ..models.architectures import Architecture, describe_as
@@ -33,7 +32,9 @@ from ..models.hooks import Interventions
 from ..models.load import empty_model, load_config, local_folder
 from ..models.sites import find_sites
 from ..probing.chat import CHAT, Chat
-from .transformers import answer_of, stop_ids
+from .answers import answer_of
+from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
+from .transformers import stop_ids
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 
@@ -65,7 +66,7 @@ class VllmEngine(Engine):
         model_folder: a checkpoint of `safetensors` (a folder, a Hub id, or EMBEDDED).
         python: the interpreter of an environment with vLLM.
         rows: how many requests vLLM decodes at once (its `max_num_seqs`).
-        chat: what the chat template is told; plain text for base models.
+        chat: how messages become text, and the strings that end an answer.
         dtype: "auto", "float32", "bfloat16", "float16": vLLM's own words.
         max_model_len: the longest prompt with its answer; by default what the model can read, at most 4096.
         max_rank: the highest rank of an intervention; more than 1 only for edits that were combined.
@@ -144,12 +145,15 @@ class VllmEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[Answer]:
-        """Greedy answers, in the order of the requests.
+        """Answers in the order of the requests. Draws are vLLM's own: by each request's seed, but other than ours.
+
+        A stop string cuts the text here; the worker has no tokenizer and goes on to the end of the turn.
 
         Args:
             requests: prompts of at least one token, each with its row of `table`.
-            max_new_tokens: an answer is cut there.
+            max_new_tokens: the most tokens of an answer.
 
         Raises:
             ModelError: an intervention does not fit the model.
@@ -164,6 +168,11 @@ class VllmEngine(Engine):
         groups: dict[str | None, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(ready[request.row].vectors, []).append(i)
+        drawn: dict[str, Any] = {}
+        if sampling.temperature > 0:
+            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            if sampling.top_k:
+                drawn["top_k"] = sampling.top_k
         answers: dict[int, Answer] = {}
         for vectors, members in groups.items():
             adapters = [ready[requests[i].row].adapter for i in members]
@@ -177,6 +186,8 @@ class VllmEngine(Engine):
                 new=max_new_tokens,
                 stops=sorted(self.stops),
                 vectors=vectors,
+                sampling=drawn,
+                seeds=[requests[i].seed for i in members] if drawn else [],
             )
             # Every token takes a forward pass: the first one the prompt's, each other one a pass of its own.
             needed = max(len(ids) for ids in reply["ids"])
@@ -184,7 +195,7 @@ class VllmEngine(Engine):
                 raise RuntimeError(f"steering acted in {reply['steps']} forward passes, of at least {needed}")
             for i, ids in zip(members, reply["ids"], strict=True):
                 end = next((at for at, token in enumerate(ids) if token in self.stops), len(ids))
-                answers[i] = answer_of(self.tokenizer, requests[i], ids[:end], end < len(ids))
+                answers[i] = answer_of(self.tokenizer, requests[i], ids[:end], end < len(ids), self.chat.stop)
         if progress:
             progress(len(requests), len(requests))
         return [answers[i] for i in range(len(requests))]
@@ -216,8 +227,8 @@ class VllmEngine(Engine):
         for first in range(0, len(pairs), at_once):
             some = pairs[first : first + at_once]
             whole = (1 + len(table)) * len(pairs)
-            told = _after(progress, first * (1 + len(table)), whole)
-            reply = self._process.ask("score", progress=told, pairs=some, rows=rows)
+            later = _after(progress, first * (1 + len(table)), whole)
+            reply = self._process.ask("score", progress=later, pairs=some, rows=rows)
             kl[first : first + len(some)] = torch.tensor(reply["kl"])
             nll[first : first + len(some)] = torch.tensor(reply["nll"])
         return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])

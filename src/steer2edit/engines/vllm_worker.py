@@ -1,4 +1,4 @@
-"""What runs in vLLM's own environment: a process that makes and scores text when told to, a JSON line at a time.
+"""What runs in vLLM's own environment: a process that makes and scores text on command, a JSON line at a time.
 
 It is copied to a folder of its own before it is run, since the modules beside it are named like the packages that it
 imports, and it imports nothing of steer2edit. Lines that come in are commands; lines that go out hold `progress`,
@@ -18,7 +18,7 @@ from typing import Any
 class Extension:
     """Methods that vLLM gives to each of its workers, where the model is: steering by hooks, and losses.
 
-    What they are told is a file's name or plain numbers, so that nothing has to be pickled.
+    Their arguments are file names and plain numbers, so that nothing has to be pickled.
     """
 
     def s2e_adaptable(self: Any, names: list[str]) -> list[str]:
@@ -169,13 +169,25 @@ class Worker:
         found = {name for some in self.engine.collective_rpc("s2e_adaptable", args=(modules,)) for name in some}
         return {"vllm": vllm.__version__, "adaptable": sorted(found)}
 
-    def generate(self, requests: list[Any], new: int, stops: list[int], vectors: str | None) -> dict[str, Any]:
+    def generate(
+        self,
+        requests: list[Any],
+        new: int,
+        stops: list[int],
+        vectors: str | None,
+        sampling: dict[str, Any] | None = None,
+        seeds: list[int] | None = None,
+    ) -> dict[str, Any]:
+        """Token ids of each request, greedy unless `sampling` has a temperature; request i then draws by `seeds[i]`."""
         from vllm import SamplingParams
 
         # The only ends are those that were given, as everywhere in steer2edit.
-        params: dict[str, Any] = {"temperature": 0.0, "max_tokens": new, "stop_token_ids": stops, "ignore_eos": True}
-        sampling = SamplingParams(**params, detokenize=False)
-        ids, steps = self._steered(vectors, lambda: self._run(requests, sampling, vectors, self._progress))
+        fixed = {"max_tokens": new, "stop_token_ids": stops, "ignore_eos": True, "detokenize": False}
+        if sampling:
+            params = [SamplingParams(**fixed, **sampling, seed=seed) for seed in seeds or []]
+        else:
+            params = [SamplingParams(**fixed, temperature=0.0) for _ in requests]
+        ids, steps = self._steered(vectors, lambda: self._run(requests, params, vectors, self._progress))
         return {"ids": ids, "steps": steps}
 
     def score(self, pairs: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -204,7 +216,7 @@ class Worker:
         # Every position must be run, so that none may come out of the cache.
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
         self.engine.collective_rpc("s2e_watch", args=(len(prompt) - 1, len(answer)))
-        self._run([[[*prompt, *answer[:-1]], row["adapter"]]], params, row["vectors"])
+        self._run([[[*prompt, *answer[:-1]], row["adapter"]]], [params], row["vectors"])
         scored = self.engine.collective_rpc("s2e_score", args=(i, answer, base))
         return next(one for one in scored if one is not None)
 
@@ -224,28 +236,29 @@ class Worker:
             steps = [count for count in self.engine.collective_rpc("s2e_release") if count is not None]
         return result, min(steps, default=0)
 
-    def _run(self, requests: list[Any], params: Any, salt: str | None, progress: Any = None) -> list[list[int]]:
+    def _run(self, requests: list[Any], params: list[Any], salt: str | None, progress: Any = None) -> list[list[int]]:
+        """Token ids of each request, which runs by its own params."""
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
         names = {}
         try:
-            for i, (ids, adapter) in enumerate(requests):
+            for i, ((ids, adapter), own) in enumerate(zip(requests, params, strict=True)):
                 self.number += 1
                 # Keys and values depend on the steering, so that a cache must not mix them up; adapters it knows.
                 prompt = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
                 lora = None if adapter is None else LoRARequest(adapter[0], adapter[1], adapter[2])
                 name = str(self.number)
-                self.engine.add_request(name, prompt, params.clone(), lora_request=lora)
+                self.engine.add_request(name, prompt, own, lora_request=lora)
                 names[name] = i
             made: list[list[int]] = [[] for _ in requests]
-            done, told = 0, time.monotonic()
+            done, reported = 0, time.monotonic()
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
                     if output.finished:
                         made[names[output.request_id]] = list(output.outputs[0].token_ids)
                         done += 1
-                if progress and time.monotonic() - told > 0.3:
-                    told = time.monotonic()
+                if progress and time.monotonic() - reported > 0.3:
+                    reported = time.monotonic()
                     progress(done, len(requests))
             return made
         except BaseException:

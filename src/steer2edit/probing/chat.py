@@ -22,11 +22,13 @@ class Chat:
             on.
         enable_thinking: what the template is told, if it asks; None leaves the model's own default.
         date: what a template that writes today's date is told, as YYYY-MM-DD.
+        stop: strings that end an answer; its text is cut before the first of them.
     """
 
     plain: bool = False
     enable_thinking: bool | None = None
     date: str = "2026-01-01"
+    stop: tuple[str, ...] = ()
 
     def apply(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
         """The tokenizer's template, on the day that `date` says."""

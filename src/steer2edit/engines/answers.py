@@ -1,0 +1,83 @@
+"""From generated token ids to an answer: where it starts, and where a stop string ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from ..probing.chat import THOUGHT, answer_start, begins_thinking
+from .base import Answer, Request
+
+
+def answer_of(tokenizer: Any, request: Request, ids: Sequence[int], ended: bool, stop: Sequence[str] = ()) -> Answer:
+    """The answer that generated ids are, without the end-of-turn token.
+
+    Args:
+        stop: the first of these strings ends the answer. They are looked for in the text with special tokens written
+            out, so that a special token can be one of them.
+    """
+    text, raw = (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
+    cut = min((raw.find(string) for string in stop if string in raw), default=None)
+    if cut is not None:
+        raw = raw[:cut]
+        ids, kept = _ids_within(tokenizer, ids, raw)
+        # A token can begin before the stop string and end inside it: its characters before the string stay.
+        text = tokenizer.decode(ids, skip_special_tokens=True) + raw[len(kept) :]
+        ended = True
+    start = answer_start(raw, begins_thinking(tokenizer.decode(list(request.ids[-8:]))))
+    if start and raw != text:  # the tags are special tokens, which the text is without
+        ends = next((i for i in range(len(ids)) if THOUGHT in tokenizer.decode(ids[: i + 1])), len(ids))
+        thought = tokenizer.decode(ids[: ends + 1], skip_special_tokens=True)
+        start = len(thought) + len(text[len(thought) :]) - len(text[len(thought) :].lstrip())
+    return Answer(tuple(ids), text, ended, start)
+
+
+def _ids_within(tokenizer: Any, ids: Sequence[int], text: str) -> tuple[Sequence[int], str]:
+    """The most ids that the beginning of `text` consists of, and that beginning."""
+    for count in range(len(ids), 0, -1):
+        decoded = tokenizer.decode(ids[:count], skip_special_tokens=False)
+        if text.startswith(decoded):
+            return ids[:count], decoded
+    return ids[:0], ""
+
+
+class StopStrings:
+    """Whether an answer under way has come to a stop string.
+
+    Only its last tokens are decoded: a stop string of n bytes lies in n tokens at most. The answer is decoded whole
+    only where they hold one, since tokens decoded alone can read otherwise.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        # Some tokenizers drop the space before the first token, so a few tokens more.
+        self.tail = 4 + max((len(string.encode()) for string in stop), default=0)
+
+    def __bool__(self) -> bool:
+        return bool(self.stop)
+
+    def end(self, ids: Sequence[int]) -> bool:
+        return bool(self.stop) and self._within(ids[-self.tail :]) and self._within(ids)
+
+    def _within(self, ids: Sequence[int]) -> bool:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return any(string in text for string in self.stop)
+
+
+class EndAtStopString(StoppingCriteria):
+    """Ends the rows of transformers' own loop at a stop string.
+
+    Args:
+        width: of the prompts, which do not count.
+    """
+
+    def __init__(self, strings: StopStrings, width: int):
+        self.strings, self.width = strings, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        rows = input_ids[:, self.width :].tolist()
+        return torch.tensor([self.strings.end(row) for row in rows], device=input_ids.device)

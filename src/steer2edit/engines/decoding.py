@@ -1,0 +1,118 @@
+"""The decode loop: requests wait for slots, every step gives each slot one token, and finished requests leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..models.hooks import Interventions
+from ..probing.collect import batches_by_length
+from .answers import StopStrings, answer_of
+from .base import Answer, Progress, Request
+from .sampling import Sampler
+from .slots import SlotCache
+
+if TYPE_CHECKING:
+    from .transformers import TransformersEngine
+
+# Tokens of prompts that are run at once: enough to fill the cores, few enough to stay in a CPU's cache.
+PREFILL = 2048
+
+
+class SlotDecoder:
+    """One call's requests on their way through the slots. The engine runs the model; this class keeps the books.
+
+    Args:
+        running: the interventions, whose hooks are in the model.
+        prefix: tokens that all prompts begin with.
+    """
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        running: Interventions,
+        sampler: Sampler,
+        prefix: tuple[int, ...],
+    ):
+        self.engine, self.requests, self.max_new_tokens = engine, requests, max_new_tokens
+        self.running, self.sampler, self.prefix = running, sampler, prefix
+        self.strings = StopStrings(engine.tokenizer, engine.chat.stop)
+        self.new_ids: list[list[int]] = [[] for _ in requests]
+        self.ended = [False] * len(requests)
+        self.waiting = list(range(len(requests)))
+        self.slots: list[int | None] = [None] * min(engine.slots, len(requests))  # slot → request
+        self.token = torch.zeros(len(self.slots), dtype=torch.long)  # the next token to feed, of each slot
+        self.at = torch.zeros(len(self.slots), dtype=torch.long)  # its position
+        longest = max(len(r.ids) for r in requests)
+        self.cache = SlotCache(engine.config.num_hidden_layers, len(self.slots), longest + max_new_tokens)
+        self.shared = engine._prefix_cache(prefix, running, [r.row for r in requests])
+
+    def run(self, progress: Progress | None) -> list[Answer]:
+        """Answers in the order of the requests."""
+        while self.waiting or any(request is not None for request in self.slots):
+            free = [slot for slot, request in enumerate(self.slots) if request is None]
+            # Both cost a pass or a copy, so they wait until a quarter of the slots is free.
+            if 4 * len(free) >= len(self.slots):
+                if self.waiting:
+                    self.admit(free)
+                elif free:
+                    self.compact()
+            self.step()
+            if progress:
+                self._report(progress)
+        answers = zip(self.requests, self.new_ids, self.ended, strict=True)
+        return [answer_of(self.engine.tokenizer, *answer, self.engine.chat.stop) for answer in answers]
+
+    def admit(self, free: Sequence[int]) -> None:
+        """Puts waiting requests into the free slots and runs their prompts."""
+        new = [self.waiting.pop(0) for _ in free[: len(self.waiting)]]
+        # Prompts of about the same length together: next to nothing is padding.
+        lengths = [len(self.requests[i].ids) - len(self.prefix) for i in new]
+        for part in batches_by_length(lengths, PREFILL):
+            requests = [self.requests[new[i]] for i in part]
+            self.engine._admit(requests, [free[i] for i in part], self.cache, self.running, self.shared)
+        for slot, i in zip(free, new, strict=False):
+            self.slots[slot] = i
+            self.token[slot], self.at[slot] = self.requests[i].ids[-1], len(self.requests[i].ids) - 1
+        self._announce()
+
+    def compact(self) -> None:
+        """Drops the free slots."""
+        kept = [slot for slot, request in enumerate(self.slots) if request is not None]
+        rows = torch.tensor(kept)
+        self.cache.keep(rows)
+        self.slots = [self.slots[slot] for slot in kept]
+        self.token, self.at = self.token[rows], self.at[rows]
+        self._announce()
+
+    def step(self) -> None:
+        """One token of every slot; slots whose answer has ended become free."""
+        logits = self.engine._step(self.token, self.at, self.cache)
+        self.token = self.sampler.choose(logits, self.slots)
+        self.at = self.at + 1
+        for slot, request in enumerate(self.slots):
+            if request is None or self._take(request, int(self.token[slot])):
+                self.slots[slot] = None
+                self.token[slot], self.at[slot] = 0, 0
+
+    def _take(self, request: int, token: int) -> bool:
+        """Adds a token to an answer; whether that was its last one."""
+        new_ids = self.new_ids[request]
+        if token in self.engine.stops:
+            self.ended[request] = True
+            return True
+        new_ids.append(token)
+        return len(new_ids) == self.max_new_tokens or self.strings.end(new_ids)
+
+    def _announce(self) -> None:
+        self.running.rows([0 if i is None else self.requests[i].row for i in self.slots])
+
+    def _report(self, progress: Progress) -> None:
+        # Answers under way count by their share of the tokens that they may have, so that an ETA is smooth.
+        under_way = [len(self.new_ids[i]) for i in self.slots if i is not None]
+        whole = len(self.requests) - len(self.waiting) - len(under_way)
+        progress(whole + sum(under_way) // self.max_new_tokens, len(self.requests))
