@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..models.hooks import Interventions
+from ..probing.chat import Chat
 from ..probing.collect import batches_by_length
 from .answers import StopStrings, answer_of
 from .base import Answer, Progress, Request
 from .sampling import Sampler
 from .slots import SlotCache
 
-if TYPE_CHECKING:
-    from .transformers import TransformersEngine
-
 # Tokens of prompts that are run at once: enough to fill the cores, few enough to stay in a CPU's cache.
 PREFILL = 2048
+
+
+class SlotRunner(Protocol):
+    """The model behind the slots: what TransformersEngine gives the decoder.
+
+    Attributes:
+        tokenizer, chat, slots: as every engine has them. config: of the model's text part. stops: tokens that end a turn.
+    """
+
+    tokenizer: Any
+    chat: Chat
+    slots: int
+    config: Any
+    stops: set[int]
+
+    def prefix_cache(
+        self, prefix: tuple[int, ...], running: Interventions, rows: Sequence[int]
+    ) -> SlotCache | None: ...
+
+    def prefill(
+        self,
+        requests: Sequence[Request],
+        into: Sequence[int],
+        cache: SlotCache,
+        running: Interventions,
+        shared: SlotCache | None,
+    ) -> None: ...
+
+    def next_logits(self, token: Tensor, at: Tensor, cache: SlotCache) -> Tensor: ...
 
 
 class SlotDecoder:
@@ -31,7 +59,7 @@ class SlotDecoder:
 
     def __init__(
         self,
-        engine: TransformersEngine,
+        engine: SlotRunner,
         requests: Sequence[Request],
         max_new_tokens: int,
         running: Interventions,
@@ -49,7 +77,7 @@ class SlotDecoder:
         self.at = torch.zeros(len(self.slots), dtype=torch.long)  # its position
         longest = max(len(r.ids) for r in requests)
         self.cache = SlotCache(engine.config.num_hidden_layers, len(self.slots), longest + max_new_tokens)
-        self.shared = engine._prefix_cache(prefix, running, [r.row for r in requests])
+        self.shared = engine.prefix_cache(prefix, running, [r.row for r in requests])
 
     def run(self, progress: Progress | None) -> list[Answer]:
         """Answers in the order of the requests."""
@@ -74,7 +102,7 @@ class SlotDecoder:
         lengths = [len(self.requests[i].ids) - len(self.prefix) for i in new]
         for part in batches_by_length(lengths, PREFILL):
             requests = [self.requests[new[i]] for i in part]
-            self.engine._admit(requests, [free[i] for i in part], self.cache, self.running, self.shared)
+            self.engine.prefill(requests, [free[i] for i in part], self.cache, self.running, self.shared)
         for slot, i in zip(free, new, strict=False):
             self.slots[slot] = i
             self.token[slot], self.at[slot] = self.requests[i].ids[-1], len(self.requests[i].ids) - 1
@@ -91,7 +119,7 @@ class SlotDecoder:
 
     def step(self) -> None:
         """One token of every slot; slots whose answer has ended become free."""
-        logits = self.engine._step(self.token, self.at, self.cache)
+        logits = self.engine.next_logits(self.token, self.at, self.cache)
         self.token = self.sampler.choose(logits, self.slots)
         self.at = self.at + 1
         for slot, request in enumerate(self.slots):

@@ -198,7 +198,7 @@ class TransformersEngine(Engine):
             for first in range(1, max(2, len(full)), rows_at_once - 1):
                 rows = [0, *range(first, min(first + rows_at_once - 1, len(full)))]  # the base model leads every batch
                 fresh = len(rows) if first == 1 else len(rows) - 1
-                cache = self._prefix_cache(prefix, running, rows, capacity=longest)
+                cache = self.prefix_cache(prefix, running, rows, capacity=longest)
                 if cache is None and self.slotted:
                     cache = SlotCache(self.config.num_hidden_layers, len(rows), longest)
                 running.rows(rows)
@@ -226,7 +226,7 @@ class TransformersEngine(Engine):
                 fix="Shorten the prompt, or ask for fewer new tokens.",
             )
 
-    def _prefix_cache(
+    def prefix_cache(
         self, prefix: tuple[int, ...], running: Interventions, rows: Sequence[int], capacity: int = 0
     ) -> SlotCache | None:
         """The shared prefix run once under each intervention that is needed; row i of the cache is the i-th of them."""
@@ -238,7 +238,7 @@ class TransformersEngine(Engine):
         self._run(torch.tensor(prefix)[None].expand(cache.rows, -1), cache, 0)
         return cache
 
-    def _admit(
+    def prefill(
         self,
         requests: Sequence[Request],
         into: Sequence[int],
@@ -288,7 +288,7 @@ class TransformersEngine(Engine):
         body: Any = getattr(self.model, "base_model", self.model)
         return body(**inputs).last_hidden_state
 
-    def _step(self, token: Tensor, at: Tensor, cache: SlotCache) -> Tensor:
+    def next_logits(self, token: Tensor, at: Tensor, cache: SlotCache) -> Tensor:
         """One token of every slot, at the slot's own position; logits [slots, vocabulary]."""
         at = at.to(self.device)
         cache.write_at(at)

@@ -1,8 +1,8 @@
 """The engine that has vLLM make the text, in a worker process that runs in an environment of its own.
 
-vLLM pins its own transformers, so the two do not share an environment; only token ids and files pass between them. Edits
-go as LoRA adapters, many of them in one batch; steering goes as hooks in vLLM's model, one steering strength after the
-other.
+vLLM pins its own transformers, so the two do not share an environment; only token ids and files pass between them.
+Edits go as LoRA adapters, many of them in one batch; steering goes as hooks in vLLM's model, one steering strength
+after the other.
 """
 
 from __future__ import annotations
