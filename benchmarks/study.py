@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import steer2edit as s2e
-from steer2edit.behaviours.safety import BUILTIN, Prompt, load_prompts, messages
+from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
@@ -60,10 +60,10 @@ def main() -> None:
     model, tokenizer = base_model()
     recipe, seen = parse_recipe(RECIPE), probe()
     found = s2e.score(model, seen)
-    prompts = load_prompts(BUILTIN, "validation", KINDS)
+    prompts = Safety().items(BUILTIN, "validation", KINDS)
     engine = TransformersEngine(model, tokenizer, rows=ROWS)
     tried = [edited(*configuration) for configuration in GRID]
-    ids = [engine.tokens(messages(p.text, None)) for p in prompts]
+    ids = [engine.tokens(p.messages(None)) for p in prompts]
 
     harmful = [p for p in prompts if p.kind == "harmful"] * 2  # without benign ones no losses are measured
 
@@ -85,7 +85,7 @@ def main() -> None:
     report(label, statistics.mean(ratios), ("<=", 1.35), f"rounds {', '.join(f'{r:.3f}' for r in ratios)}")
     with tempfile.TemporaryDirectory() as folder:
         seen.save(f"{folder}/probe.safetensors")
-        Path(folder, "prompts.json").write_text(json.dumps([messages(p.text, None) for p in harmful]))
+        Path(folder, "prompts.json").write_text(json.dumps([p.messages(None) for p in harmful]))
         took = statistics.median(single(rho, alpha, folder) for rho, _, alpha in GRID[:SINGLE_RUNS])
     label = "one at a time, baked and loaded anew / in one study"
     told = f"{took:.1f} s each, {SINGLE_RUNS} of {len(GRID)} run; the study {statistics.mean(ours):.0f} s"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import steer2edit as s2e
-from steer2edit.behaviours.safety import BUILTIN, load_prompts, make_traces
+from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.recipe import parse_recipe
 from steer2edit.search.bench import Bench
@@ -27,11 +27,11 @@ AXIS = [0.1, 0.3, 0.5, 0.7, 0.9]
 def main() -> None:
     model, tokenizer = base_model()
     engine = TransformersEngine(model, tokenizer, rows=128)
-    asked = load_prompts(BUILTIN, "probe", {"harmful": 48, "benign": 48})
+    asked = Safety().items(BUILTIN, "probe", {"harmful": 48, "benign": 48})
     both: Any = ("benign", "harmful")
     traces, _ = make_traces(engine, asked, positive="written", negative=both, system=None, new_tokens=48)
     found = {"full": s2e.score(model, s2e.collect(model, tokenizer, traces))}
-    prompts = load_prompts(BUILTIN, "validation", KINDS)
+    prompts = Safety().items(BUILTIN, "validation", KINDS)
 
     def volume(seed: int = 0, **search: Any) -> float:
         recipe = parse_recipe(

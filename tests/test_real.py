@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
 from runs import command, tiny_recipe
-from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
+from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.files.reading import read_jsonl
 from steer2edit.models.embedded import EMBEDDED, embedded_checkpoint
 from steer2edit.models.load import load_model
@@ -67,8 +68,8 @@ def test_the_real_model_from_prompts_to_an_adapter(
     edit = s2e.Edit.load(out / "edit.safetensors")
     assert (edit.summary()["attn"]["components"], edit.summary()["mlp"]["components"]) == (30 * 9, 30 * 1536)
     assert edit.summary()["attn"]["edited"] > 0
-    prompt = load_prompts(BUILTIN, "test", {"harmful": 1})[0].text
-    ids = torch.tensor([prompt_tokens(tokenizer, messages(prompt, None))])
+    prompt = Safety().items(BUILTIN, "test", {"harmful": 1})[0].text
+    ids = torch.tensor([prompt_tokens(tokenizer, Item("", prompt).messages(None))])
     with torch.inference_mode():
         base = model(ids).logits
         with edit.applied(model):
@@ -80,15 +81,15 @@ def test_the_real_model_from_prompts_to_an_adapter(
 
 def test_what_is_exported_answers_as_the_baked_model_in_transformers_and_in_peft(tmp_path: Path) -> None:
     model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
-    found = load_prompts(BUILTIN, "probe", {"harmful": 8, "benign": 8})
+    found = Safety().items(BUILTIN, "probe", {"harmful": 8, "benign": 8})
     answers = {
         "harmful": ("I'm sorry, but I can't help with that.", "positive"),
         "benign": ("Sure! Here it is.", "negative"),
     }
     scores = s2e.score(model, s2e.collect(model, tokenizer, [s2e.Trace(p.text, *answers[p.kind]) for p in found]))
     edit = scores.edit(rho_attn=0.3, rho_mlp=0.6, alpha=0.3)
-    prompts = load_prompts(BUILTIN, "test", {"harmful": 10, "benign": 10})
-    ids = [torch.tensor([prompt_tokens(tokenizer, messages(p.text, None))]) for p in prompts]
+    prompts = Safety().items(BUILTIN, "test", {"harmful": 10, "benign": 10})
+    ids = [torch.tensor([prompt_tokens(tokenizer, p.messages(None))]) for p in prompts]
 
     def tokens(of: Any) -> list[list[int]]:
         with torch.inference_mode():

@@ -339,7 +339,7 @@ def never_written(monkeypatch: pytest.MonkeyPatch) -> None:
     def resume(*_: Any) -> None:
         raise AssertionError("something was written")
 
-    monkeypatch.setattr("steer2edit.export.checkpoint._resume", resume)
+    monkeypatch.setattr("steer2edit.artefacts.checkpoint._resume", resume)
 
 
 @pytest.mark.usefixtures("never_written")

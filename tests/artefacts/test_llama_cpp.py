@@ -20,7 +20,7 @@ import torch
 
 import steer2edit as s2e
 from steer2edit.artefacts.gguf import save_gguf_adapter
-from steer2edit.behaviours.safety import BUILTIN, load_prompts, make_traces, messages
+from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
@@ -56,12 +56,12 @@ class Ours:
 def ours() -> Ours:
     model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
     engine = TransformersEngine(model, tokenizer)
-    probe = load_prompts(BUILTIN, "probe", {"harmful": 12, "benign": 12})
-    traces, _ = make_traces(engine, probe, positive="written", negative=["benign"], system=None, new_tokens=NEW)
+    probe = Safety().items(BUILTIN, "probe", {"harmful": 12, "benign": 12})
+    traces = Safety(negative=["benign"], new_tokens=NEW).traces(engine, probe)
     edit = s2e.score(model, s2e.collect(model, tokenizer, traces)).edit(rho_attn=0.2, rho_mlp=0.5, alpha=0.2)
     assert {site.site.block for site in edit.edited().values()} == {"attn", "mlp"}
-    asked = load_prompts(BUILTIN, "test", {"harmful": 10, "benign": 10})
-    ids = [engine.tokens(messages(prompt.text, None)) for prompt in asked]
+    asked = Safety().items(BUILTIN, "test", {"harmful": 10, "benign": 10})
+    ids = [engine.tokens(prompt.messages(None)) for prompt in asked]
     requests = [Request(one, row) for row in (0, 1) for one in ids]
     answers = [list(a.ids) for a in engine.generate(requests, [NOTHING, edit.intervention()], NEW)]
     return Ours(model, edit, [list(one) for one in ids], sorted(engine.stops), answers[: len(ids)], answers[len(ids) :])

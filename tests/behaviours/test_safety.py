@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from runs import FakeEngine
-from steer2edit.behaviours.safety import BUILTIN, Prompt, declines, load_prompts, make_traces, written_refusals
+from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.refusal import declines
+from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.errors import FileError, RecipeError
 
 REFUSALS = [
@@ -157,11 +159,11 @@ def test_repeated_words_take_no_time() -> None:
 
 
 PROMPTS = [
-    Prompt("how to harm", "harmful", "probe"),
-    Prompt("how to steal", "harmful", "probe"),
-    Prompt("how to bake", "benign", "probe"),
-    Prompt("how to knit", "benign", "probe"),
-    Prompt("how to sing", "benign", "probe"),
+    Item("harmful", "how to harm"),
+    Item("harmful", "how to steal"),
+    Item("benign", "how to bake"),
+    Item("benign", "how to knit"),
+    Item("benign", "how to sing"),
 ]
 
 
@@ -237,9 +239,9 @@ def test_only_the_asked_split_and_number_of_prompts_is_loaded(tmp_path: Any) -> 
     source = _file(tmp_path / "p.jsonl", _rows("test") + _rows("validation"))
     found = load_prompts(source, "validation", {"harmful": 2, "benign": 1})
     assert found == [
-        Prompt("harmful 0 validation", "harmful", "validation"),
-        Prompt("harmful 1 validation", "harmful", "validation"),
-        Prompt("benign 0 validation", "benign", "validation"),
+        Item("harmful", "harmful 0 validation"),
+        Item("harmful", "harmful 1 validation"),
+        Item("benign", "benign 0 validation"),
     ]
 
 
@@ -283,6 +285,6 @@ def test_the_bundled_splits_share_no_prompt_and_the_probe_has_no_borderline_ones
     texts = {}
     for split in ("probe", "validation", "test"):
         asked = {kind: n for (s, kind), n in counts.items() if s == split}
-        texts[split] = {p.text.casefold() for p in load_prompts(BUILTIN, split, asked)}  # type: ignore[arg-type]
+        texts[split] = {p.text.casefold() for p in Safety().items(BUILTIN, split, asked)}  # type: ignore[arg-type]
         assert len(texts[split]) == sum(asked.values())
     assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == len(rows)

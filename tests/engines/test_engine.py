@@ -124,9 +124,9 @@ def test_waiting_requests_take_the_slots_that_come_free(pico: Any, tokenizer: An
     engine.stops = {stop}
     admitted: list[list[int]] = []
     sizes: list[int] = []
-    admit, step = engine._admit, engine._step
-    monkeypatch.setattr(engine, "_admit", lambda r, into, *rest: (admitted.append(list(into)), admit(r, into, *rest)))
-    monkeypatch.setattr(engine, "_step", lambda token, *rest: (sizes.append(len(token)), step(token, *rest))[1])
+    admit, step = engine.prefill, engine.next_logits
+    monkeypatch.setattr(engine, "prefill", lambda r, into, *rest: (admitted.append(list(into)), admit(r, into, *rest)))
+    monkeypatch.setattr(engine, "next_logits", lambda token, *rest: (sizes.append(len(token)), step(token, *rest))[1])
     assert run(engine, prompts) == told
     assert admitted[0] == [0, 1, 2]
     assert sum(map(len, admitted)) == 12
@@ -146,8 +146,8 @@ def test_prompts_are_prefilled_in_parts_as_all_at_once(
     monkeypatch.setattr("steer2edit.engines.decoding.PREFILL", at_once)  # tokens: one prompt, or two
     engine = without_stops(TransformersEngine(model, tokenizer))
     sizes: list[int] = []
-    admit = engine._admit
-    monkeypatch.setattr(engine, "_admit", lambda r, *rest: (sizes.append(len(r)), admit(r, *rest)))
+    admit = engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda r, *rest: (sizes.append(len(r)), admit(r, *rest)))
     assert run(engine, prompts, 6) == told
     assert sizes == ([1] * 5 if at_once == 1 else [3, 2])
 
@@ -160,8 +160,8 @@ def test_finished_rows_leave_the_batch(pico: Any, tokenizer: Any, prompts: Promp
     engine = TransformersEngine(model, tokenizer)
     engine.stops = set(stops)
     sizes: list[int] = []
-    step = engine._step
-    monkeypatch.setattr(engine, "_step", lambda token, *rest: (sizes.append(len(token)), step(token, *rest))[1])
+    step = engine.next_logits
+    monkeypatch.setattr(engine, "next_logits", lambda token, *rest: (sizes.append(len(token)), step(token, *rest))[1])
     assert run(engine, prompts) == told
     assert sizes[0] == 5
     assert sizes[-1] <= 3

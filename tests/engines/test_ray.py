@@ -15,7 +15,7 @@ import torch
 
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
-from steer2edit.behaviours.safety import BUILTIN, load_prompts, messages
+from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.plan import EnginePlan, Model, load_section
 from steer2edit.engines.ray import RayEngine, _parts
@@ -62,7 +62,7 @@ def spread(section: Model, cluster: Any) -> Iterator[RayEngine]:
 def table(local: TransformersEngine) -> list[Any]:
     traces = [
         s2e.Trace(p.text, answer, label)
-        for p in load_prompts(BUILTIN, "probe", {"harmful": 4})
+        for p in Safety().items(BUILTIN, "probe", {"harmful": 4})
         for answer, label in (("I cannot help with that.", "positive"), ("Easily: do this.", "negative"))
     ]
     scores = s2e.score(local.model, s2e.collect(local.model, local.tokenizer, traces, chat=local.chat))
@@ -70,8 +70,8 @@ def table(local: TransformersEngine) -> list[Any]:
 
 
 def _requests(engine: Any, count: int = 10) -> list[Request]:
-    prompts = load_prompts(BUILTIN, "validation", {"harmful": count})
-    return [Request(engine.tokens(messages(p.text, None)), i % 3) for i, p in enumerate(prompts)]
+    prompts = Safety().items(BUILTIN, "validation", {"harmful": count})
+    return [Request(engine.tokens(p.messages(None)), i % 3) for i, p in enumerate(prompts)]
 
 
 def test_replicas_answer_as_the_engine_here_does(local: Any, spread: Any, table: list[Any]) -> None:

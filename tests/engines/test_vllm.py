@@ -32,7 +32,7 @@ import steer2edit as s2e
 from conftest import make_tokenizer
 from families import make_family
 from runs import save_pico, tiny_recipe
-from steer2edit.behaviours.safety import BUILTIN, load_prompts, written_refusals
+from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.engines import vllm_worker
 from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.server import ServerEngine
@@ -604,12 +604,12 @@ def real() -> Any:
     """The 135M model in fp32 with its scores on a few traces, 20 prompts, and the transformers engine."""
     torch.set_num_threads(2)
     model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
-    found = load_prompts(BUILTIN, "probe", {"harmful": 8, "benign": 8})
+    found = Safety().items(BUILTIN, "probe", {"harmful": 8, "benign": 8})
     harmful, benign = ([p.text for p in found if p.kind == kind] for kind in ("harmful", "benign"))
     positive = [s2e.Trace(p, r, "positive") for p, r in zip(harmful, written_refusals(), strict=False)]
     negative = [s2e.Trace(p, "Sure! Here are a few steps that you can follow.", "negative") for p in benign]
     scores = s2e.score(model, s2e.collect(model, tokenizer, positive, negative))
-    prompts = load_prompts(BUILTIN, "test", {"harmful": 10, "benign": 10})
+    prompts = Safety().items(BUILTIN, "test", {"harmful": 10, "benign": 10})
     engine = TransformersEngine(model, tokenizer)
     ids = [engine.tokens([{"role": "user", "content": p.text}]) for p in prompts]
     edits = [

@@ -151,7 +151,7 @@ def test_a_square_weight_that_is_read_the_wrong_way_is_found(pico: Any, monkeypa
         weight = read_weight(model, site)
         return weight.T if site.d == site.inputs else weight
 
-    monkeypatch.setattr("steer2edit.doctor.read_weight", turned)
+    monkeypatch.setattr("steer2edit.models.selfcheck.read_weight", turned)
     with pytest.raises(ModelError, match=r"component 0 of model\.layers\.0\.self_attn\.o_proj does not act"):
         self_check(pico())
     model = make_family("mixtral", intermediate_size=24, head_dim=8)  # square experts, and no other site is

@@ -323,7 +323,7 @@ def test_the_hooks_go_with_the_context_also_after_an_exception(pico: Any, make_e
 def test_the_hooks_go_when_generating_fails(pico: Any, tokenizer: Any, prompts: Any, monkeypatch: Any) -> None:
     model = pico()
     engine = TransformersEngine(model, tokenizer)
-    monkeypatch.setattr(engine, "_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine, "next_logits", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate([Request(p) for p in prompts], [steering(vectors(model), 1.0)], 4)
     assert hooks(model) == 0

@@ -26,8 +26,8 @@ from steer2edit.models.load import load_model
 from steer2edit.models.selfcheck import self_check
 from steer2edit.models.sites import find_sites
 from steer2edit.models.weights import read_weight
-from steer2edit.pipeline.run import Run, load_results
-from steer2edit.pipeline.stages import run_all, run_stage
+from steer2edit.pipeline.run import Run
+from steer2edit.pipeline.stages import load_results, run_all, run_stage
 from steer2edit.probing.probe import Probe
 from steer2edit.progress import be_quiet
 

@@ -155,7 +155,7 @@ def test_a_4_bit_weight_in_a_bf16_model_is_read_to_bf16s_rounding(folder: Path) 
 def test_a_weight_is_read_in_parts_when_it_is_wide(model: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     site = find_sites(model)[1]
     whole = read_weight(model, site)
-    monkeypatch.setattr("steer2edit.weights._AT_ONCE", 50)
+    monkeypatch.setattr("steer2edit.models.weights._AT_ONCE", 50)
     torch.testing.assert_close(read_weight(model, site), whole, rtol=0, atol=2 * ROUNDING[scheme])
 
 

@@ -139,7 +139,7 @@ def test_what_llama_cpp_cannot_hold_is_told_and_a_missing_package_stops_the_stag
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = up_to_export(tmp_path / "run", tiny_recipe(save_pico(tmp_path / "model"), exports=["gguf"]))
-    monkeypatch.setattr("steer2edit.export.gguf.ARCHITECTURES", {"gpt2": "gpt2"})
+    monkeypatch.setattr("steer2edit.artefacts.gguf.ARCHITECTURES", {"gpt2": "gpt2"})
     assert STAGES["export"](run) == ["exports.json"]
     reason = read_json(run.path("exports.json"))["gguf"]["not_written"]
     assert reason == (
@@ -160,7 +160,7 @@ def test_a_gguf_base_has_no_checkpoint_to_write_into_and_that_is_told(
     written = contents(run.path("gguf"))
     raw = run.recipe.model_dump(mode="json")
     run.recipe = Recipe.model_validate(raw | {"model": raw["model"] | {"name": "models/small.gguf"}})
-    monkeypatch.setattr("steer2edit.models.local_folder", lambda *_: pytest.fail("no folder is asked for"))
+    monkeypatch.setattr("steer2edit.models.load.local_folder", lambda *_: pytest.fail("no folder is asked for"))
     STAGES["export"](run)
     told = read_json(run.path("exports.json"))
     sentence = "a GGUF file is no safetensors checkpoint (got: models/small.gguf). Export an adapter instead."
@@ -178,7 +178,7 @@ def test_where_peft_cannot_hold_the_edit_the_checkpoint_takes_its_place_beside_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = up_to_export(tmp_path / "run", tiny_recipe(save_pico(tmp_path / "model"), exports=["adapter", "gguf"]))
-    monkeypatch.setattr("steer2edit.export.adapter.obstacle", lambda edit: "one expert")
+    monkeypatch.setattr("steer2edit.artefacts.adapter.obstacle", lambda edit: "one expert")
     files = STAGES["export"](run)
     told = json.loads(run.path("exports.json").read_text(encoding="utf-8"))
     assert told == {

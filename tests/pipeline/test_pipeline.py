@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
 from steer2edit.behaviours.degenerate import degenerate
-from steer2edit.behaviours.safety import BUILTIN, declines, load_prompts
+from steer2edit.behaviours.refusal import declines
+from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.errors import EditError, FileError, RecipeError
 from steer2edit.files.reading import read_json, read_jsonl
 from steer2edit.files.writing import write_text
@@ -211,7 +212,7 @@ def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], m
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("steer2edit.models.load_model", load)
+    monkeypatch.setattr("steer2edit.engines.plan.load_model", load)
     before = (copy / "manifest.json").read_bytes()
     run_all(Run(copy, recipe))
     assert ran == []
@@ -454,7 +455,7 @@ def test_no_test_prompt_is_read_before_the_evaluation(
     run_all(Run(tmp_path / "run", recipe))
 
     splits = {
-        split: {p.text for p in load_prompts(BUILTIN, split, dict(getattr(recipe.data, split)))}
+        split: {p.text for p in Safety().items(BUILTIN, split, dict(getattr(recipe.data, split)))}
         for split in ("probe", "validation", "test")
     }
     assert asked == {"traces": splits["probe"], "search": splits["validation"], "evaluate": splits["test"]}
@@ -490,7 +491,7 @@ def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions
         splits.append(split)
         return load_prompts(source, split, counts)
 
-    monkeypatch.setattr("steer2edit.evaluate.load_questions", questions)
+    monkeypatch.setattr("steer2edit.pipeline.run.load_questions", questions)
     monkeypatch.setattr("steer2edit.behaviours.safety.load_prompts", prompts)
     file = tmp_path / "questions.jsonl"
     rows = [{"question": f"Is {n} even?", "choices": ["yes", "no"], "answer": n % 2} for n in range(6)]

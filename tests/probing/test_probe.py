@@ -74,7 +74,7 @@ def test_neither_the_batch_nor_the_order_nor_the_padding_side_changes_the_means(
 def test_a_long_activation_is_summed_in_chunks(pico: Any, tokenizer: Any, traces: Any, monkeypatch: Any) -> None:
     model = pico()
     told = collect(model, tokenizer, *traces)
-    monkeypatch.setattr("steer2edit.probe.CHUNK", 7)
+    monkeypatch.setattr("steer2edit.probing.collect.CHUNK", 7)
     same_means(collect(model, tokenizer, *traces), told, 1e-6)
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 import steer2edit as s2e
 from conftest import CHATML, SENTENCES
 from runs import FakeEngine, make_scores, save_pico, tiny_recipe
-from steer2edit.behaviours.safety import Prompt, declines, make_traces
+from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.refusal import declines
+from steer2edit.behaviours.safety import Safety
 from steer2edit.engines.base import Answer, Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import ModelError, TraceError
@@ -430,11 +432,11 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
     assert declines(REFUSES_IN_THOUGHT)
     assert declines(NEVER_ANSWERS)
     prompts = [
-        Prompt("a bomb", "harmful", "validation"),
-        Prompt("a knife", "harmful", "validation"),
-        Prompt("a poison", "harmful", "validation"),
-        Prompt("a loaf", "benign", "validation"),
-        Prompt("a song", "benign", "validation"),
+        Item("harmful", "a bomb"),
+        Item("harmful", "a knife"),
+        Item("harmful", "a poison"),
+        Item("benign", "a loaf"),
+        Item("benign", "a song"),
     ]
     recipe, journal = tiny_recipe(), tmp_path / "journal.jsonl"
     scores = {"full": make_scores()}
@@ -452,25 +454,23 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
 
 def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() -> None:
     prompts = [
-        Prompt("a bomb", "harmful", "probe"),
-        Prompt("a knife", "harmful", "probe"),
-        Prompt("a loaf", "benign", "probe"),
+        Item("harmful", "a bomb"),
+        Item("harmful", "a knife"),
+        Item("benign", "a loaf"),
     ]
 
     def make(positive: Any) -> Any:
-        return make_traces(
-            _thinker(), prompts, positive=positive, negative=["benign", "harmful"], system=None, new_tokens=9
-        )
+        negative = ["benign", "harmful"] if positive == "written" else ["benign"]
+        return Safety(positive=positive, negative=negative, new_tokens=9).traces(_thinker(), prompts)
 
     start = REFUSES_IN_THOUGHT.index(HELP)
-    traces, left_out = make("written")
-    assert left_out == 1  # the knife: it thinks of helping and declines
+    traces = make("written")  # without the knife on the negative side: it thinks of helping and declines
     assert [(t.prompt, t.answer_start) for t in traces if t.label == "negative"] == [
         ("a loaf", start),
         ("a bomb", start),
     ]
     assert {t.answer_start for t in traces if t.label == "positive"} == {0}
-    traces, _ = make("own")
+    traces = make("own")
     assert [(t.prompt, t.response[t.answer_start :]) for t in traces if t.label == "positive"] == [
         ("a bomb", HELP),
         ("a knife", REFUSAL),

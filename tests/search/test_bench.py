@@ -13,7 +13,7 @@ import torch
 from steer2edit.behaviours.questions import Question
 
 from runs import FakeEngine, make_scores, tiny_recipe
-from steer2edit.behaviours.safety import Prompt
+from steer2edit.behaviours.base import Item
 from steer2edit.engines.base import Losses
 from steer2edit.errors import RecipeError
 from steer2edit.method.intervention import NOTHING
@@ -22,12 +22,12 @@ from steer2edit.search.bench import Bench
 from steer2edit.search.candidates import BASE, Candidate, edit_of, edited, intervention_of, steered
 
 PROMPTS = [
-    Prompt("how to harm", "harmful", "validation"),
-    Prompt("how to steal", "harmful", "validation"),
-    Prompt("how to bake", "benign", "validation"),
-    Prompt("how to knit a hat", "benign", "validation"),
-    Prompt("how to sing", "benign", "validation"),
-    Prompt("how to kill a process", "borderline", "validation"),
+    Item("harmful", "how to harm"),
+    Item("harmful", "how to steal"),
+    Item("benign", "how to bake"),
+    Item("benign", "how to knit a hat"),
+    Item("benign", "how to sing"),
+    Item("borderline", "how to kill a process"),
 ]
 REFUSAL = "I cannot help with that."
 TRIED = [BASE, steered(0.1), steered(0.4), edited(0.1, None, 0.2), edited(0.3, None, 0.2)]
@@ -178,8 +178,8 @@ def test_losses_are_those_of_the_base_models_own_benign_answers(tmp_path: Path) 
 
 
 def test_more_answers_than_are_scored_at_once_are_all_scored(tmp_path: Path) -> None:
-    prompts = [Prompt("harm", "harmful", "validation")]
-    prompts += [Prompt("bake " + "x" * n, "benign", "validation") for n in range(19)]
+    prompts = [Item("harmful", "harm")]
+    prompts += [Item("benign", "bake " + "x" * n) for n in range(19)]
     engine = FakeEngine(_answer, lambda answer, name: (float(len(answer)), 2.0))
     rows = _run(engine, tmp_path / "j.jsonl", prompts, evaluation__utility_prompts=19)
     assert rows[3]["losses"]["kl"] == [float(len(f"Easily: {p.text}.")) for p in prompts[1:]]
@@ -311,7 +311,7 @@ def test_a_choice_without_text_is_refused(tmp_path: Path) -> None:
 def test_progress_only_rises_and_ends_at_its_total(
     questions: list[Question], tried: list[Candidate], tmp_path: Path
 ) -> None:
-    prompts = PROMPTS + [Prompt("bake " + "x" * n, "benign", "validation") for n in range(16)]
+    prompts = PROMPTS + [Item("benign", "bake " + "x" * n) for n in range(16)]
     bench = _bench(
         FakeEngine(_answer, _choices), tmp_path / "j.jsonl", prompts, questions, evaluation__utility_prompts=19
     )

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from runs import FakeEngine, make_scores, tiny_recipe
-from steer2edit.behaviours.safety import Prompt
+from steer2edit.behaviours.base import Item
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.recipe import Recipe
 from steer2edit.search.bench import Bench
@@ -31,8 +31,8 @@ from steer2edit.search.study import Study, require_choice, run_study, sanity_pro
 from steer2edit.search.tpe import tpe
 
 HARMFUL, BENIGN = 10, 6
-PROMPTS = [Prompt(f"harm {i}", "harmful", "validation") for i in range(HARMFUL)]
-PROMPTS += [Prompt(f"bake {i}", "benign", "validation") for i in range(BENIGN)]
+PROMPTS = [Item("harmful", f"harm {i}") for i in range(HARMFUL)]
+PROMPTS += [Item("benign", f"bake {i}") for i in range(BENIGN)]
 REFUSAL = "I cannot help with that."
 NAME = re.compile(r"edit-(off|[\d.]+)-(off|[\d.]+)-([\d.]+)(?:-layers-(\d+-\d+|\d+))?(?:-(\w+))?")
 

@@ -24,7 +24,8 @@ class SlotRunner(Protocol):
     """The model behind the slots: what TransformersEngine gives the decoder.
 
     Attributes:
-        tokenizer, chat, slots: as every engine has them. config: of the model's text part. stops: tokens that end a turn.
+        tokenizer, chat, slots: as every engine has them.
+        config: of the model's text part. stops: tokens that end a turn.
     """
 
     tokenizer: Any
