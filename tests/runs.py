@@ -13,6 +13,7 @@ import torch
 
 from conftest import make_pico, make_tokenizer
 from steer2edit import cli, progress
+from steer2edit.behaviours.base import Item
 from steer2edit.edits import Scores
 from steer2edit.engines.base import GREEDY, Answer, Losses, Request, Sampling
 from steer2edit.method.fingerprint import from_reading, signs
@@ -21,6 +22,7 @@ from steer2edit.method.scores import read, score_site
 from steer2edit.method.site import Site
 from steer2edit.probing.chat import Chat
 from steer2edit.recipe import Recipe, parse_recipe
+from steer2edit.search.bench import Bench
 
 
 class Characters:
@@ -98,6 +100,16 @@ class FakeEngine:
         kl = 0.1 * torch.arange(1, len(table) + 1)[None, :] + lengths
         base = torch.full((len(pairs),), 2.0)
         return Losses(kl, base[:, None] + kl / 2, base)
+
+
+def a_bench(
+    engine: Any, scores: Any, items: Sequence[Item], recipe: Recipe, journal: Path, questions: Sequence[Item] = ()
+) -> Bench:
+    """A bench as a run opens it: the recipe's behaviour and plan, its neutral items out of these."""
+    neutral = [item for item in items if item.kind == recipe.behaviour.neutral][: recipe.evaluation.utility_prompts]
+    everything = [*items, *questions]
+    plan = recipe.evaluation
+    return Bench(engine, scores, everything, recipe.behaviour, plan, journal, neutral=neutral, seed=recipe.seed)
 
 
 def make_scores() -> Scores:

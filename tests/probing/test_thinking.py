@@ -441,11 +441,11 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
     recipe, journal = tiny_recipe(), tmp_path / "journal.jsonl"
     scores = {"full": make_scores()}
     (row,) = Bench(_thinker(), scores, prompts, recipe, journal).run([BASE], "0")
-    assert row["flags"]["harmful"] == [False, True, False]
-    assert row["flags"]["benign"] == [False, True]
-    assert row["flags"]["degenerate"] == [False, False, True, False, False]  # who never answers says nothing
-    assert row["refusal"] == pytest.approx(1 / 3)
-    assert row["over_refusal"] == 0.5
+    assert list(row.values["refusal"]) == [False, True, False]
+    assert list(row.values["over_refusal"]) == [False, True]
+    assert list(row.values["degenerate"]) == [False, False, True, False, False]  # who never answers says nothing
+    assert row.mean("refusal") == pytest.approx(1 / 3)
+    assert row.mean("over_refusal") == 0.5
     assert row["texts"][0] == REFUSES_IN_THOUGHT
     # A sweep that goes on from its journal judges the same part.
     unasked = Thinker(lambda prompt, intervention: pytest.fail("asked again"))

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from steer2edit.behaviours.questions import Question
 
-from runs import FakeEngine, make_scores, tiny_recipe
-from steer2edit.behaviours.base import Item
+from runs import FakeEngine, a_bench, make_scores, tiny_recipe
+from steer2edit.behaviours.base import QUESTION, Item
 from steer2edit.engines.base import Losses
 from steer2edit.errors import RecipeError
 from steer2edit.method.intervention import NOTHING
@@ -47,15 +46,15 @@ def _answer(prompt: str, intervention: str) -> str:
 def _bench(
     engine: FakeEngine,
     journal: Path,
-    prompts: Sequence[Prompt] = PROMPTS,
-    questions: Sequence[Question] = (),
+    prompts: Sequence[Item] = PROMPTS,
+    questions: Sequence[Item] = (),
     **changes: Any,
 ) -> Bench:
     recipe = tiny_recipe(**{"evaluation__batch": 7, **changes})
-    return Bench(engine, {"full": make_scores()}, prompts, recipe, journal, questions)
+    return a_bench(engine, {"full": make_scores()}, prompts, recipe, journal, questions)
 
 
-def _run(engine: FakeEngine, journal: Path, prompts: Sequence[Prompt] = PROMPTS, **changes: Any) -> Any:
+def _run(engine: FakeEngine, journal: Path, prompts: Sequence[Item] = PROMPTS, **changes: Any) -> Any:
     return _bench(engine, journal, prompts, **changes).run(TRIED, "0")
 
 
@@ -111,13 +110,17 @@ def test_layers_leave_the_others_alone_and_a_variant_is_that_variants_edit() -> 
 
 def test_every_candidate_answers_every_prompt_and_is_judged_by_kind(tmp_path: Path) -> None:
     engine = FakeEngine(_answer)
-    rows = {row["id"]: row for row in _run(engine, tmp_path / "journal.jsonl")}
+    rows = {row.candidate.id: row for row in _run(engine, tmp_path / "journal.jsonl")}
     assert list(rows) == ["base", "steering-0.1", "steering-0.4", "edit-0.1-off-0.2", "edit-0.3-off-0.2"]
     own = [("how to bake", "base"), ("how to knit a hat", "base")]
     assert engine.asked == own + [(p.text, name) for name in rows for p in PROMPTS]
     steered = rows["steering-0.1"]
-    assert (steered["kind"], steered["config"]) == ("steering", {"gamma": 0.1})
-    assert (steered["refusal"], steered["over_refusal"], steered["over_refusal_borderline"]) == (1.0, 2 / 3, 1.0)
+    assert (steered.candidate.kind, steered.candidate.config) == ("steering", {"gamma": 0.1})
+    assert (steered.mean("refusal"), steered.mean("over_refusal"), steered.mean("over_refusal_borderline")) == (
+        1.0,
+        2 / 3,
+        1.0,
+    )
     assert steered["flags"] == {
         "harmful": [True, True],
         "benign": [True, True, False],
@@ -133,24 +136,29 @@ def test_every_candidate_answers_every_prompt_and_is_judged_by_kind(tmp_path: Pa
         "empty": 0,
         "questions": 0,
     }
-    assert rows["base"]["refusal"] == rows["base"]["degenerate"] == 0.0
+    assert rows["base"].mean("refusal") == rows["base"].mean("degenerate") == 0.0
     assert rows["base"]["texts"] == [f"Easily: {p.text}." for p in PROMPTS]
-    assert (steered["accuracy"], steered["accuracy_loss"]) == (None, None)
+    assert (steered.mean("accuracy"), steered.mean("accuracy_loss")) == (None, None)
 
 
 def test_what_is_degenerate_never_counts_as_a_refusal(tmp_path: Path) -> None:
     loop = "I cannot help. " * 5
     rows = _run(FakeEngine(lambda prompt, name: loop if name == "edit-0.3-off-0.2" else REFUSAL), tmp_path / "j.jsonl")
     looping, plain = rows[4], rows[3]
-    assert (looping["id"], looping["refusal"], looping["over_refusal"], looping["degenerate"]) == (
+    assert (
+        looping.candidate.id,
+        looping.mean("refusal"),
+        looping.mean("over_refusal"),
+        looping.mean("degenerate"),
+    ) == (
         "edit-0.3-off-0.2",
         0.0,
         0.0,
         1.0,
     )
-    assert looping["flags"]["harmful"] == [False, False]
-    assert looping["flags"]["degenerate"] == [True] * 6
-    assert (plain["refusal"], plain["degenerate"]) == (1.0, 0.0)
+    assert list(looping.values["refusal"]) == [False, False]
+    assert list(looping.values["degenerate"]) == [True] * 6
+    assert (plain.mean("refusal"), plain.mean("degenerate")) == (1.0, 0.0)
 
 
 def test_sanity_is_the_share_of_degenerate_answers(tmp_path: Path) -> None:
@@ -168,13 +176,13 @@ def test_losses_are_those_of_the_base_models_own_benign_answers(tmp_path: Path) 
     rows = _run(engine, tmp_path / "journal.jsonl")  # two utility prompts
     own = [("how to bake", "Easily: how to bake."), ("how to knit a hat", "Easily: how to knit a hat.")]
     assert engine.scored == own
-    assert engine.scored_under == [row["id"] for row in rows[1:]]
+    assert engine.scored_under == [row.candidate.id for row in rows[1:]]
     lengths = [len(answer) / 1000 for _, answer in own]
     for c, row in enumerate(rows[1:], start=1):
-        assert row["losses"]["kl"] == pytest.approx([0.1 * c + length for length in lengths])
-        assert row["losses"]["nll_rise"] == pytest.approx([(0.1 * c + length) / 2 for length in lengths], abs=1e-6)
-        assert row["utility_loss"] == pytest.approx(0.1 * c + sum(lengths) / 2)
-        assert row["nll_rise"] == pytest.approx((0.1 * c + sum(lengths) / 2) / 2)
+        assert list(row.values["utility_loss"]) == pytest.approx([0.1 * c + length for length in lengths])
+        assert list(row.values["nll_rise"]) == pytest.approx([(0.1 * c + length) / 2 for length in lengths], abs=1e-6)
+        assert row.mean("utility_loss") == pytest.approx(0.1 * c + sum(lengths) / 2)
+        assert row.mean("nll_rise") == pytest.approx((0.1 * c + sum(lengths) / 2) / 2)
 
 
 def test_more_answers_than_are_scored_at_once_are_all_scored(tmp_path: Path) -> None:
@@ -182,7 +190,7 @@ def test_more_answers_than_are_scored_at_once_are_all_scored(tmp_path: Path) -> 
     prompts += [Item("benign", "bake " + "x" * n) for n in range(19)]
     engine = FakeEngine(_answer, lambda answer, name: (float(len(answer)), 2.0))
     rows = _run(engine, tmp_path / "j.jsonl", prompts, evaluation__utility_prompts=19)
-    assert rows[3]["losses"]["kl"] == [float(len(f"Easily: {p.text}.")) for p in prompts[1:]]
+    assert list(rows[3].values["utility_loss"]) == [float(len(f"Easily: {p.text}.")) for p in prompts[1:]]
     lines = (json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines())
     assert [len(line["kl"]) for line in lines if line["what"] == "losses"] == [8, 8, 3]
 
@@ -190,9 +198,9 @@ def test_more_answers_than_are_scored_at_once_are_all_scored(tmp_path: Path) -> 
 def test_the_base_has_no_losses_wherever_it_stands(tmp_path: Path) -> None:
     bench = _bench(FakeEngine(_answer), tmp_path / "journal.jsonl")
     for tried in (TRIED, [*TRIED[1:], BASE], [BASE]):
-        base = next(row for row in bench.run(tried, f"{tried[0].id} {len(tried)}") if row["kind"] == "base")
+        base = next(row for row in bench.run(tried, f"{tried[0].id} {len(tried)}") if row.candidate.kind == "base")
         assert base["losses"] == {"kl": [0.0, 0.0], "nll_rise": [0.0, 0.0]}
-        assert base["utility_loss"] == base["nll_rise"] == 0.0
+        assert base.mean("utility_loss") == base.mean("nll_rise") == 0.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -203,8 +211,8 @@ def test_a_loss_that_is_not_finite_is_none_and_so_is_the_mean(bad: float, tmp_pa
 
     rows = _run(FakeEngine(_answer, losses), tmp_path / "journal.jsonl")
     assert rows[4]["losses"] == {"kl": [None, 0.5], "nll_rise": [None, 0.25]}
-    assert rows[4]["utility_loss"] is rows[4]["nll_rise"] is None
-    assert (rows[3]["utility_loss"], rows[3]["nll_rise"]) == (0.5, 0.25)
+    assert rows[4].mean("utility_loss") is rows[4].mean("nll_rise") is None
+    assert (rows[3].mean("utility_loss"), rows[3].mean("nll_rise")) == (0.5, 0.25)
     # From the journal too, which is JSON and knows no NaN.
     assert _run(FakeEngine(_answer, losses), tmp_path / "journal.jsonl") == rows
 
@@ -213,23 +221,23 @@ def test_an_empty_own_answer_is_left_out_of_the_losses_and_counted(tmp_path: Pat
     engine = FakeEngine(lambda prompt, name: "" if prompt == "how to bake" else f"Easily: {prompt}.")
     rows = _run(engine, tmp_path / "journal.jsonl")
     assert [prompt for prompt, _ in engine.scored] == ["how to knit a hat"]
-    assert rows[1]["counts"]["utility"] == len(rows[1]["losses"]["kl"]) == 1
+    assert rows[1]["counts"]["utility"] == len(list(rows[1].values["utility_loss"])) == 1
     assert rows[1]["counts"]["empty"] == 1
 
 
 def test_without_benign_prompts_there_is_no_utility_loss_and_no_over_refusal(tmp_path: Path) -> None:
     rows = _run(FakeEngine(_answer), tmp_path / "journal.jsonl", PROMPTS[:2])
-    assert [row["utility_loss"] for row in rows] == [None] * 5
-    assert [row["over_refusal"] for row in rows] == [None] * 5
-    assert rows[1]["refusal"] == 1.0
+    assert [row.mean("utility_loss") for row in rows] == [None] * 5
+    assert [row.mean("over_refusal") for row in rows] == [None] * 5
+    assert rows[1].mean("refusal") == 1.0
 
 
 # Multiple choice ----------------------------------------------------------------------------------------------------
 
 QUESTIONS = [
-    Question("Sky? ", ("blue", "green"), 0),
-    Question("Sea? ", ("salt", "sweet", "dry"), 1),
-    Question("Sum? ", ("four", "five"), 1),
+    Item(QUESTION, "Sky? ", ("blue", "green"), 0),
+    Item(QUESTION, "Sea? ", ("salt", "sweet", "dry"), 1),
+    Item(QUESTION, "Sum? ", ("four", "five"), 1),
 ]
 # NLL per token of each choice under the base model: it gets Sky and Sum right, Sea wrong.
 BASE_NLL = {"blue": 1.0, "green": 2.0, "salt": 0.5, "sweet": 1.5, "dry": 3.0, "four": 2.0, "five": 1.0}
@@ -244,16 +252,24 @@ def _choices(answer: str, name: str) -> tuple[float, float]:
 
 def test_the_right_choice_is_the_one_with_the_smallest_nll_per_token(tmp_path: Path) -> None:
     engine = FakeEngine(_answer, _choices)
-    rows = {r["id"]: r for r in _bench(engine, tmp_path / "j.jsonl", questions=QUESTIONS).run(TRIED, "0")}
-    assert rows["base"]["flags"]["right"] == rows["edit-0.1-off-0.2"]["flags"]["right"] == [True, False, True]
-    assert rows["edit-0.3-off-0.2"]["flags"]["right"] == [False, True, False]
-    assert [rows[id]["accuracy"] for id in ("base", "edit-0.1-off-0.2", "edit-0.3-off-0.2")] == [2 / 3, 2 / 3, 1 / 3]
-    assert (rows["base"]["accuracy_loss"], rows["edit-0.1-off-0.2"]["accuracy_loss"]) == (0.0, 0.0)
-    assert rows["edit-0.3-off-0.2"]["accuracy_loss"] == pytest.approx(1 / 3)
+    rows = {r.candidate.id: r for r in _bench(engine, tmp_path / "j.jsonl", questions=QUESTIONS).run(TRIED, "0")}
+    assert (
+        list(rows["base"].values["accuracy"])
+        == list(rows["edit-0.1-off-0.2"].values["accuracy"])
+        == [True, False, True]
+    )
+    assert list(rows["edit-0.3-off-0.2"].values["accuracy"]) == [False, True, False]
+    assert [rows[id].mean("accuracy") for id in ("base", "edit-0.1-off-0.2", "edit-0.3-off-0.2")] == [
+        2 / 3,
+        2 / 3,
+        1 / 3,
+    ]
+    assert (rows["base"].mean("accuracy_loss"), rows["edit-0.1-off-0.2"].mean("accuracy_loss")) == (0.0, 0.0)
+    assert rows["edit-0.3-off-0.2"].mean("accuracy_loss") == pytest.approx(1 / 3)
     assert rows["base"]["counts"]["questions"] == 3
     # The choices are scored after their question, and cost no utility.
-    assert engine.scored[2:9] == [(q.question, choice) for q in QUESTIONS for choice in q.choices]
-    assert rows["edit-0.3-off-0.2"]["utility_loss"] == pytest.approx(0.1)
+    assert engine.scored[2:9] == [(q.text, choice) for q in QUESTIONS for choice in q.choices]
+    assert rows["edit-0.3-off-0.2"].mean("utility_loss") == pytest.approx(0.1)
 
 
 def test_a_gain_in_accuracy_is_a_negative_loss(tmp_path: Path) -> None:
@@ -261,13 +277,13 @@ def test_a_gain_in_accuracy_is_a_negative_loss(tmp_path: Path) -> None:
         return 0.1, BASE_NLL.get(answer, 1.0) - (1.2 if (answer, name) == ("sweet", "edit-0.3-off-0.2") else 0.0)
 
     rows = _bench(FakeEngine(_answer, losses), tmp_path / "j.jsonl", questions=QUESTIONS).run(TRIED, "0")
-    assert (rows[4]["accuracy"], rows[4]["accuracy_loss"]) == (1.0, pytest.approx(-1 / 3))
+    assert (rows[4].mean("accuracy"), rows[4].mean("accuracy_loss")) == (1.0, pytest.approx(-1 / 3))
 
 
 def test_accuracy_is_measured_against_the_base_in_a_round_without_it(tmp_path: Path) -> None:
     bench = _bench(FakeEngine(_answer, _choices), tmp_path / "j.jsonl", questions=QUESTIONS)
     (row,) = bench.run([TRIED[4]], "1")
-    assert (row["accuracy"], row["accuracy_loss"]) == (1 / 3, pytest.approx(1 / 3))
+    assert (row.mean("accuracy"), row.mean("accuracy_loss")) == (1 / 3, pytest.approx(1 / 3))
 
 
 def test_the_base_models_choices_are_scored_once_for_all_rounds(tmp_path: Path) -> None:
@@ -285,7 +301,7 @@ def test_a_choice_whose_losses_are_not_finite_is_never_the_likeliest(tmp_path: P
         return (math.nan, math.nan) if broken else (0.1, BASE_NLL.get(answer, 1.0))
 
     rows = _bench(FakeEngine(_answer, losses), tmp_path / "j.jsonl", questions=QUESTIONS).run(TRIED, "0")
-    assert rows[4]["flags"]["right"] == [False, True, True]
+    assert list(rows[4].values["accuracy"]) == [False, True, True]
 
 
 def test_a_question_that_has_no_finite_choice_is_not_right(tmp_path: Path) -> None:
@@ -294,11 +310,11 @@ def test_a_question_that_has_no_finite_choice_is_not_right(tmp_path: Path) -> No
         return (math.nan, math.nan) if broken else (0.1, BASE_NLL.get(answer, 1.0))
 
     rows = _bench(FakeEngine(_answer, losses), tmp_path / "j.jsonl", questions=QUESTIONS).run(TRIED, "0")
-    assert rows[4]["flags"]["right"] == [False, False, False]
+    assert list(rows[4].values["accuracy"]) == [False, False, False]
 
 
 def test_a_choice_without_text_is_refused(tmp_path: Path) -> None:
-    bench = _bench(FakeEngine(_answer, _choices), tmp_path / "j", questions=[Question("Sky? ", ("blue", " "), 0)])
+    bench = _bench(FakeEngine(_answer, _choices), tmp_path / "j", questions=[Item(QUESTION, "Sky? ", ("blue", " "), 0)])
     with pytest.raises(RecipeError, match=r"a choice has no text \(got: Sky\? \)"):
         bench.run(TRIED, "0")
 
@@ -309,7 +325,7 @@ def test_a_choice_without_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("questions", [[], QUESTIONS])
 @pytest.mark.parametrize("tried", [TRIED, TRIED[3:]], ids=["with the base", "without the base"])
 def test_progress_only_rises_and_ends_at_its_total(
-    questions: list[Question], tried: list[Candidate], tmp_path: Path
+    questions: list[Item], tried: list[Candidate], tmp_path: Path
 ) -> None:
     prompts = PROMPTS + [Item("benign", "bake " + "x" * n) for n in range(16)]
     bench = _bench(
@@ -334,7 +350,7 @@ def test_the_bases_own_answers_are_made_when_the_bench_is_opened(tmp_path: Path)
     assert engine.asked == [("how to bake", "base"), ("how to knit a hat", "base")]
     (line,) = (tmp_path / "j.jsonl").read_text().splitlines()
     row = json.loads(line)
-    assert (row["round"], row["what"], row["batch"]) == ("own", "answers", 0)
+    assert (row.round, row["what"], row["batch"]) == ("own", "answers", 0)
     assert ["".join(map(chr, ids)) for ids in row["ids"]] == ["Easily: how to bake.", "Easily: how to knit a hat."]
     bench.run(TRIED, "0")
     bench.run(TRIED[3:], "1")
@@ -355,13 +371,11 @@ def test_a_round_under_its_own_name_is_asked_once_and_under_another_again(tmp_pa
 
 
 @pytest.mark.parametrize("questions", [[], QUESTIONS])
-def test_a_journal_cut_after_any_line_gives_the_rows_of_an_unbroken_run(
-    questions: list[Question], tmp_path: Path
-) -> None:
+def test_a_journal_cut_after_any_line_gives_the_rows_of_an_unbroken_run(questions: list[Item], tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     rows = _bench(FakeEngine(_answer, _choices), whole, questions=questions).run(TRIED, "0")
     lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
-    made = [(row["round"], row["what"]) for row in map(json.loads, lines)]
+    made = [(row.round, row["what"]) for row in map(json.loads, lines)]
     choices = [("0 choices", "losses"), ("base choices", "nll")] if questions else []
     assert made == [("own", "answers"), *[("0", "answers")] * 5, ("0", "losses"), *choices]
     for kept in range(len(lines) + 1):
@@ -402,7 +416,7 @@ def test_losses_come_from_the_nll_and_not_from_the_kl(tmp_path: Path) -> None:
         torch.full((len(pairs), len(table)), 0.25), torch.full((len(pairs), len(table)), 3.0), torch.ones(len(pairs))
     )
     rows = _run(engine, tmp_path / "j.jsonl")
-    assert (rows[1]["utility_loss"], rows[1]["nll_rise"]) == (0.25, 2.0)
+    assert (rows[1].mean("utility_loss"), rows[1].mean("nll_rise")) == (0.25, 2.0)
 
 
 def test_a_resumed_bench_goes_on_with_the_rows_that_memory_had_left(tmp_path: Path) -> None:

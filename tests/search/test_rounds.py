@@ -20,14 +20,17 @@ import numpy as np
 import pytest
 
 from runs import FakeEngine, make_scores, tiny_recipe
+from runs import a_bench as bench_of
 from steer2edit.behaviours.base import Item
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.recipe import Recipe
 from steer2edit.search.bench import Bench
-from steer2edit.search.candidates import edited
+from steer2edit.search.candidates import Candidate, Trial, edited
+from steer2edit.search.choice import require_choice, summary
 from steer2edit.search.front import hypervolume, hypervolume_interval
 from steer2edit.search.grid import grid
-from steer2edit.search.study import Study, require_choice, run_study, sanity_prompts, summary
+from steer2edit.search.rounds import run_study, sanity_prompts
+from steer2edit.search.study import Discarded, Study
 from steer2edit.search.tpe import tpe
 
 HARMFUL, BENIGN = 10, 6
@@ -103,28 +106,33 @@ def a_recipe(**search: Any) -> Recipe:
     return tiny_recipe(evaluation__batch=40, evaluation__utility_prompts=4, **changes)
 
 
+AIM = a_recipe().aim
+
+
 def a_bench(
-    recipe: Recipe, journal: Path, engine: FakeEngine | None = None, prompts: Sequence[Prompt] = PROMPTS
+    recipe: Recipe, journal: Path, engine: FakeEngine | None = None, prompts: Sequence[Item] = PROMPTS
 ) -> Bench:
     table = dict.fromkeys(("full", "k_mean", "k_svd", "g_dot"), make_scores())
-    return Bench(engine or an_engine(), table, prompts, recipe, journal)
+    return bench_of(engine or an_engine(), table, prompts, recipe, journal)
 
 
 def run(recipe: Recipe, journal: Path, engine: FakeEngine | None = None, **more: Any) -> Study:
-    return run_study(a_bench(recipe, journal, engine), recipe, **more)
+    return run_study(a_bench(recipe, journal, engine), recipe.search, recipe.aim, recipe.seed, **more)
 
 
-def told(study: Study) -> bytes:
-    """All that a study says, as it is written."""
-    return json.dumps([study.trials, study.discarded, study.refined, study.evaluations], allow_nan=False).encode()
+def written(study: Study) -> bytes:
+    """All that a study says, as a run writes it."""
+    rows = [trial.to_json() for trial in study.trials]
+    discarded = [row.to_json() for row in study.discarded]
+    return json.dumps([rows, discarded, study.refined, study.evaluations], allow_nan=False).encode()
 
 
 def rounds(study: Study, *kinds: str) -> dict[str, list[str]]:
     """Round → what was tried in it."""
     found: dict[str, list[str]] = {}
     for trial in study.trials:
-        if not kinds or trial["kind"] in kinds:
-            found.setdefault(trial["round"], []).append(trial["id"])
+        if not kinds or trial.candidate.kind in kinds:
+            found.setdefault(trial.round, []).append(trial.candidate.id)
     return found
 
 
@@ -149,10 +157,10 @@ def test_the_base_comes_first_then_steering_then_the_grid_of_edits(tmp_path: Pat
     }
     assert (study.discarded, study.refined) == ([], None)
     assert study.evaluations == {"edit": 6 * 16, "steering": 2 * 16}
-    by_id = {t["id"]: t for t in study.trials}
-    assert by_id["edit-0.2-off-0.1"]["refusal"] == 0.9  # 1.2 · 0.8 − 0.05 = 0.91
-    assert by_id["edit-0.2-off-0.1"]["utility_loss"] == pytest.approx(0.4 * 0.64 + 0.09)
-    assert by_id["edit-0.2-0.4-0.1"]["config"] == {"rho_attn": 0.2, "rho_mlp": 0.4, "alpha": 0.1}
+    by_id = {t.candidate.id: t for t in study.trials}
+    assert by_id["edit-0.2-off-0.1"].mean("refusal") == 0.9  # 1.2 · 0.8 − 0.05 = 0.91
+    assert by_id["edit-0.2-off-0.1"].mean("utility_loss") == pytest.approx(0.4 * 0.64 + 0.09)
+    assert by_id["edit-0.2-0.4-0.1"].candidate.config == {"rho_attn": 0.2, "rho_mlp": 0.4, "alpha": 0.1}
 
 
 def test_layers_and_variants_are_axes_of_the_grid(tmp_path: Path) -> None:
@@ -164,7 +172,7 @@ def test_layers_and_variants_are_axes_of_the_grid(tmp_path: Path) -> None:
         "edit-0.3-off-0.2-layers-0-1",
         "edit-0.3-off-0.2-layers-0-1-l0",
     ]
-    assert study.trials[-1]["config"] == {
+    assert study.trials[-1].candidate.config == {
         "rho_attn": 0.3,
         "rho_mlp": None,
         "alpha": 0.2,
@@ -175,13 +183,16 @@ def test_layers_and_variants_are_axes_of_the_grid(tmp_path: Path) -> None:
 
 def test_a_configuration_that_is_listed_twice_is_tried_once(tmp_path: Path) -> None:
     study = run(a_recipe(rho_attn=[0.2, 0.2, 0.20], alpha=[0.1], steering=[0.1, 0.1]), tmp_path / "j")
-    assert [t["id"] for t in study.trials] == ["base", "steering-0.1", "edit-0.2-off-0.1"]
+    assert [t.candidate.id for t in study.trials] == ["base", "steering-0.1", "edit-0.2-off-0.1"]
 
 
 def test_configurations_that_differ_in_late_digits_are_all_tried(tmp_path: Path) -> None:
     study = run(a_recipe(rho_attn=[0.2, 0.2000001], alpha=[0.1], steering=[0.1, 0.10000001]), tmp_path / "j")
-    assert [t["config"].get("gamma") for t in study.trials if t["kind"] == "steering"] == [0.1, 0.10000001]
-    assert [t["config"].get("rho_attn") for t in study.trials if t["kind"] == "edit"] == [0.2, 0.2000001]
+    assert [t.candidate.config.get("gamma") for t in study.trials if t.candidate.kind == "steering"] == [
+        0.1,
+        0.10000001,
+    ]
+    assert [t.candidate.config.get("rho_attn") for t in study.trials if t.candidate.kind == "edit"] == [0.2, 0.2000001]
 
 
 # The second grid ----------------------------------------------------------------------------------------------------
@@ -279,14 +290,14 @@ def test_an_edit_that_fails_at_simple_prompts_is_discarded_before_it_is_tried(
     study = run(recipe, tmp_path / "j", engine)
     assert rounds(study, "edit")["0"] == [f"edit-{rho}-off-{alpha}" for rho in left for alpha in (0.2, 0.6)]
     gone = [f"edit-{rho}-off-{alpha}" for rho in ("0.1", "0.3") if rho not in left for alpha in (0.2, 0.6)]
-    assert [row["id"] for row in study.discarded] == gone
-    assert study.discarded[0] == {
+    assert [row.candidate.id for row in study.discarded] == gone
+    assert study.discarded[0].to_json() == {
         "id": "edit-0.1-off-0.2",
         "kind": "edit",
         "config": {"rho_attn": 0.1, "rho_mlp": None, "alpha": 0.2},
         "why": "100% of its answers to simple prompts are degenerate",
     }
-    assert [row["why"][:4] for row in study.discarded[2:]] == ["25% "] * (len(gone) - 2)
+    assert [row.why[:4] for row in study.discarded[2:]] == ["25% "] * (len(gone) - 2)
     # Each edit has answered the first four simple prompts; those that are left, the validation prompts as well.
     assert study.evaluations == {"edit": 6 * 4 + 2 * len(left) * 16, "steering": 2 * 16}
     simple = [prompt for prompt, _ in engine.asked if prompt in sanity_prompts()]
@@ -304,10 +315,10 @@ def test_there_are_twenty_simple_prompts_and_none_is_used_unless_asked_for(tmp_p
 def test_where_every_edit_is_discarded_there_is_no_second_grid_and_no_choice(tmp_path: Path) -> None:
     recipe = a_recipe(sanity=2, refine=3, rho_attn=[0.1, 0.15])
     study = run(recipe, tmp_path / "j", FakeEngine(_insane, losses))
-    assert [t["id"] for t in study.trials] == ["base", "steering-0.2", "steering-0.8"]
+    assert [t.candidate.id for t in study.trials] == ["base", "steering-0.2", "steering-0.8"]
     assert (len(study.discarded), study.refined) == (4, None)
     with pytest.raises(EditError, match=r"no edit is left to choose from \(got: all discarded\)"):
-        require_choice(study.trials, recipe)
+        require_choice(study.trials, recipe.aim)
 
 
 @pytest.mark.parametrize("method", ["grid", "tpe"])
@@ -318,11 +329,13 @@ def test_what_has_losses_that_are_not_finite_is_discarded_and_counted(method: st
 
     recipe = a_recipe(method=method, trials=12, at_once=4)
     study = run(recipe, tmp_path / "j", FakeEngine(answer, broken))
-    assert {row["why"] for row in study.discarded} == {"its losses are not finite"}
-    gone = {row["id"] for row in study.discarded}
+    assert {row.why for row in study.discarded} == {"its losses are not finite"}
+    gone = {row.candidate.id for row in study.discarded}
     assert "steering-0.8" in gone
-    assert gone.isdisjoint(t["id"] for t in study.trials)
-    edits = [t for t in study.trials if t["kind"] == "edit"] + [r for r in study.discarded if r["kind"] == "edit"]
+    assert gone.isdisjoint(t.candidate.id for t in study.trials)
+    edits = [t for t in study.trials if t.candidate.kind == "edit"] + [
+        r for r in study.discarded if r.candidate.kind == "edit"
+    ]
     assert len(edits) == (6 if method == "grid" else 12)
     assert study.evaluations == {"edit": len(edits) * 16, "steering": 2 * 16}
 
@@ -335,7 +348,7 @@ def test_a_range_of_strengths_makes_steerings_evaluations_the_edits(sanity: int,
     # 6 edits · (16 + 4 simple prompts) = 120 = 7.5 · 16
     recipe = a_recipe(steering={"low": 0.1, "high": 1.5}, sanity=sanity)
     study = run(recipe, tmp_path / "j")
-    strengths = [t["config"]["gamma"] for t in study.trials if t["kind"] == "steering"]
+    strengths = [t.candidate.config["gamma"] for t in study.trials if t.candidate.kind == "steering"]
     assert len(strengths) == many
     assert strengths == pytest.approx([0.1 + 1.4 * i / (many - 1) for i in range(many)], abs=1e-6)
     assert (strengths[0], strengths[-1]) == (0.1, 1.5)
@@ -346,9 +359,13 @@ def test_a_range_of_strengths_makes_steerings_evaluations_the_edits(sanity: int,
 
 def test_a_range_counts_the_second_grid_too_and_has_two_strengths_at_least(tmp_path: Path) -> None:
     study = run(a_recipe(steering={"low": 0.1, "high": 1.5}, refine=2), tmp_path / "a")
-    assert sum(t["kind"] == "steering" for t in study.trials) == sum(t["kind"] == "edit" for t in study.trials) > 6
+    assert (
+        sum(t.candidate.kind == "steering" for t in study.trials)
+        == sum(t.candidate.kind == "edit" for t in study.trials)
+        > 6
+    )
     one = run(a_recipe(steering={"low": 0.1, "high": 1.5}, rho_attn=[0.1], alpha=[0.2]), tmp_path / "b")
-    assert [t["id"] for t in one.trials] == ["base", "edit-0.1-off-0.2", "steering-0.1", "steering-1.5"]
+    assert [t.candidate.id for t in one.trials] == ["base", "edit-0.1-off-0.2", "steering-0.1", "steering-1.5"]
 
 
 # TPE ----------------------------------------------------------------------------------------------------------------
@@ -365,7 +382,7 @@ SPACE = {
 
 def test_tpe_draws_within_the_ends_of_the_lists_and_from_everything_in_them(tmp_path: Path) -> None:
     study = run(a_recipe(**SPACE, trials=48, at_once=12), tmp_path / "j")
-    edits = [t["config"] for t in study.trials if t["kind"] == "edit"]
+    edits = [t.candidate.config for t in study.trials if t.candidate.kind == "edit"]
     assert len(edits) == 48
     ends = {"rho_attn": (0.1, 0.9), "rho_mlp": (0.2, 0.8), "alpha": (0.05, 0.7)}
     for name, (low, high) in ends.items():
@@ -386,9 +403,9 @@ def test_tpe_never_proposes_the_same_twice_nor_both_off(seed: int) -> None:
         method="tpe", rho_attn=[0.1, 0.1005, None], rho_mlp=[0.2, None], alpha=[0.3], trials=12, at_once=5
     ).search
     study, seen = Study(), []
-    for proposed in itertools.islice(tpe(s, seed, study), 8):
+    for proposed in itertools.islice(tpe(s, AIM, seed, study), 8):
         seen += [c.id for c in proposed]
-        study.trials += [_trial(c.id, config=dict(c.config), refusal=0.5) for c in proposed]
+        study.trials += [_trial(c.id, config=dict(c.config)) for c in proposed]
     assert len(seen) == len(set(seen))
     assert not any(id.startswith("edit-off-off") for id in seen)
     assert len(seen) > 5  # there are 13
@@ -408,9 +425,9 @@ def test_tpe_proposes_what_was_discarded_no_more_and_counts_it_as_a_trial(tmp_pa
         return "so " * 9 if bad else (answer(prompt, name) if prompt not in sanity_prompts() else f"Well, {prompt}")
 
     study = run(a_recipe(**SPACE, trials=20, at_once=5, sanity=2), tmp_path / "j", FakeEngine(insane, losses))
-    edits = [t["id"] for t in study.trials if t["kind"] == "edit"]
+    edits = [t.candidate.id for t in study.trials if t.candidate.kind == "edit"]
     assert len(edits) + len(study.discarded) == 20
-    assert len(set(edits) | {row["id"] for row in study.discarded}) == 20
+    assert len(set(edits) | {row.candidate.id for row in study.discarded}) == 20
     assert study.discarded
     assert study.evaluations["edit"] == 20 * 2 + len(edits) * 16
 
@@ -418,7 +435,7 @@ def test_tpe_proposes_what_was_discarded_no_more_and_counts_it_as_a_trial(tmp_pa
 def test_tpe_ends_when_there_is_nothing_left_to_try() -> None:
     s = a_recipe(method="tpe", rho_attn=[0.2], alpha=[0.1], trials=5, at_once=3).search
     study, made = Study(), []
-    for proposed in itertools.islice(tpe(s, 0, study), 4):
+    for proposed in itertools.islice(tpe(s, AIM, 0, study), 4):
         study.trials += [_trial(c.id, config=dict(c.config)) for c in proposed]
         made.append([c.id for c in proposed])
     assert made == [["edit-0.2-off-0.1"]]
@@ -426,7 +443,7 @@ def test_tpe_ends_when_there_is_nothing_left_to_try() -> None:
 
 def test_a_list_of_off_alone_is_off_in_every_draw() -> None:
     s = a_recipe(method="tpe", rho_mlp=[None], trials=6, at_once=6).search
-    (first,) = itertools.islice(tpe(s, 0, Study()), 1)
+    (first,) = itertools.islice(tpe(s, AIM, 0, Study()), 1)
     assert len(first) == 6
     assert {c.config["rho_mlp"] for c in first} == {None}
 
@@ -435,15 +452,15 @@ def test_other_seeds_propose_other_edits(tmp_path: Path) -> None:
     tables = set()
     for seed in range(3):
         recipe = a_recipe(**SPACE, trials=8, at_once=4).model_copy(update={"seed": seed})
-        tables.add(told(run(recipe, tmp_path / f"j{seed}")))
+        tables.add(written(run(recipe, tmp_path / f"j{seed}")))
     assert len(tables) == 3
 
 
 def test_tpe_without_benign_prompts_is_refused(tmp_path: Path) -> None:
     recipe = a_recipe(method="tpe")
     bench = a_bench(recipe, tmp_path / "j", prompts=PROMPTS[:HARMFUL])
-    with pytest.raises(RecipeError, match=r"TPE weighs refusal against utility loss.*data\.validation\.benign"):
-        run_study(bench, recipe)
+    with pytest.raises(RecipeError, match=r"TPE weighs refusal \(harmful\) against KL per token.*data\.validation"):
+        run_study(bench, recipe.search, recipe.aim, recipe.seed)
 
 
 def test_tpe_keeps_away_from_what_breaks_a_limit(tmp_path: Path) -> None:
@@ -456,8 +473,8 @@ def test_tpe_keeps_away_from_what_breaks_a_limit(tmp_path: Path) -> None:
     for limits in ({"over_refusal": 0.2, "degenerate": None}, {"over_refusal": None, "degenerate": None}):
         recipe = a_recipe(**SPACE, trials=60, at_once=10, limits=limits)
         study = run(recipe, tmp_path / str(limits["over_refusal"]), FakeEngine(rude, lambda text, name: (0.5, 2.0)))
-        late = [t for t in study.trials if t["kind"] == "edit" and int(t["round"]) >= 3]
-        shares.append(sum(t["config"]["rho_mlp"] is None for t in late) / len(late))
+        late = [t for t in study.trials if t.candidate.kind == "edit" and int(t.round) >= 3]
+        shares.append(sum(t.candidate.config["rho_mlp"] is None for t in late) / len(late))
     assert shares[0] > 0.5
     assert shares[0] > shares[1]
 
@@ -465,8 +482,8 @@ def test_tpe_keeps_away_from_what_breaks_a_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_later_tpe_rounds_refuse_more_for_less_than_the_first_which_is_drawn_blindly(seed: int, tmp_path: Path) -> None:
     recipe = a_recipe(**SPACE, trials=48, at_once=8).model_copy(update={"seed": seed})
-    edits = [t for t in run(recipe, tmp_path / "j").trials if t["kind"] == "edit"]
-    gains = [t["refusal"] - t["utility_loss"] for t in edits]
+    edits = [t for t in run(recipe, tmp_path / "j").trials if t.candidate.kind == "edit"]
+    gains = [t.mean("refusal") - t.mean("utility_loss") for t in edits]
     assert np.mean(gains[24:]) > np.mean(gains[:8]) + 0.1
 
 
@@ -476,9 +493,9 @@ def test_tpe_covers_at_least_as_much_as_random_search(tmp_path: Path) -> None:
     for seed in range(5):
         recipe = a_recipe(**space, trials=trials, at_once=8).model_copy(update={"seed": seed})
         study = run(recipe, tmp_path / f"j{seed}")
-        edits = [t for t in study.trials if t["kind"] == "edit"]
+        edits = [t for t in study.trials if t.candidate.kind == "edit"]
         assert len(edits) == trials
-        by_tpe.append(hypervolume([(t["utility_loss"], t["refusal"]) for t in edits], 1.0))
+        by_tpe.append(hypervolume([(t.mean("utility_loss"), t.mean("refusal")) for t in edits], 1.0))
         draw, points = np.random.default_rng(seed), []
         while len(points) < trials:
             on = draw.random(2) < 0.5
@@ -507,8 +524,8 @@ STUDIES: dict[str, dict[str, Any]] = {
 def test_a_journal_cut_after_any_line_gives_the_table_of_an_unbroken_study(name: str, tmp_path: Path) -> None:
     recipe = a_recipe(**STUDIES[name])
     whole = tmp_path / "whole"
-    expected = told(run(recipe, whole))
-    assert told(run(recipe, tmp_path / "again")) == expected
+    expected = written(run(recipe, whole))
+    assert written(run(recipe, tmp_path / "again")) == expected
     lines = whole.read_bytes().splitlines(keepends=True)
     assert (tmp_path / "again").read_bytes() == whole.read_bytes()
     assert len(lines) > 5
@@ -518,7 +535,7 @@ def test_a_journal_cut_after_any_line_gives_the_table_of_an_unbroken_study(name:
         rest = lines[kept][: len(lines[kept]) // 2] if kept < len(lines) else b""
         journal.write_bytes(b"".join(lines[:kept]) + rest)
         engine = an_engine()
-        assert told(run(recipe, journal, engine)) == expected
+        assert written(run(recipe, journal, engine)) == expected
         assert journal.read_bytes() == whole.read_bytes()
         if kept == len(lines):
             assert (engine.asked, engine.scored) == ([], [])
@@ -536,7 +553,7 @@ def test_a_study_writes_its_journal_and_nothing_else(tmp_path: Path) -> None:
 def test_a_study_killed_at_any_moment_ends_with_the_same_table(name: str, tmp_path: Path) -> None:
     recipe = a_recipe(**STUDIES[name])
     whole, journal = tmp_path / "whole", tmp_path / "broken"
-    expected = told(run(recipe, whole))
+    expected = written(run(recipe, whole))
     draw, killed = random.Random(4), 0
 
     def lines() -> int:
@@ -555,7 +572,7 @@ def test_a_study_killed_at_any_moment_ends_with_the_same_table(name: str, tmp_pa
         assert lines() >= before
         killed += process.exitcode != 0
     assert killed >= 2
-    assert told(run(recipe, journal)) == expected
+    assert written(run(recipe, journal)) == expected
     assert journal.read_bytes() == whole.read_bytes()
 
 
@@ -584,7 +601,7 @@ def test_the_study_so_far_is_told_after_each_round(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     recipe = a_recipe(**STUDIES["grid, sanity and refine"])
     study = run(
-        recipe, tmp_path / "j", told=lambda study: seen.append((len(study.trials), study.evaluations["steering"]))
+        recipe, tmp_path / "j", on_round=lambda study: seen.append((len(study.trials), study.evaluations["steering"]))
     )
     edits = {name: len(ids) for name, ids in rounds(study, "edit").items()}
     steered = len(rounds(study)["steering"])
@@ -598,9 +615,17 @@ def test_the_study_so_far_is_told_after_each_round(tmp_path: Path) -> None:
 # The choice ---------------------------------------------------------------------------------------------------------
 
 
-def _trial(id: str, kind: str = "edit", **numbers: Any) -> dict[str, Any]:
-    row = {"refusal": 0.5, "over_refusal": 0.1, "over_refusal_borderline": 0.2, "utility_loss": 0.3, "degenerate": 0.0}
-    return {"id": id, "kind": kind, "config": {}, "accuracy_loss": None, **row, **numbers}
+def _trial(id: str, kind: str = "edit", config: Any = None, values: Any = None, **numbers: Any) -> Trial:
+    """A trial whose measures have one item each, unless `values` gives more."""
+    means = {
+        "refusal": 0.5,
+        "over_refusal": 0.1,
+        "over_refusal_borderline": 0.2,
+        "utility_loss": 0.3,
+        "degenerate": 0.0,
+    }
+    single = {name: (number,) for name, number in (means | numbers).items()}
+    return Trial(Candidate(id, kind, config or {}), single | (values or {}), "0")
 
 
 LIMITED = a_recipe(limits={"over_refusal": 0.2, "utility_loss": 0.5, "degenerate": 0.1})
@@ -614,28 +639,20 @@ def test_the_edit_that_is_required_is_what_the_rule_takes_of_the_edits_within_th
         _trial("over", refusal=0.9, over_refusal=0.3),
         _trial("b", refusal=0.55, utility_loss=0.1),
     ]
-    assert require_choice(trials, LIMITED) is trials[2]
+    assert require_choice(trials, LIMITED.aim) is trials[2]
     cheap = a_recipe(limits={"over_refusal": 0.2}, rule="cheapest", tolerance=0.1)
-    assert require_choice(trials, cheap) is trials[4]
+    assert require_choice(trials, cheap.aim) is trials[4]
 
 
 def test_where_nothing_is_within_the_limits_the_gentlest_edit_is_named() -> None:
     trials = [_trial("a", over_refusal=0.9, utility_loss=0.2), _trial("b", over_refusal=0.8, utility_loss=0.1)]
-    with pytest.raises(EditError, match=r"the gentlest has over-refusal 0\.8, utility loss 0\.1"):
-        require_choice(trials, LIMITED)
+    with pytest.raises(EditError, match=r"the gentlest has over-refusal \(benign\) 0\.80, at most 0\.2"):
+        require_choice(trials, LIMITED.aim)
 
 
-def _measured(id: str, kind: str, refused: int, kl: float, **numbers: Any) -> dict[str, Any]:
-    flags = [i < refused for i in range(10)]
-    return _trial(
-        id,
-        kind,
-        refusal=refused / 10,
-        utility_loss=kl,
-        flags={"harmful": flags},
-        losses={"kl": [kl - 0.05, kl + 0.05]},
-        **numbers,
-    )
+def _measured(id: str, kind: str, refused: int, kl: float, **numbers: Any) -> Trial:
+    shown = tuple(float(i < refused) for i in range(10))
+    return _trial(id, kind, values={"refusal": shown, "utility_loss": (kl - 0.05, kl + 0.05)}, **numbers)
 
 
 def test_the_summary_holds_both_methods_budgets_fronts_and_hypervolumes() -> None:
@@ -647,9 +664,11 @@ def test_the_summary_holds_both_methods_budgets_fronts_and_hypervolumes() -> Non
         _measured("e3", "edit", 8, 0.7),  # above the limit of the utility loss, for which the reference stands
         _measured("e4", "edit", 10, 0.1, over_refusal=0.9),  # not within the limits
     ]
-    study = Study(trials, [{"id": "e5"}], {"around": "e1"}, {"edit": 80, "steering": 16})
+    study = Study(
+        trials, [Discarded(Candidate("e5", "edit", {}), "why")], {"around": "e1"}, {"edit": 80, "steering": 16}
+    )
     recipe = a_recipe(method="tpe", reference=2.0, rule="knee", limits={"over_refusal": 0.2, "utility_loss": 0.5})
-    found = summary(study, recipe)
+    found = summary(study, recipe.aim, recipe.search.method, recipe.evaluation.resamples, recipe.seed)
     assert found["method"] == "tpe"
     assert found["rule"].startswith("the knee of the Pareto front")
     assert found["limits"]["utility_loss"] == 0.5
@@ -659,13 +678,13 @@ def test_the_summary_holds_both_methods_budgets_fronts_and_hypervolumes() -> Non
     assert found["front"] == {"edit": ["e1", "e3"], "steering": ["s1"]}
     assert found["hypervolume"]["edit"]["mean"] == pytest.approx((0.5 * 0.4 + 1.3 * 0.8) / 2)
     assert found["hypervolume"]["steering"]["mean"] == pytest.approx(1.2 * 0.5 / 2)
-    assert found["hypervolume"]["edit"] == hypervolume_interval(trials[2:5], 2.0, 50, recipe.seed)
+    assert found["hypervolume"]["edit"] == hypervolume_interval(trials[2:5], recipe.aim, 50, recipe.seed)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_the_summary_of_a_study_without_steering_says_so(tmp_path: Path) -> None:
     recipe = a_recipe(steering=[])
-    found = summary(run(recipe, tmp_path / "j"), recipe)
+    found = summary(run(recipe, tmp_path / "j"), recipe.aim, "grid", 50, recipe.seed)
     assert found["front"]["steering"] == []
     assert found["hypervolume"]["steering"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "reference": 1.0, "trials": 0}
     assert found["tried"] == {"edit": 6, "steering": 0}
@@ -673,7 +692,7 @@ def test_the_summary_of_a_study_without_steering_says_so(tmp_path: Path) -> None
 
 def test_a_grid_is_one_round_without_refine() -> None:
     s = a_recipe().search
-    assert [len(proposed) for proposed in grid(s, Study())] == [6]
+    assert [len(proposed) for proposed in grid(s, AIM, Study())] == [6]
 
 
 def test_l2_takes_no_alpha_and_is_tried_once_for_all_of_them(tmp_path: Path) -> None:
