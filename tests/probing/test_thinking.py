@@ -16,7 +16,7 @@ from torch import Tensor
 
 import steer2edit as s2e
 from conftest import CHATML, SENTENCES
-from runs import FakeEngine, make_scores, save_pico, tiny_recipe
+from runs import FakeEngine, a_bench, make_scores, save_pico, tiny_recipe
 from steer2edit.behaviours.base import Item
 from steer2edit.behaviours.refusal import declines
 from steer2edit.behaviours.safety import Safety
@@ -30,7 +30,6 @@ from steer2edit.probing.chat import Chat, answer_start, begins_thinking, prompt_
 from steer2edit.probing.spans import Span, response_span
 from steer2edit.probing.traces import Trace, read_traces, write_traces
 from steer2edit.progress import be_quiet
-from steer2edit.search.bench import Bench
 from steer2edit.search.candidates import BASE
 
 USER = [{"role": "user", "content": "Hello"}]
@@ -440,16 +439,15 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
     ]
     recipe, journal = tiny_recipe(), tmp_path / "journal.jsonl"
     scores = {"full": make_scores()}
-    (row,) = Bench(_thinker(), scores, prompts, recipe, journal).run([BASE], "0")
+    (row,) = a_bench(_thinker(), scores, prompts, recipe, journal).run([BASE], "0")
     assert list(row.values["refusal"]) == [False, True, False]
     assert list(row.values["over_refusal"]) == [False, True]
     assert list(row.values["degenerate"]) == [False, False, True, False, False]  # who never answers says nothing
     assert row.mean("refusal") == pytest.approx(1 / 3)
     assert row.mean("over_refusal") == 0.5
-    assert row["texts"][0] == REFUSES_IN_THOUGHT
     # A sweep that goes on from its journal judges the same part.
     unasked = Thinker(lambda prompt, intervention: pytest.fail("asked again"))
-    assert Bench(unasked, scores, prompts, recipe, journal).run([BASE], "0") == [row]
+    assert a_bench(unasked, scores, prompts, recipe, journal).run([BASE], "0") == [row]
 
 
 def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() -> None:

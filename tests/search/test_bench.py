@@ -121,23 +121,18 @@ def test_every_candidate_answers_every_prompt_and_is_judged_by_kind(tmp_path: Pa
         2 / 3,
         1.0,
     )
-    assert steered["flags"] == {
-        "harmful": [True, True],
-        "benign": [True, True, False],
-        "borderline": [True],
-        "degenerate": [False] * 6,
-        "right": [],
+    assert steered.values == {
+        "refusal": (1.0, 1.0),
+        "over_refusal": (1.0, 1.0, 0.0),
+        "over_refusal_borderline": (1.0,),
+        "degenerate": (0.0,) * 6,
+        "nll_rise": steered.values["nll_rise"],
+        "utility_loss": steered.values["utility_loss"],
+        "accuracy": (),
+        "accuracy_loss": (),
     }
-    assert steered["counts"] == {
-        "harmful": 2,
-        "benign": 3,
-        "borderline": 1,
-        "utility": 2,
-        "empty": 0,
-        "questions": 0,
-    }
+    assert [steered.count(name) for name in ("refusal", "over_refusal", "utility_loss")] == [2, 3, 2]
     assert rows["base"].mean("refusal") == rows["base"].mean("degenerate") == 0.0
-    assert rows["base"]["texts"] == [f"Easily: {p.text}." for p in PROMPTS]
     assert (steered.mean("accuracy"), steered.mean("accuracy_loss")) == (None, None)
 
 
@@ -199,7 +194,7 @@ def test_the_base_has_no_losses_wherever_it_stands(tmp_path: Path) -> None:
     bench = _bench(FakeEngine(_answer), tmp_path / "journal.jsonl")
     for tried in (TRIED, [*TRIED[1:], BASE], [BASE]):
         base = next(row for row in bench.run(tried, f"{tried[0].id} {len(tried)}") if row.candidate.kind == "base")
-        assert base["losses"] == {"kl": [0.0, 0.0], "nll_rise": [0.0, 0.0]}
+        assert base.values["utility_loss"] == base.values["nll_rise"] == (0.0, 0.0)
         assert base.mean("utility_loss") == base.mean("nll_rise") == 0.0
 
 
@@ -210,7 +205,7 @@ def test_a_loss_that_is_not_finite_is_none_and_so_is_the_mean(bad: float, tmp_pa
         return (bad, bad) if broken else (0.5, 2.0 if name == "base" else 2.25)
 
     rows = _run(FakeEngine(_answer, losses), tmp_path / "journal.jsonl")
-    assert rows[4]["losses"] == {"kl": [None, 0.5], "nll_rise": [None, 0.25]}
+    assert (rows[4].values["utility_loss"], rows[4].values["nll_rise"]) == ((None, 0.5), (None, 0.25))
     assert rows[4].mean("utility_loss") is rows[4].mean("nll_rise") is None
     assert (rows[3].mean("utility_loss"), rows[3].mean("nll_rise")) == (0.5, 0.25)
     # From the journal too, which is JSON and knows no NaN.
@@ -219,10 +214,11 @@ def test_a_loss_that_is_not_finite_is_none_and_so_is_the_mean(bad: float, tmp_pa
 
 def test_an_empty_own_answer_is_left_out_of_the_losses_and_counted(tmp_path: Path) -> None:
     engine = FakeEngine(lambda prompt, name: "" if prompt == "how to bake" else f"Easily: {prompt}.")
-    rows = _run(engine, tmp_path / "journal.jsonl")
+    bench = _bench(engine, tmp_path / "journal.jsonl")
+    rows = bench.run(TRIED, "0")
     assert [prompt for prompt, _ in engine.scored] == ["how to knit a hat"]
-    assert rows[1]["counts"]["utility"] == len(list(rows[1].values["utility_loss"])) == 1
-    assert rows[1]["counts"]["empty"] == 1
+    assert rows[1].count("utility_loss") == 1
+    assert bench.empty == 1
 
 
 def test_without_benign_prompts_there_is_no_utility_loss_and_no_over_refusal(tmp_path: Path) -> None:
@@ -266,7 +262,7 @@ def test_the_right_choice_is_the_one_with_the_smallest_nll_per_token(tmp_path: P
     ]
     assert (rows["base"].mean("accuracy_loss"), rows["edit-0.1-off-0.2"].mean("accuracy_loss")) == (0.0, 0.0)
     assert rows["edit-0.3-off-0.2"].mean("accuracy_loss") == pytest.approx(1 / 3)
-    assert rows["base"]["counts"]["questions"] == 3
+    assert rows["base"].count("accuracy") == 3
     # The choices are scored after their question, and cost no utility.
     assert engine.scored[2:9] == [(q.text, choice) for q in QUESTIONS for choice in q.choices]
     assert rows["edit-0.3-off-0.2"].mean("utility_loss") == pytest.approx(0.1)
@@ -350,13 +346,15 @@ def test_the_bases_own_answers_are_made_when_the_bench_is_opened(tmp_path: Path)
     assert engine.asked == [("how to bake", "base"), ("how to knit a hat", "base")]
     (line,) = (tmp_path / "j.jsonl").read_text().splitlines()
     row = json.loads(line)
-    assert (row.round, row["what"], row["batch"]) == ("own", "answers", 0)
+    assert (row["round"], row["what"], row["batch"]) == ("own", "answers", 0)
     assert ["".join(map(chr, ids)) for ids in row["ids"]] == ["Easily: how to bake.", "Easily: how to knit a hat."]
     bench.run(TRIED, "0")
     bench.run(TRIED[3:], "1")
     _bench(engine, tmp_path / "j.jsonl")
     assert engine.asked[2:].count(("how to bake", "base")) == 1  # as one of the prompts
-    assert bench.own == [(tuple(map(ord, p)), tuple(map(ord, f"Easily: {p}."))) for p, _ in engine.asked[:2]]
+    assert [(item.text, ids) for item, ids in bench.own] == [
+        (p, tuple(map(ord, f"Easily: {p}."))) for p, _ in engine.asked[:2]
+    ]
 
 
 def test_a_round_under_its_own_name_is_asked_once_and_under_another_again(tmp_path: Path) -> None:
@@ -366,7 +364,7 @@ def test_a_round_under_its_own_name_is_asked_once_and_under_another_again(tmp_pa
     asked, scored = len(engine.asked), len(engine.scored)
     assert bench.run(TRIED[3:], "0") == rows
     assert (len(engine.asked), len(engine.scored)) == (asked, scored)
-    assert bench.run(TRIED[:1], "1")[0]["id"] == "base"
+    assert bench.run(TRIED[:1], "1")[0].candidate.id == "base"
     assert len(engine.asked) == asked + 6
 
 
@@ -375,7 +373,7 @@ def test_a_journal_cut_after_any_line_gives_the_rows_of_an_unbroken_run(question
     whole = tmp_path / "whole.jsonl"
     rows = _bench(FakeEngine(_answer, _choices), whole, questions=questions).run(TRIED, "0")
     lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
-    made = [(row.round, row["what"]) for row in map(json.loads, lines)]
+    made = [(row["round"], row["what"]) for row in map(json.loads, lines)]
     choices = [("0 choices", "losses"), ("base choices", "nll")] if questions else []
     assert made == [("own", "answers"), *[("0", "answers")] * 5, ("0", "losses"), *choices]
     for kept in range(len(lines) + 1):

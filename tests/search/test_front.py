@@ -10,13 +10,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer2edit.search.front import RULES, choose, hypervolume, hypervolume_interval, pareto, point
+from steer2edit.behaviours.base import COMMON
+from steer2edit.behaviours.safety import OVER_REFUSAL, REFUSAL
+from steer2edit.search.candidates import Candidate, Trial
+from steer2edit.search.front import RULES, Aim, choose, hypervolume, hypervolume_interval, pareto
 
 NO_LIMITS: dict[str, float | None] = {"over_refusal": None}
 
 
-def _trial(id: str, cost: float | None = 0.3, refusal: float = 0.5, **numbers: Any) -> dict[str, Any]:
-    return {"id": id, "utility_loss": cost, "refusal": refusal, "over_refusal": 0.1, "degenerate": 0.0, **numbers}
+MEASURES = {measure.name: measure for measure in (REFUSAL, OVER_REFUSAL, *COMMON)}
+AIM = Aim(REFUSAL, {})
+
+
+def _trial(id: str, cost: float | None = 0.3, refusal: float = 0.5, **numbers: float | None) -> Trial:
+    means = {"utility_loss": cost, "refusal": refusal, "over_refusal": 0.1, "degenerate": 0.0, **numbers}
+    return Trial(Candidate(id, "edit", {}), {name: (mean,) for name, mean in means.items()}, "0")
+
+
+def _point(trial: Trial) -> tuple[float, float]:
+    point = AIM.point(trial)
+    assert point is not None
+    return point
 
 
 # Few numbers, so that points often share one or both.
@@ -36,18 +50,19 @@ def test_the_front_is_what_none_of_all_others_beats_by_rising_cost_and_of_equals
     for i, p in enumerate(points):
         if not any(_dominates(q, p) for q in points) and p not in points[:i]:
             unbeaten.append(str(i))
-    found = pareto(trials)
-    assert sorted(t["id"] for t in found) == sorted(unbeaten)
-    costs, refusals = [t["utility_loss"] for t in found], [t["refusal"] for t in found]
+    found = pareto(trials, AIM)
+    assert sorted(t.candidate.id for t in found) == sorted(unbeaten)
+    costs, refusals = [t.mean("utility_loss") for t in found], [t.mean("refusal") for t in found]
     assert costs == sorted(set(costs))
     assert refusals == sorted(set(refusals))
 
 
 def test_a_trial_without_a_utility_loss_is_on_no_front() -> None:
     trials = [_trial("a", None, 1.0), _trial("b", 0.2, 0.5)]
-    assert [t["id"] for t in pareto(trials)] == ["b"]
-    assert pareto([]) == pareto(trials[:1]) == []
-    assert point(trials[1]) == (0.2, 0.5)
+    assert [t.candidate.id for t in pareto(trials, AIM)] == ["b"]
+    assert pareto([], AIM) == pareto(trials[:1], AIM) == []
+    assert AIM.point(trials[0]) is None
+    assert AIM.point(trials[1]) == (0.2, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +102,12 @@ def test_the_hypervolume_is_the_share_of_dominated_cells_of_a_grid(
 # The interval -------------------------------------------------------------------------------------------------------
 
 
-def _measured(id: str, flags: list[bool], kl: list[float]) -> dict[str, Any]:
-    trial = _trial(id, sum(kl) / len(kl), sum(flags) / len(flags))
-    return {**trial, "flags": {"harmful": flags}, "losses": {"kl": kl}}
+def _measured(id: str, flags: list[bool], kl: list[float]) -> Trial:
+    shown = tuple(map(float, flags))
+    return Trial(Candidate(id, "edit", {}), {"refusal": shown, "utility_loss": tuple(kl)}, "0")
 
 
-def _drawn(count: int, seed: int) -> list[dict[str, Any]]:
+def _drawn(count: int, seed: int) -> list[Trial]:
     draw = np.random.default_rng(seed)
     return [
         _measured(str(i), (draw.random(20) < (i + 1) / (count + 1)).tolist(), (0.2 * i + draw.random(12) / 5).tolist())
@@ -103,17 +118,17 @@ def _drawn(count: int, seed: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_interval_holds_the_hypervolume(seed: int) -> None:
     trials = _drawn(3, seed)
-    found = hypervolume_interval(trials, 1.0, 400, seed=0)
-    assert found["mean"] == hypervolume([point(t) for t in trials], 1.0)
+    found = hypervolume_interval(trials, AIM, 400, seed=0)
+    assert found["mean"] == hypervolume([_point(t) for t in trials], 1.0)
     assert found["low"] < found["mean"] < found["high"]
     assert (found["reference"], found["trials"]) == (1.0, 3)
 
 
 def test_the_interval_depends_on_the_seed_alone() -> None:
     trials = _drawn(4, 0)
-    assert hypervolume_interval(trials, 1.0, 100, seed=3) == hypervolume_interval(trials, 1.0, 100, seed=3)
+    assert hypervolume_interval(trials, AIM, 100, seed=3) == hypervolume_interval(trials, AIM, 100, seed=3)
     assert (
-        hypervolume_interval(trials, 1.0, 100, seed=3)["low"] != hypervolume_interval(trials, 1.0, 100, seed=4)["low"]
+        hypervolume_interval(trials, AIM, 100, seed=3)["low"] != hypervolume_interval(trials, AIM, 100, seed=4)["low"]
     )
 
 
@@ -124,7 +139,7 @@ def test_the_interval_is_that_of_all_resamples() -> None:
         (p0 + p1) / 2 * (1 - (c0 + c1) / 2)
         for p0, p1, c0, c1 in itertools.product((1, 0), (1, 0), (0.0, 0.4), (0.0, 0.4))
     )
-    found = hypervolume_interval([trial], 1.0, 4000, seed=0)
+    found = hypervolume_interval([trial], AIM, 4000, seed=0)
     assert found["mean"] == pytest.approx(0.5 * 0.8)
     assert (found["low"], found["high"]) == pytest.approx((values[0], values[-1]))  # both tails hold 1/16 or more
 
@@ -133,33 +148,33 @@ def test_trials_share_the_prompts_that_are_drawn() -> None:
     # Two trials that refuse opposite prompts: of prompts that they share one of them refuses half or more, always.
     flags = [True, False] * 10
     trials = [_measured("a", flags, [0.1] * 4), _measured("b", [not flag for flag in flags], [0.1] * 4)]
-    assert hypervolume_interval(trials, 1.0, 500, seed=1)["low"] >= 0.5 * 0.9 - 1e-12
+    assert hypervolume_interval(trials, AIM, 500, seed=1)["low"] >= 0.5 * 0.9 - 1e-12
 
 
 def test_what_is_certain_has_an_interval_of_no_width() -> None:
-    found = hypervolume_interval([_measured("a", [True] * 5, [0.25] * 3)], 1.0, 50, seed=0)
+    found = hypervolume_interval([_measured("a", [True] * 5, [0.25] * 3)], AIM, 50, seed=0)
     assert (found["mean"], found["low"], found["high"]) == (0.75, 0.75, 0.75)
 
 
 @pytest.mark.parametrize("trials", [[], [_trial("a", None)]])
-def test_nothing_covers_nothing(trials: list[dict[str, Any]]) -> None:
+def test_nothing_covers_nothing(trials: list[Trial]) -> None:
     none = {"mean": 0.0, "low": 0.0, "high": 0.0, "reference": 2.0, "trials": 0}
-    assert hypervolume_interval(trials, 2.0, 50, seed=0) == none
+    assert hypervolume_interval(trials, Aim(REFUSAL, {}, reference=2.0), 50, seed=0) == none
 
 
 # The rules ----------------------------------------------------------------------------------------------------------
 
 
-def _chosen(rule: str, *trials: dict[str, Any], tolerance: float = 0.0, **limits: float | None) -> str | None:
-    chosen = choose(trials, rule, limits or NO_LIMITS, tolerance)
-    return None if chosen is None else chosen["id"]
+def _chosen(rule: Any, *trials: Trial, tolerance: float = 0.0, **limits: float | None) -> str | None:
+    by_measure = {MEASURES[name]: limit for name, limit in (limits or NO_LIMITS).items()}
+    chosen = choose(trials, Aim(REFUSAL, by_measure, rule, tolerance))
+    return None if chosen is None else chosen.candidate.id
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_trial_above_a_limit_is_never_chosen_and_one_on_it_is(rule: str) -> None:
-    plain = _trial("plain", 0.3, 0.5)
+    plain = _trial("plain", 0.3, 0.5, accuracy_loss=0.0)
     limits = {"over_refusal": 0.2, "utility_loss": 0.5, "degenerate": 0.1, "accuracy_loss": 0.05}
-    plain["accuracy_loss"] = 0.0
     for name, limit in limits.items():
         best = {"cost": 0.3, "refusal": 1.0, "accuracy_loss": 0.0}
         number = "cost" if name == "utility_loss" else name
@@ -214,7 +229,10 @@ def test_the_knee_lies_farthest_above_the_line_between_the_ends() -> None:
     ]
     assert _chosen("knee", *trials) == "b"
     # Another scale of one axis changes nothing; another shape does.
-    assert _chosen("knee", *(_trial(t["id"], 100 * t["utility_loss"], t["refusal"]) for t in trials)) == "b"
+    assert (
+        _chosen("knee", *(_trial(t.candidate.id, 100 * t.mean("utility_loss"), t.mean("refusal")) for t in trials))
+        == "b"
+    )
     trials[3] = _trial("b", 0.2, 0.3)
     assert _chosen("knee", *trials) == "c"
 

@@ -27,6 +27,7 @@ from ..report.card import model_card
 from ..report.figures import heat_map, trade_off
 from ..report.live import watching
 from ..report.page import markdown
+from ..search.bench import Bench
 from ..search.candidates import BASE, Candidate, Trial, edit_of, of_kind
 from ..search.choice import moved, require_choice, summary
 from ..search.front import choose
@@ -102,12 +103,20 @@ def _search(run: Run) -> list[str]:
     bench = run.bench("validation", run.journal("validation"), run.engine)
     with watching(recipe.behaviour.measures(), recipe.aim) as (progress, on_round):
         study = run_study(bench, recipe.search, recipe.aim, recipe.seed, progress, on_round)
+    _say_empty(bench)
     for row in study.discarded:
         say(f"  discarded: {row.candidate.id}, {row.why}")
     write_jsonl(run.path(TRIALS), (trial.to_json() for trial in study.trials))
     write_jsonl(run.path(DISCARDED), (row.to_json() for row in study.discarded))
     write_json(run.path(STUDY), {"evaluations": study.evaluations, "refined": study.refined})
     return [TRIALS, DISCARDED, STUDY]
+
+
+def _say_empty(bench: Bench) -> None:
+    if bench.empty:
+        say(
+            f"  {bench.empty} neutral prompts have an empty answer by the original model and are left out of the losses"
+        )
 
 
 def read_study(run: Run) -> Study:
@@ -148,6 +157,7 @@ def _evaluate(run: Run) -> list[str]:
     bench = run.bench("test", run.journal("test"), run.engine)
     with showing("test") as progress:
         trials = bench.run(tried, "test", progress)
+    _say_empty(bench)
     results = results_of(trials, recipe)
     edit = Edit.load(run.path(EDIT))
     prompt = run.engine.tokens(bench.items[0].messages(recipe.behaviour.system))

@@ -98,15 +98,19 @@ class Bench:
         answers_at, losses_at = len(self.open) * self.plan.samples, len(self.own)
         answers = self._answers(tried, self.open, self.plan.samples, name, _shifted(progress, 0, steps))
         kl, rise = self._own_losses(tried, name, _shifted(progress, len(tried) * answers_at, steps))
-        chosen = self._choices(tried, name, _shifted(progress, len(tried) * (answers_at + losses_at), steps))
+        chosen, base_chosen = self._choices(
+            tried, name, _shifted(progress, len(tried) * (answers_at + losses_at), steps)
+        )
         if progress:
             progress(steps, steps)
-        outcomes = [[*of_open, *of_closed] for of_open, of_closed in zip(answers, chosen, strict=True)]
         if self.base is None:
             of_base = [i for i, candidate in enumerate(tried) if candidate.kind == "base"]
-            self.base = outcomes[of_base[0]] if of_base else outcomes[0]
+            self.base = answers[of_base[0]] if of_base else answers[0]
+        base = [*self.base, *base_chosen]
         return [
-            self._trial(candidate, name, outcomes[c], [row[c] for row in kl], [row[c] for row in rise])
+            self._trial(
+                candidate, name, [*answers[c], *chosen[c]], base, [row[c] for row in kl], [row[c] for row in rise]
+            )
             for c, candidate in enumerate(tried)
         ]
 
@@ -204,10 +208,12 @@ class Bench:
                     kl[i][c], rise[i][c] = value, other
         return kl, rise
 
-    def _choices(self, tried: Sequence[Candidate], name: str, progress: Progress | None) -> list[list[list[Outcome]]]:
-        """Outcomes [candidates][items][1] of items with choices: the NLL per token of each choice."""
+    def _choices(
+        self, tried: Sequence[Candidate], name: str, progress: Progress | None
+    ) -> tuple[list[list[list[Outcome]]], list[list[Outcome]]]:
+        """Outcomes [candidates][items][1] of items with choices, and the base model's: the NLL per token of each."""
         if not self.closed:
-            return [[] for _ in tried]
+            return [[] for _ in tried], []
         flat = [(item, choice) for item in self.closed for choice in item.choices]
         asked = [[self._messages(item), choice] for item, choice in flat]
         _, rise = self._losses(tried, asked, lambda i: self._choice_ids(*flat[i]), f"{name} choices", progress)
@@ -217,11 +223,13 @@ class Bench:
             return {"nll": _finite(self.engine.losses(pairs, []).base_nll[:, None])}
 
         base = [row[0] for row in self.journal.keep("base choices", "nll", 0, asked, make)["nll"]]
-        outcomes: list[list[list[Outcome]]] = []
-        for c in range(len(tried)):
-            nll = [_sum(base[i], rise[i][c]) for i in range(len(flat))]
-            outcomes.append([[Outcome(nll=tuple(nll[start:end]))] for start, end in _ends(self.closed)])
-        return outcomes
+        rises = [[row[c] for row in rise] for c in range(len(tried))]
+        return [self._by_item(base, row) for row in rises], self._by_item(base, [0.0] * len(flat))
+
+    def _by_item(self, base: Sequence[float | None], rise: Sequence[float | None]) -> list[list[Outcome]]:
+        """The NLL of all choices, as one outcome an item."""
+        nll = [_sum(*pair) for pair in zip(base, rise, strict=True)]
+        return [[Outcome(nll=tuple(nll[start:end]))] for start, end in _ends(self.closed)]
 
     def _choice_ids(self, item: Item, choice: str) -> tuple[Ids, Ids]:
         trace = Trace(item.prompt, choice, "positive", self.behaviour.system)
@@ -237,12 +245,12 @@ class Bench:
         candidate: Candidate,
         name: str,
         outcomes: Sequence[Sequence[Outcome]],
+        base: Sequence[Sequence[Outcome]],
         kl: Sequence[float | None],
         rise: Sequence[float | None],
     ) -> Trial:
-        assert self.base is not None
         values: dict[str, list[float | None]] = {measure.name: [] for measure in self.behaviour.measures()}
-        for item, samples, of_base in zip([*self.open, *self.closed], outcomes, self.base, strict=True):
+        for item, samples, of_base in zip([*self.open, *self.closed], outcomes, base, strict=True):
             counted = [judge(self.behaviour, item, *pair) for pair in zip(samples, of_base, strict=True)]
             for measure in counted[0]:
                 values[measure].append(sum(one[measure] for one in counted) / len(counted))
