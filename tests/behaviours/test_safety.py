@@ -173,12 +173,11 @@ def _answer(prompt: str, intervention: str) -> str:
 
 
 def _traces(engine: FakeEngine, **changes: Any) -> Any:
-    options = {"positive": "written", "negative": ["benign", "harmful"], "system": None, "new_tokens": 8}
-    return make_traces(engine, PROMPTS, **(options | changes))
+    return Safety(**{"new_tokens": 8, **changes}).traces(engine, PROMPTS)
 
 
 def test_positive_traces_are_written_refusals_and_negative_ones_own_answers() -> None:
-    traces, left_out = _traces(FakeEngine(_answer))
+    traces = _traces(FakeEngine(_answer))
     refusals = written_refusals()
     assert [(t.prompt, t.response, t.label, t.group) for t in traces] == [
         ("how to harm", refusals[0], "positive", "harmful"),
@@ -188,21 +187,19 @@ def test_positive_traces_are_written_refusals_and_negative_ones_own_answers() ->
         ("how to sing", "Easily: how to sing.", "negative", "benign"),
         ("how to harm", "Easily: how to harm.", "negative", "harmful"),
     ]
-    assert left_out == 1
     assert [t.source for t in traces][0::5] == ["harmful 0, written", "harmful 0, own"]
 
 
 def test_benign_and_harmful_negatives_are_groups_of_their_own_so_that_they_weigh_alike() -> None:
-    traces, _ = _traces(FakeEngine())
+    traces = _traces(FakeEngine())
     groups = Counter((t.label, t.group) for t in traces)
     assert groups == {("positive", "harmful"): 2, ("negative", "benign"): 3, ("negative", "harmful"): 2}
 
 
 def test_own_positive_answers_are_kept_whatever_they_say() -> None:
-    traces, left_out = _traces(FakeEngine(_answer), positive="own", negative=["benign"])
+    traces = _traces(FakeEngine(_answer), positive="own", negative=["benign"])
     positive = [t for t in traces if t.label == "positive"]
     assert [t.response for t in positive] == ["Easily: how to harm.", "I cannot help with that."]
-    assert left_out == 0
     assert {t.group for t in traces if t.label == "negative"} == {"benign"}
 
 
@@ -217,7 +214,7 @@ def test_only_prompts_whose_answers_are_needed_are_asked() -> None:
 
 def test_the_system_prompt_is_asked_and_kept() -> None:
     engine = FakeEngine()
-    traces, _ = _traces(engine, system="Be kind.", negative=["benign"])
+    traces = _traces(engine, system="Be kind.", negative=["benign"])
     assert all(prompt.startswith("Be kind.\nhow to") for prompt, _ in engine.asked)
     assert {t.system for t in traces} == {"Be kind."}
 
@@ -237,7 +234,7 @@ def _file(path: Any, rows: list[dict[str, Any]]) -> str:
 
 def test_only_the_asked_split_and_number_of_prompts_is_loaded(tmp_path: Any) -> None:
     source = _file(tmp_path / "p.jsonl", _rows("test") + _rows("validation"))
-    found = load_prompts(source, "validation", {"harmful": 2, "benign": 1})
+    found = Safety().items(source, "validation", {"harmful": 2, "benign": 1})
     assert found == [
         Item("harmful", "harmful 0 validation"),
         Item("harmful", "harmful 1 validation"),
@@ -248,7 +245,7 @@ def test_only_the_asked_split_and_number_of_prompts_is_loaded(tmp_path: Any) -> 
 def test_asking_for_more_prompts_than_there_are_is_an_error(tmp_path: Any) -> None:
     source = _file(tmp_path / "p.jsonl", _rows("test"))
     with pytest.raises(RecipeError, match=r"the test split has too few harmful prompts \(got: 3, 4 asked\)"):
-        load_prompts(source, "test", {"harmful": 4})
+        Safety().items(source, "test", {"harmful": 4})
 
 
 @pytest.mark.parametrize("change", [{"kind": "evil"}, {"split": "train"}, {"prompt": 3}, {"prompt": None}])
@@ -256,12 +253,12 @@ def test_a_row_that_is_no_prompt_is_an_error_with_its_line(change: dict[str, Any
     rows: list[dict[str, Any]] = [*_rows("test")]
     rows[4] = rows[4] | change
     with pytest.raises(FileError, match=r"line 5 of .* is not a prompt"):
-        load_prompts(_file(tmp_path / "p.jsonl", rows), "test", {"harmful": 1})
+        Safety().items(_file(tmp_path / "p.jsonl", rows), "test", {"harmful": 1})
 
 
 def test_a_missing_prompt_file_is_an_error(tmp_path: Any) -> None:
     with pytest.raises(FileError, match="no such file"):
-        load_prompts(str(tmp_path / "none.jsonl"), "test", {"harmful": 1})
+        Safety().items(str(tmp_path / "none.jsonl"), "test", {"harmful": 1})
 
 
 def _bundled() -> list[dict[str, str]]:

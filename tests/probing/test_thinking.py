@@ -345,7 +345,7 @@ def test_the_probe_says_what_the_template_was_told_and_which_one_it_was(
         tokenizer.chat_template = template
         said = s2e.collect(model, tokenizer, *traces, chat=chat).provenance["chat"]
         digests.append(said.pop("template"))
-        assert said == {"plain": False, "enable_thinking": False, "date": "2025-05-06"}
+        assert said == {"plain": False, "enable_thinking": False, "date": "2025-05-06", "stop": []}
     assert digests == [hashlib.sha256(t.encode()).hexdigest()[:16] for t in (CHATML, SWITCHED)]
     tokenizer.chat_template = None
     probe = s2e.collect(model, tokenizer, *traces, plain=True)
@@ -406,7 +406,12 @@ class Thinker(FakeEngine):
     """Answers by rule, and finds where its answers start as an engine does."""
 
     def generate(
-        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, progress: Any = None
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        progress: Any = None,
+        sampling: Any = None,
     ) -> list[Answer]:
         made = super().generate(requests, table, max_new_tokens, progress)
         return [Answer(a.ids, a.text, a.ended, answer_start(a.text)) for a in made]

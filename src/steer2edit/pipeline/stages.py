@@ -45,13 +45,14 @@ CHOICE, RESULTS, ANSWERS = "choice.json", "evaluation/results.json", "evaluation
 
 
 def _traces(run: Run) -> list[str]:
-    if _is_foreign(run, TRACES):
+    if _put_by_hand(run):
         traces = read_traces(run.path(TRACES))
         labels = [trace.label for trace in traces]
         count = f"{labels.count('positive')} positive, {labels.count('negative')} negative"
         say(f"  {TRACES} was put there by hand and is taken as it is: {count}")
         run.notes["by_hand"] = True
         return [TRACES]
+    _keep_changed(run)
     path = run.path(f"traces/journal-{run.keys['traces']}.jsonl")
     path.parent.mkdir(exist_ok=True)
     with showing("own answers") as progress:
@@ -60,12 +61,21 @@ def _traces(run: Run) -> list[str]:
     return [TRACES]
 
 
-def _is_foreign(run: Run, name: str) -> bool:
-    """Whether a file of the run directory is not the one that a stage of this run wrote last."""
-    if not run.path(name).is_file():
-        return False
+def _put_by_hand(run: Run) -> bool:
+    """Whether the traces were put into the run directory, and not made by the stage."""
     entry = run.entry("traces")
-    return entry is None or entry["files"].get(name) != sha256(run.path(name)) or entry.get("by_hand", False)
+    return run.path(TRACES).is_file() and (entry is None or entry.get("by_hand", False))
+
+
+def _keep_changed(run: Run) -> None:
+    """Keeps, under another name, traces that are not as the stage wrote them, before it makes them again."""
+    entry, path = run.entry("traces"), run.path(TRACES)
+    if entry is not None and path.is_file() and entry["files"].get(TRACES) != sha256(path):
+        kept = path.with_name("traces.changed.jsonl")
+        path.replace(kept)
+        say(
+            f"  {TRACES} was changed after it was written: it is made again, and the changed file is kept as {kept.name}"
+        )
 
 
 def _probe(run: Run) -> list[str]:
@@ -275,7 +285,7 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
 
 def _hand_made(run: Run, before: str, stage: str) -> bool:
     """Whether traces were put into the run directory in place of the stage that makes them."""
-    return before == "traces" and stage == "probe" and _is_foreign(run, TRACES)
+    return before == "traces" and stage == "probe" and _put_by_hand(run)
 
 
 def _run_stage(run: Run, stage: str) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
 from steer2edit.behaviours.degenerate import degenerate
+from steer2edit.behaviours.prompts import load_prompts, load_questions
 from steer2edit.behaviours.refusal import declines
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.errors import EditError, FileError, RecipeError
@@ -29,7 +31,7 @@ from steer2edit.files.writing import write_text
 from steer2edit.models.load import load_model
 from steer2edit.pipeline import stages as pipeline
 from steer2edit.pipeline.run import Run
-from steer2edit.pipeline.stages import STAGES, run_all, run_stage
+from steer2edit.pipeline.stages import STAGES, Stage, run_all, run_stage
 from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.search.candidates import edit_of
@@ -104,12 +106,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the stages that run from now on."""
     names: list[str] = []
 
-    def watched(name: str, stage: Callable[[Run], list[str]]) -> Callable[[Run], list[str]]:
-        def run(run: Run) -> list[str]:
+    def watched(name: str, stage: Stage) -> Stage:
+        def work(run: Run) -> list[str]:
             names.append(name)
-            return stage(run)
+            return stage.work(run)
 
-        return run
+        return replace(stage, work=work)
 
     for name, stage in list(STAGES.items()):
         monkeypatch.setitem(STAGES, name, watched(name, stage))
@@ -130,8 +132,8 @@ def _from(stage: str) -> list[str]:
 def test_a_run_writes_everything_and_nothing_else(unbroken: Path) -> None:
     found = {str(file.relative_to(unbroken)) for file in unbroken.rglob("*") if file.is_file()}
     journals = {name for name in found if "/journal-" in name}
-    assert len(journals) == 2
-    assert found - journals == {*OUTPUTS, "manifest.json"}
+    assert len(journals) == 3
+    assert found - journals == {*OUTPUTS, "manifest.json", ".lock"}
 
 
 def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(unbroken: Path, recipe: Recipe) -> None:
@@ -224,7 +226,6 @@ def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], m
     ("key", "value", "first"),
     [
         ("search__limits", {"over_refusal": 0.9, "degenerate": None}, "edit"),
-        ("exports", [], "export"),
         ("data__test", {"harmful": 1, "benign": 2, "borderline": 1}, "evaluate"),
         ("name", "other", "report"),
     ],
@@ -234,6 +235,17 @@ def test_a_change_of_the_recipe_reruns_only_what_depends_on_it(
 ) -> None:
     run_all(Run(copy, tiny_recipe(recipe.model.name, **{key: value})))
     assert ran == _from(first)
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_exports_and_resamples_make_no_answer_again(copy: Path, recipe: Recipe, ran: list[str]) -> None:
+    journals = {file: file.read_bytes() for file in copy.rglob("journal-*")}
+    run_all(Run(copy, tiny_recipe(recipe.model.name, exports=[])))
+    assert ran == ["export", "report"]
+    ran.clear()
+    run_all(Run(copy, tiny_recipe(recipe.model.name, exports=[], evaluation__resamples=60)))
+    assert ran == ["edit", "evaluate", "report"]
+    assert {file: file.read_bytes() for file in copy.rglob("journal-*")} == journals
 
 
 @pytest.mark.parametrize(
@@ -342,12 +354,12 @@ def _remove(path: Path) -> None:
         ("figures/lambda.svg", _remove, "report"),
     ],
 )
-def test_an_output_that_is_lost_or_altered_is_made_again_with_all_that_follows(
+def test_an_output_that_is_lost_or_altered_is_made_again_and_nothing_else(
     name: str, damage: Callable[[Path], None], first: str, copy: Path, unbroken: Path, recipe: Recipe, ran: list[str]
 ) -> None:
     damage(copy / name)
     run_all(Run(copy, recipe))
-    assert ran == _from(first)
+    assert ran == [first]  # what follows read the same bytes as before
     assert _bytes(copy, UNDRAWN) == _bytes(unbroken, UNDRAWN)
 
 
@@ -430,20 +442,20 @@ def test_no_test_prompt_is_read_before_the_evaluation(
     loaded: list[tuple[str, str]] = []
     now = [""]
 
-    def watched(name: str, stage: Callable[[Run], list[str]]) -> Callable[[Run], list[str]]:
-        def run(run: Run) -> list[str]:
+    def watched(name: str, stage: Stage) -> Stage:
+        def work(run: Run) -> list[str]:
             now[0] = name
-            return stage(run)
+            return stage.work(run)
 
-        return run
+        return replace(stage, work=work)
 
     def tokens(self: Any, messages: list[dict[str, str]]) -> tuple[int, ...]:
         asked.setdefault(now[0], set()).update(m["content"] for m in messages)
         return made(self, messages)
 
-    def load(source: str, split: Any, counts: Any) -> Any:
+    def load(source: str, kinds: Any, split: Any, counts: Any) -> Any:
         loaded.append((now[0], split))
-        return load_prompts(source, split, counts)
+        return load_prompts(source, kinds, split, counts)
 
     from steer2edit.engines.transformers import TransformersEngine
 
@@ -463,14 +475,14 @@ def test_no_test_prompt_is_read_before_the_evaluation(
 
 
 def test_the_test_prompts_cannot_be_had_before_the_choice_is_whole(copy: Path, recipe: Recipe, tmp_path: Path) -> None:
-    assert [p.split for p in Run(copy, recipe).prompts("test")] == ["test"] * 5
+    assert len(Run(copy, recipe).items("test")) == 5
     for run in (Run(tmp_path / "new", recipe), Run(copy, tiny_recipe(recipe.model.name, search__rho_attn=[0.1]))):
-        assert {p.split for p in run.prompts("validation")} == {"validation"}
+        assert len(run.items("validation")) == 5
         with pytest.raises(FileError, match=r"test prompts are not read before an edit is chosen .* the stage edit"):
-            run.prompts("test")
+            run.items("test")
     _alter(copy / "choice.json")
     with pytest.raises(FileError, match="test prompts are not read"):
-        Run(copy, recipe).prompts("test")
+        Run(copy, recipe).items("test")
 
 
 @pytest.mark.usefixtures("quick")
@@ -478,8 +490,6 @@ def test_the_test_prompts_cannot_be_had_before_the_choice_is_whole(copy: Path, r
 def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions_and_then_those_after(
     search: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from steer2edit.behaviours.questions import load_questions
-
     asked: list[tuple[str, int, int]] = []
     splits: list[str] = []
 
@@ -487,9 +497,9 @@ def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions
         asked.append((file, first, count))
         return load_questions(file, first, count)
 
-    def prompts(source: str, split: Any, counts: Any) -> Any:
+    def prompts(source: str, kinds: Any, split: Any, counts: Any) -> Any:
         splits.append(split)
-        return load_prompts(source, split, counts)
+        return load_prompts(source, kinds, split, counts)
 
     monkeypatch.setattr("steer2edit.pipeline.run.load_questions", questions)
     monkeypatch.setattr("steer2edit.behaviours.safety.load_prompts", prompts)
@@ -522,7 +532,7 @@ def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions
     assert study["evaluations"]["edit"] == 7 * counted["edit"]  # 5 validation prompts and 2 simple ones
     assert study["evaluations"]["steering"] == 5 * counted["steering"] >= study["evaluations"]["edit"]
     assert read_jsonl(folder / "search/discarded.jsonl") == []
-    assert all(t["accuracy"] in (0.0, 0.5, 1.0) and t["counts"]["questions"] == 2 for t in trials)
+    assert all(t["accuracy"] in (0.0, 0.5, 1.0) and len(t["values"]["accuracy"]) == 2 for t in trials)
     assert ("texts" in trials[0], trials[0]["round"]) == (False, "0")
     chosen = next(t for t in trials if t["id"] == read_json(folder / "choice.json")["edit"]["id"])
     edit = s2e.Edit.load(folder / "edit.safetensors")
@@ -571,7 +581,7 @@ def test_limits_that_nothing_keeps_stop_the_run_after_the_search(copy: Path, rec
 
 @pytest.mark.parametrize(
     ("steering", "said"),
-    [([], "- steering: none was tried."), ([0.1], "- steering: γ 0.1; on validation refusal 0.00,")],
+    [([], "- steering: none was tried."), ([0.1], "- steering: γ 0.1; on validation refusal (harmful) 0.00.")],
 )
 def test_without_benign_prompts_and_exports_there_is_still_a_report(
     steering: list[float], said: str, recipe: Recipe, tmp_path: Path
@@ -595,7 +605,6 @@ def test_without_benign_prompts_and_exports_there_is_still_a_report(
     }
     report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
     assert said in report
-    assert "over-refusal not measured" in report
     assert not (tmp_path / "run/adapter").exists()
 
 
@@ -605,7 +614,7 @@ def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_
 ) -> None:
     both = tiny_recipe(recipe.model.name, exports=["adapter", "checkpoint"])
     run_all(Run(copy, both))
-    assert ran == _from("export")
+    assert ran == ["export", "report"]
     for rho in (0.3, 0.1):
         if rho == 0.1:
             run_all(Run(copy, tiny_recipe(recipe.model.name, exports=["checkpoint"], search__rho_attn=[0.1])))
