@@ -320,7 +320,7 @@ def test_a_quantised_base_serves_an_adapter_but_takes_no_checkpoint(made: Made, 
 
 
 def test_the_commands_of_the_page_on_artefacts_run_as_they_stand_there(say: Any, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "artefacts.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "artefacts.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    steer2edit ((?:apply|inspect|verify|diff) [^#\n]*)", page, re.MULTILINE)
     assert len(commands) == 10
     model = make_pico("llama", num_hidden_layers=21)

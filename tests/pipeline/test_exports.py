@@ -129,7 +129,7 @@ def test_without_a_chosen_strength_no_steering_is_written_and_that_is_told(
     if strengths:  # as when none is within the limits
         assert run.path("steering").is_dir()
         write_json(run.path("choice.json"), read_json(run.path("choice.json")) | {"steering": None})
-        STAGES["export"](run)
+        STAGES["export"].work(run)
     reason = read_json(run.path("exports.json"))["steering"]["not_written"]
     assert reason.startswith("no steering: no steering strength was chosen")
     assert not run.path("steering").exists()
@@ -140,7 +140,7 @@ def test_what_llama_cpp_cannot_hold_is_told_and_a_missing_package_stops_the_stag
 ) -> None:
     run = up_to_export(tmp_path / "run", tiny_recipe(save_pico(tmp_path / "model"), exports=["gguf"]))
     monkeypatch.setattr("steer2edit.artefacts.gguf.ARCHITECTURES", {"gpt2": "gpt2"})
-    assert STAGES["export"](run) == ["exports.json"]
+    assert STAGES["export"].work(run) == ["exports.json"]
     reason = read_json(run.path("exports.json"))["gguf"]["not_written"]
     assert reason == (
         "no gguf: an adapter for llama.cpp cannot be written for this family (got: model_type 'llama'). Known: gpt2. "
@@ -149,7 +149,7 @@ def test_what_llama_cpp_cannot_hold_is_told_and_a_missing_package_stops_the_stag
     monkeypatch.undo()
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ModelError, match="pip install gguf"):
-        STAGES["export"](run)
+        STAGES["export"].work(run)
     assert not run.path("gguf").exists()
 
 
@@ -161,7 +161,7 @@ def test_a_gguf_base_has_no_checkpoint_to_write_into_and_that_is_told(
     raw = run.recipe.model_dump(mode="json")
     run.recipe = Recipe.model_validate(raw | {"model": raw["model"] | {"name": "models/small.gguf"}})
     monkeypatch.setattr("steer2edit.models.load.local_folder", lambda *_: pytest.fail("no folder is asked for"))
-    STAGES["export"](run)
+    STAGES["export"].work(run)
     told = read_json(run.path("exports.json"))
     sentence = "a GGUF file is no safetensors checkpoint (got: models/small.gguf). Export an adapter instead."
     assert told == {
@@ -179,7 +179,7 @@ def test_where_peft_cannot_hold_the_edit_the_checkpoint_takes_its_place_beside_w
 ) -> None:
     run = up_to_export(tmp_path / "run", tiny_recipe(save_pico(tmp_path / "model"), exports=["adapter", "gguf"]))
     monkeypatch.setattr("steer2edit.artefacts.adapter.obstacle", lambda edit: "one expert")
-    files = STAGES["export"](run)
+    files = STAGES["export"].work(run)
     told = json.loads(run.path("exports.json").read_text(encoding="utf-8"))
     assert told == {
         "adapter": {

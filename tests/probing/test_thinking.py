@@ -349,7 +349,7 @@ def test_the_probe_says_what_the_template_was_told_and_which_one_it_was(
     assert digests == [hashlib.sha256(t.encode()).hexdigest()[:16] for t in (CHATML, SWITCHED)]
     tokenizer.chat_template = None
     probe = s2e.collect(model, tokenizer, *traces, plain=True)
-    told = {"plain": True, "enable_thinking": None, "date": "2026-01-01", "template": None}
+    told = {"plain": True, "enable_thinking": None, "date": "2026-01-01", "stop": [], "template": None}
     assert probe.provenance["chat"] == told
     probe.save(tmp_path / "probe.safetensors")
     assert s2e.Probe.load(tmp_path / "probe.safetensors").provenance["chat"] == told

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from runs import make_scores
+from steer2edit.behaviours.safety import Safety
 from steer2edit.models.embedded import EMBEDDED
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.report.card import base_name, model_card
@@ -23,8 +24,15 @@ def results() -> dict[str, Any]:
     columns = ("refusal", "over_refusal", "over_refusal_borderline", "degenerate", "nll_rise", "utility_loss")
     accuracy = {"mean": None, "low": None, "high": None, "n": 0}  # none was measured
     configs = {"base": {}, "steering": {"gamma": 0.25}, "edit": {"rho_attn": 0.24, "rho_mlp": None, "alpha": 0.4}}
-    measured = {"accuracy": accuracy} | {c: rate(0.5) for c in columns}
-    return {"systems": {kind: {"id": kind, "config": config} | measured for kind, config in configs.items()}}
+    measured = {"accuracy": accuracy, "accuracy_loss": accuracy} | {c: rate(0.5) for c in columns}
+    return {
+        "attribute": "refusal",
+        "measures": [measure.to_json() for measure in Safety.measures()],
+        "systems": {kind: {"id": kind, "config": config} | measured for kind, config in configs.items()},
+    }
+
+
+CHOICE = {"rule": "highest refusal", "limits": {"over_refusal": 0.25, "degenerate": None}, "moved": True}
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def test_a_card_says_what_it_is_made_from_how_and_what_was_measured(
     kind: str, relation: str, library: str, use: str, recipe: Recipe
 ) -> None:
     edit = make_scores().edit(rho_attn=0.24, rho_mlp=None, alpha=0.4).with_strength(0.5)
-    card = ModelCard(model_card(recipe, edit, results(), kind))
+    card = ModelCard(model_card(recipe, edit, CHOICE, results(), kind))
     header = card.data.to_dict()
     assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (header["base_model_relation"], header["library_name"]) == (relation, library)
@@ -53,7 +61,7 @@ def test_a_card_says_what_it_is_made_from_how_and_what_was_measured(
         markdown_table(results()),
         "ρ_attn 0.24, ρ_mlp off",
         "α 0.4, strength 0.5",
-        "highest refusal rate",
+        "highest refusal",
         "over refusal ≤ 0.25",
         edit.id,
         "0 of 4 MLP neurons",
@@ -65,7 +73,7 @@ def test_a_card_says_what_it_is_made_from_how_and_what_was_measured(
 
 def test_the_card_of_the_steered_checkpoint_says_that_it_is_steered_and_how_strongly(recipe: Recipe) -> None:
     edit = make_scores().edit(rho_attn=0.24, rho_mlp=None, alpha=0.4)
-    card = ModelCard(model_card(recipe, edit, results(), "steering"))
+    card = ModelCard(model_card(recipe, edit, CHOICE, results(), "steering"))
     header = card.data.to_dict()
     assert (header["base_model_relation"], header["library_name"]) == ("finetune", "transformers")
     assert header["tags"] == ["steer2edit", "activation-steering"]
@@ -79,9 +87,17 @@ def test_a_card_names_no_place_on_the_makers_machine(recipe: Recipe, tmp_path: P
     (tmp_path / "my-model").mkdir()
     local = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(tmp_path / "my-model")})})
     edit = make_scores().edit(rho_attn=0.2, rho_mlp=0.2, alpha=0.0)
-    text = model_card(local, edit, results(), "checkpoint")
+    text = model_card(local, edit, CHOICE, results(), "checkpoint")
     assert str(tmp_path) not in text
     assert ModelCard(text).data.to_dict()["base_model"] == "my-model"
+
+
+def test_a_card_of_an_edit_that_moved_nothing_says_so(recipe: Recipe) -> None:
+    edit = make_scores().edit(rho_attn=0.2, rho_mlp=0.2, alpha=0.0)
+    still = CHOICE | {"moved": False, "attribute": Safety.attribute.to_json()}
+    warning = "Nothing moved: on validation no edit has a better refusal (harmful) than the original model."
+    assert warning in model_card(recipe, edit, still, results(), "adapter")
+    assert "Nothing moved" not in model_card(recipe, edit, CHOICE, results(), "adapter")
 
 
 def test_the_base_is_named_as_the_hub_names_it() -> None:

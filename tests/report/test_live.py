@@ -11,23 +11,19 @@ from typing import Any
 import pytest
 
 from runs import make_scores, tiny_recipe
+from steer2edit.behaviours.safety import Safety
 from steer2edit.progress import be_quiet
 from steer2edit.report.live import front, watching
 from steer2edit.report.page import describe, markdown, markdown_table
-from steer2edit.search.candidates import edited, steered
-from steer2edit.search.study import Study
+from steer2edit.search.candidates import Candidate, Trial, edited, steered
+from steer2edit.search.study import Discarded, Study
+
+AIM = tiny_recipe().aim
 
 
-def _trial(candidate: Any, refusal: float, cost: float | None, over_refusal: float | None = 0.125) -> dict[str, Any]:
-    return {
-        "id": candidate.id,
-        "kind": candidate.kind,
-        "config": candidate.config,
-        "refusal": refusal,
-        "over_refusal": over_refusal,
-        "degenerate": 0.0,
-        "utility_loss": cost,
-    }
+def _trial(candidate: Candidate, refusal: float, cost: float | None, over_refusal: float | None = 0.125) -> Trial:
+    means = {"refusal": refusal, "over_refusal": over_refusal, "degenerate": 0.0, "utility_loss": cost}
+    return Trial(candidate, {name: (mean,) for name, mean in means.items()}, "0")
 
 
 def _study() -> Study:
@@ -38,7 +34,7 @@ def _study() -> Study:
             _trial(edited(0.3, None, 0.2), 0.5, 0.25, None),
             _trial(edited(0.9, None, 0.2, "1-2", "l0"), 0.375, 0.375),  # beaten
         ],
-        [{"id": "edit-0.05-off-0.2", "why": "it loops"}],
+        [Discarded(edited(0.05, None, 0.2), "it loops")],
     )
 
 
@@ -55,10 +51,10 @@ class Terminal(io.StringIO):
 
 
 def _watch(study: Study | None) -> None:
-    with watching() as (progress, told):
+    with watching(Safety.measures(), AIM) as (progress, on_round):
         progress(3, 40)
         if study:
-            told(study)
+            on_round(study)
         progress(40, 40)
 
 
@@ -91,7 +87,7 @@ def test_in_a_log_each_round_is_a_plain_line(capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "  3 edits and 1 steering strengths tried, 1 discarded; highest refusal 0.75 at KL 0.62",
+        "  3 edits and 1 steering strengths tried, 1 discarded; highest refusal (harmful) 0.75 at KL per token 0.62",
     ]
 
 
@@ -114,7 +110,7 @@ def test_on_a_terminal_a_table_shows_the_fronts_of_both(
     ]
     last = rows[-4:]  # the table is drawn anew every time
     assert last == [
-        ["", "refusal", "over-refusal", "degenerate", "KL per token"],
+        ["", "refusal (harmful)", "over-refusal (benign)", "degenerate", "KL per token"],
         ["ρ_attn 0.3, ρ_mlp off, α 0.2", "0.50", "–", "0.00", "0.25"],
         ["ρ_attn 0.1, ρ_mlp off, α 0.2", "0.75", "0.12", "0.00", "0.62"],
         ["γ 0.4", "0.25", "0.12", "0.00", "0.50"],
@@ -131,9 +127,18 @@ def test_before_the_first_round_there_is_only_the_bar(monkeypatch: pytest.Monkey
 
 def test_of_a_long_front_eight_rows_are_shown_from_end_to_end() -> None:
     study = Study([_trial(edited(0.01 * (i + 1), None, 0.2), 0.02 * i, 0.1 * i) for i in range(29)])
-    assert [round(t["utility_loss"] * 10) for t in front(study, "edit")] == [0, 4, 8, 12, 16, 20, 24, 28]
-    assert len(front(Study(study.trials[:8]), "edit")) == 8
-    assert front(study, "steering") == []
+    assert [round((t.mean("utility_loss") or 0.0) * 10) for t in front(study, "edit", AIM)] == [
+        0,
+        4,
+        8,
+        12,
+        16,
+        20,
+        24,
+        28,
+    ]
+    assert len(front(Study(study.trials[:8]), "edit", AIM)) == 8
+    assert front(study, "steering", AIM) == []
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -158,11 +163,16 @@ def _rate(mean: float | None, n: int = 8) -> dict[str, Any]:
 
 def _results(accuracy: float | None) -> dict[str, Any]:
     numbers = ("refusal", "over_refusal", "over_refusal_borderline", "degenerate", "nll_rise", "utility_loss")
-    measured = {name: _rate(0.25) for name in numbers} | {"accuracy": _rate(accuracy, 0 if accuracy is None else 4)}
+    measured = {name: _rate(0.25) for name in numbers} | {
+        "accuracy": _rate(accuracy, 0 if accuracy is None else 4),
+        "accuracy_loss": _rate(None, 0),
+    }
     configs: dict[str, Any] = {"base": {}, "edit": edited(0.1, None, 0.2, variant="l0").config}
     return {
         "systems": {kind: {"id": kind, "config": config, **measured} for kind, config in configs.items()},
-        "refusal_differences": {},
+        "attribute": "refusal",
+        "measures": [measure.to_json() for measure in Safety.measures()],
+        "differences": {},
         "agreement": {"not_measured": "quantised."},
     }
 
@@ -199,7 +209,7 @@ def test_the_report_has_a_row_of_the_budget_and_the_hypervolume_for_each_method(
         "| steering | 3 | 60 | 0.00 [0.00, 0.00] | 0 |",
     ]
     text = "\n".join(lines)
-    assert "refusal from 0 to 1 and KL from 0 to 2 that" in text
+    assert "refusal (harmful) from worst to best and KL per token from 0 to 2 that" in text
     assert "out of 12 edits and 3 steering strengths: the knee." in text
     assert "Limits: over refusal ≤ 0.2, accuracy loss ≤ 0.05." in text
     assert "- steering: no strength stays within the limits." in text

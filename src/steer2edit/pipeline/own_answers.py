@@ -25,6 +25,12 @@ class Journalled(Engine):
         self.engine, self.journal = engine, Journal(path)
         self.tokenizer, self.chat, self.slots = engine.tokenizer, engine.chat, engine.slots
 
+    def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        return self.engine.tokens(messages)
+
+    def begins_thinking(self, ids: Sequence[int]) -> bool:
+        return self.engine.begins_thinking(ids)
+
     def generate(
         self,
         requests: Sequence[Request],

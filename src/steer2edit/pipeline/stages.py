@@ -73,9 +73,7 @@ def _keep_changed(run: Run) -> None:
     if entry is not None and path.is_file() and entry["files"].get(TRACES) != sha256(path):
         kept = path.with_name("traces.changed.jsonl")
         path.replace(kept)
-        say(
-            f"  {TRACES} was changed after it was written: it is made again, and the changed file is kept as {kept.name}"
-        )
+        say(f"  {TRACES} was changed after it was written: it is made again, the changed file is now {kept.name}")
 
 
 def _probe(run: Run) -> list[str]:

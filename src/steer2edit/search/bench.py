@@ -75,9 +75,14 @@ class Bench:
         return self._engine
 
     @property
+    def asked(self) -> int:
+        """How many answers each candidate gives: what budgets count."""
+        return len(self.open) * self.plan.samples
+
+    @property
     def steps(self) -> int:
         """What progress counts for each candidate: answers, and answers and choices whose losses are measured."""
-        return len(self.open) * self.plan.samples + len(self.own) + sum(len(item.choices) for item in self.closed)
+        return self.asked + len(self.own) + sum(len(item.choices) for item in self.closed)
 
     def sane(
         self, tried: Sequence[Candidate], prompts: Sequence[str], name: str, progress: Progress | None = None
@@ -95,7 +100,7 @@ class Bench:
             name: of the round, which its journal lines carry.
         """
         steps = self.steps * len(tried)
-        answers_at, losses_at = len(self.open) * self.plan.samples, len(self.own)
+        answers_at, losses_at = self.asked, len(self.own)
         answers = self._answers(tried, self.open, self.plan.samples, name, _shifted(progress, 0, steps))
         kl, rise = self._own_losses(tried, name, _shifted(progress, len(tried) * answers_at, steps))
         chosen, base_chosen = self._choices(

@@ -111,7 +111,7 @@ class _Rounds:
         for trial in self.bench.run(tried, name, steps) if tried else []:
             kind = trial.candidate.kind
             if kind in self.study.evaluations:
-                self.study.evaluations[kind] += len(self.bench.items)
+                self.study.evaluations[kind] += self.bench.asked
             if kind != "base" and self.bench.own and trial.mean(UTILITY_LOSS.name) is None:
                 self.study.discarded.append(Discarded(trial.candidate, "its losses are not finite"))
             else:
@@ -121,7 +121,7 @@ class _Rounds:
 
     def _equal_budget(self, strengths: Range) -> list[Candidate]:
         """As many steering strengths as make their evaluations the edits', sanity checks included."""
-        count = max(2, math.ceil(self.study.evaluations["edit"] / max(1, len(self.bench.items))))
+        count = max(2, math.ceil(self.study.evaluations["edit"] / max(1, self.bench.asked)))
         return [steered(short(x, 6)) for x in np.linspace(strengths.low, strengths.high, count)]
 
     def _part(self, steps: int) -> Progress | None:
