@@ -186,7 +186,7 @@ def test_a_whole_run_prints_its_results_and_a_second_one_makes_nothing_anew(
     shutil.copytree(whole, tmp_path / "out")
     said = say("run", file, "--out", tmp_path / "out")
     assert said.code == 0
-    assert [line for line in said.err.splitlines() if not line.endswith(": there already")] == []
+    assert [line for line in said.err.splitlines() if not line.endswith(": done before")] == []
     assert len(said.err.splitlines()) == len(STAGES)
     assert "refusal (harmful)" in " ".join(said.out.split())
     assert "edit (ρ_attn" in " ".join(said.out.split())

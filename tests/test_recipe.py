@@ -139,7 +139,6 @@ def test_a_number_that_its_list_cannot_hold_is_refused_with_its_place(key: str, 
         ("evaluation.new_tokens", True),
         ("evaluation.rows", 1.5),
         ("behaviour.negative", []),
-        ("behaviour.name", "kindness"),
         ("model.dtype", "float8"),
         ("model", "pico"),
         ("name", 3),
@@ -177,13 +176,14 @@ def test_the_later_keys_of_the_search_have_defaults_that_try_the_grid_as_it_is_l
     raw = _raw()
     for key in later:
         del raw["search"][key]
-    del raw["search"]["limits"]["accuracy_loss"], raw["data"]["questions"]
+    del raw["data"]["questions"]
     recipe = parse_recipe(raw)
     assert recipe == tiny_recipe()
     assert [getattr(recipe.search, key) for key in later] == [
         "grid", [None], ["full"], 0, 0, 60, 12, "largest", 0.05, 1.0,
     ]  # fmt: skip
-    assert (recipe.search.limits.accuracy_loss, recipe.data.questions) == (None, None)
+    limits = {measure.name: limit for measure, limit in recipe.aim.limits.items()}
+    assert (limits["accuracy_loss"], recipe.data.questions) == (None, None)
 
 
 def test_layers_strengths_and_questions_are_written_and_read_as_they_are(tmp_path: Path) -> None:
@@ -321,14 +321,14 @@ def test_a_recipe_without_the_later_keys_is_the_one_with_their_defaults(tmp_path
 def test_everything_in_the_model_section_reaches_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(models, "load_model", lambda name, **how: asked.update(how, name=name))
-    models.load_section(tiny_recipe().model)
+    plan.load_section(tiny_recipe().model)
     assert asked == {
         "name": "nowhere", "dtype": "float32", "device": "cpu", "revision": None, "trust_remote_code": False,
         "device_map": None, "max_memory": None, "offload_folder": None, "architecture": None,
     }  # fmt: skip
     raw = _with("model.architecture", {"mlp": "ff.w2"})
     raw["model"] |= {"device_map": "auto", "max_memory": {"0": "20GiB", "cpu": "60GiB"}, "offload_folder": "there"}
-    models.load_section(parse_recipe(raw).model)
+    plan.load_section(parse_recipe(raw).model)
     assert asked["device_map"] == "auto"
     assert asked["max_memory"] == {"0": "20GiB", "cpu": "60GiB"}
     assert asked["offload_folder"] == "there"
