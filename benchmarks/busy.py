@@ -1,8 +1,8 @@
 """What waiting passively costs and saves: the time of one decoding workload, alone and beside a busy process.
 
 OpenMP's threads spin while they wait for each other. On a machine whose cores are taken by others, a spinning thread
-holds the core that the slow one needs. `steer2edit` sets OMP_WAIT_POLICY=PASSIVE unless the user has set it. Each time is
-that of a process of its own, started in turn, so that a drift of the machine falls on both.
+holds the core that the slow one needs. `steer2edit` sets OMP_WAIT_POLICY=PASSIVE unless the user has set it. Each time
+is that of a process of its own, started in turn, so that a drift of the machine falls on both.
 """
 
 from __future__ import annotations

@@ -10,7 +10,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup.py", "scoring.py", "probe.py", "mixed_batch.py", "study.py", "slots.py", "export.py", "tpe.py")
+SCRIPTS = (
+    "startup.py",
+    "busy.py",
+    "scoring.py",
+    "probe.py",
+    "mixed_batch.py",
+    "study.py",
+    "slots.py",
+    "export.py",
+    "tpe.py",
+)
 
 if __name__ == "__main__":
     for script in SCRIPTS:

@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import steer2edit as s2e
+from steer2edit.behaviours.base import Item
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
 from steer2edit.recipe import parse_recipe
-from steer2edit.search.bench import Bench
 from steer2edit.search.candidates import edited
 from timing import report, seconds
-from workload import base_model, probe
+from workload import base_model, open_bench, probe
 
 ROWS, TOKENS, SINGLE_RUNS = 128, 16, 3
 KINDS = {"harmful": 16, "benign": 16}
@@ -67,9 +67,9 @@ def main() -> None:
 
     harmful = [p for p in prompts if p.kind == "harmful"] * 2  # without benign ones no losses are measured
 
-    def study(asked: Sequence[Prompt] = harmful) -> None:
+    def study(asked: Sequence[Item] = harmful) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            Bench(engine, {"full": found}, asked, recipe, Path(folder) / "journal.jsonl").run(tried, "0")
+            open_bench(engine, {"full": found}, asked, recipe, Path(folder) / "journal.jsonl").run(tried, "0")
 
     def base() -> None:
         engine.generate([Request(x) for _ in tried for x in ids], [NOTHING], TOKENS)

@@ -15,10 +15,10 @@ import steer2edit as s2e
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.recipe import parse_recipe
-from steer2edit.search.bench import Bench
-from steer2edit.search.study import run_study, summary
+from steer2edit.search.choice import summary
+from steer2edit.search.rounds import run_study
 from timing import report
-from workload import base_model
+from workload import base_model, open_bench
 
 KINDS = {"harmful": 16, "benign": 8}
 AXIS = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -28,8 +28,7 @@ def main() -> None:
     model, tokenizer = base_model()
     engine = TransformersEngine(model, tokenizer, rows=128)
     asked = Safety().items(BUILTIN, "probe", {"harmful": 48, "benign": 48})
-    both: Any = ("benign", "harmful")
-    traces, _ = make_traces(engine, asked, positive="written", negative=both, system=None, new_tokens=48)
+    traces = Safety().traces(engine, asked)
     found = {"full": s2e.score(model, s2e.collect(model, tokenizer, traces))}
     prompts = Safety().items(BUILTIN, "validation", KINDS)
 
@@ -57,13 +56,16 @@ def main() -> None:
             }
         )
         with tempfile.TemporaryDirectory() as folder:
-            study = run_study(Bench(engine, found, prompts, recipe, Path(folder) / "journal.jsonl"), recipe)
-        told = summary(study, recipe)["hypervolume"]["edit"]
+            bench = open_bench(engine, found, prompts, recipe, Path(folder) / "journal.jsonl")
+            study = run_study(bench, recipe.search, recipe.aim, seed)
+        volume_of_edits = summary(study, recipe.aim, recipe.search.method, recipe.evaluation.resamples, seed)[
+            "hypervolume"
+        ]["edit"]
         print(
-            f"  {search or 'grid of 125'} seed {seed}: {told['mean']:.3f} [{told['low']:.3f}, {told['high']:.3f}]",
+            f"  {search or 'grid of 125'} seed {seed}: {volume_of_edits['mean']:.3f} [{volume_of_edits['low']:.3f}, {volume_of_edits['high']:.3f}]",
             flush=True,
         )
-        return told["mean"]
+        return volume_of_edits["mean"]
 
     grid = volume()
     drawn = [volume(seed, method="tpe", trials=60, at_once=12) for seed in range(3)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import steer2edit as s2e
+from steer2edit.behaviours.base import Item
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.models.embedded import EMBEDDED
+from steer2edit.recipe import Recipe
+from steer2edit.search.bench import Bench
 
 
 @cache
@@ -25,6 +30,13 @@ def traces(tokenizer: Any, count: int = 48) -> list[s2e.Trace]:
         answer = " ".join(q.text for q in benign[i : i + 1 + i % 9])
         found.append(s2e.Trace(p.text, answer, "negative"))
     return found
+
+
+def open_bench(engine: Any, scores: Any, items: Sequence[Item], recipe: Recipe, journal: Path) -> Bench:
+    """A bench as a run opens it, its neutral items out of these."""
+    plan = recipe.evaluation
+    neutral = [item for item in items if item.kind == recipe.behaviour.neutral][: plan.utility_prompts]
+    return Bench(engine, scores, items, recipe.behaviour, plan, journal, neutral=neutral, seed=recipe.seed)
 
 
 def probe() -> s2e.Probe:

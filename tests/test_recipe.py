@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from runs import tiny_recipe
+from steer2edit.engines import plan
 from steer2edit.errors import FileError, RecipeError
-from steer2edit.models import load as models
 from steer2edit.models.architectures import Architecture, Experts, Heads
 from steer2edit.pipeline.run import Run
 from steer2edit.probing.chat import CHAT, Chat
@@ -205,7 +205,7 @@ def test_layers_strengths_and_questions_are_written_and_read_as_they_are(tmp_pat
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_split_without_harmful_prompts_is_refused(split: str) -> None:
-    with pytest.raises(RecipeError, match=rf"recipe's data\.{split} cannot be used \(got: {{'benign': 2}}\)"):
+    with pytest.raises(RecipeError, match=rf"recipe's data\.{split} cannot be used \(got: no harmful prompts\)"):
         parse_recipe(_with(f"data.{split}", {"benign": 2}))
 
 
@@ -320,7 +320,7 @@ def test_a_recipe_without_the_later_keys_is_the_one_with_their_defaults(tmp_path
 
 def test_everything_in_the_model_section_reaches_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(models, "load_model", lambda name, **how: asked.update(how, name=name))
+    monkeypatch.setattr(plan, "load_model", lambda name, **how: asked.update(how, name=name))
     plan.load_section(tiny_recipe().model)
     assert asked == {
         "name": "nowhere", "dtype": "float32", "device": "cpu", "revision": None, "trust_remote_code": False,
