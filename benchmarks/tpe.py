@@ -58,14 +58,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bench = open_bench(engine, found, prompts, recipe, Path(folder) / "journal.jsonl")
             study = run_study(bench, recipe.search, recipe.aim, seed)
-        volume_of_edits = summary(study, recipe.aim, recipe.search.method, recipe.evaluation.resamples, seed)[
-            "hypervolume"
-        ]["edit"]
-        print(
-            f"  {search or 'grid of 125'} seed {seed}: {volume_of_edits['mean']:.3f} [{volume_of_edits['low']:.3f}, {volume_of_edits['high']:.3f}]",
-            flush=True,
-        )
-        return volume_of_edits["mean"]
+        shown = summary(study, recipe.aim, recipe.search.method, recipe.evaluation.resamples, seed)
+        v = shown["hypervolume"]["edit"]
+        name = search or "grid of 125"
+        print(f"  {name} seed {seed}: {v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]", flush=True)
+        return v["mean"]
 
     grid = volume()
     drawn = [volume(seed, method="tpe", trials=60, at_once=12) for seed in range(3)]
