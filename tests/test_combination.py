@@ -463,3 +463,16 @@ def test_every_two_of_the_edits_are_compared(pico: Any, tokenizer: Any, traces: 
     third = s2e.score(other, s2e.collect(other, tokenizer, *traces), vectors={1: torch.randn(32)}).edit(**rho)
     with pytest.raises(EditError, match="edits of different models"):
         s2e.combine(first, second, third)
+
+
+def test_a_combination_is_scaled_and_cut_down_part_by_part(pico: Any, make_edit: Any) -> None:
+    model = pico("llama")
+    a = make_edit(model, 0.2, 0.5, 0.6)
+    both = s2e.combine(a, a.with_strength(0.5))
+    half = both.with_strength(0.5)
+    assert [part.strength for part in half.parts] == [0.5, 0.25]
+    for key, change in both.changes().items():
+        torch.testing.assert_close(half.changes()[key].delta(), 0.5 * change.delta())
+    first = both.only(layers=range(1), blocks=("attn",))
+    assert list(first.changes()) == ["0.attn"]
+    assert torch.equal(first.changes()["0.attn"].delta(), both.changes()["0.attn"].delta())

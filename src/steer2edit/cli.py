@@ -311,7 +311,7 @@ def _layers(text: str | None) -> range | None:
 
 @app.command()
 def verify(
-    base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.")],
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder, a Hub id, or embedded:….")],
     edit: Annotated[Path, typer.Argument(help="The edit file.")],
     edited: Annotated[Path, typer.Argument(help="The edited checkpoint's folder.")],
     json: Json = False,
@@ -319,8 +319,9 @@ def verify(
     """Check, bit by bit, that a checkpoint is the base with the edit in it and nothing else; exit code 1 if not."""
     from .artefacts.audit import verify as check
     from .edits import load_any
+    from .models.load import local_folder
 
-    found = check(base, load_any(edit), edited)
+    found = check(local_folder(base), load_any(edit), edited)
     if json:
         _print_json(found)
     else:

@@ -35,7 +35,7 @@ from .models import bake
 from .models.hooks import intervening
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """The scores of every site, from which any (ρ, α) gives an edit by a soft threshold.
 
@@ -48,6 +48,9 @@ class Scores:
     sites: Mapping[str, SiteScores]
     fingerprint: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self.sites)} sites, {sum(s.site.n for s in self.sites.values())} components)"
 
     @cached_property
     def _blocks(self) -> dict[str, Tensor]:
@@ -143,11 +146,14 @@ class AnyEdit(ABC):
         return save_adapter(self, folder, base)
 
 
+_UNITS = {"attn": "heads", "mlp": "neurons"}
+
+
 def _off(site: SiteEdit) -> SiteEdit:
     return replace(site, lam=torch.zeros_like(site.lam))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit(AnyEdit):
     """An edit of a model: for each site u, k̂, g and λ; a few megabytes, as a `safetensors` file.
 
@@ -164,6 +170,11 @@ class Edit(AnyEdit):
     fingerprint: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
+
+    def __repr__(self) -> str:
+        parts = [f"{s['edited']} of {s['components']} {_UNITS[block]}" for block, s in self.summary().items()]
+        budgets = [f"{name}={value}" for name, value in self.config.items()]
+        return f"Edit(id={self.id}, {', '.join([*parts, *budgets])}, strength={self.strength:g})"
 
     @property
     def layers(self) -> int:
@@ -229,7 +240,7 @@ class Edit(AnyEdit):
         return load_edit(path, cls)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Combination(AnyEdit):
     """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and taken out as one edit of rank r is."""
 
@@ -239,9 +250,20 @@ class Combination(AnyEdit):
     def parts(self) -> tuple[Edit, ...]:
         return self.edits
 
+    def __repr__(self) -> str:
+        return f"Combination(id={self.id}, {len(self.edits)} edits: {', '.join(edit.id for edit in self.edits)})"
+
     @property
     def id(self) -> str:
         return hashlib.sha256(" ".join(edit.id for edit in self.edits).encode()).hexdigest()[:16]
+
+    def only(self, layers: Container[int] | None = None, blocks: Container[str] = BLOCKS) -> Combination:
+        """Each edit of some layers and block types alone, as `Edit.only`."""
+        return replace(self, edits=tuple(edit.only(layers, blocks) for edit in self.edits))
+
+    def with_strength(self, strength: float) -> Combination:
+        """All edits scaled by the same factor, on top of the strength that each has of its own."""
+        return replace(self, edits=tuple(edit.with_strength(strength * edit.strength) for edit in self.edits))
 
     def save(self, path: str | Path) -> None:
         save_combination(self.edits, path)

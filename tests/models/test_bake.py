@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
+from conftest import make_tokenizer, make_traces
 from runs import sketch
 from steer2edit.errors import EditError, ModelError
 from steer2edit.method.fingerprint import differing
@@ -301,3 +302,47 @@ def test_an_edit_that_overflows_the_dtype_is_refused(pico: Any, make_edit: MakeE
     with pytest.raises(EditError):
         edit.apply(model)
     assert changed(weights_as_integers(model), before) == set()
+
+
+# Several edits ------------------------------------------------------------------------------------------------------
+
+
+def _other(edit: s2e.Edit) -> s2e.Edit:
+    """An edit of the same base that pushes the other way, and is another one."""
+    return edit.with_strength(-3.0)
+
+
+def test_a_second_edit_on_an_edited_model_is_told_to_be_combined(pico: Any, make_edit: MakeEdit) -> None:
+    model = pico("qwen2", dtype=torch.float32)
+    edit = make_edit(model, 0.2, 0.5, 0.6)
+    edit.with_strength(4.0).apply(model)
+    with pytest.raises(EditError, match=r"carries another edit already, .* combine\(a, b\)\.apply\(model\)"):
+        _other(edit).apply(model)
+    with pytest.raises(EditError, match="carries another edit already"), _other(edit).applied(model):
+        pass
+
+
+def test_a_model_that_carries_an_edit_is_not_scored(pico: Any, make_edit: MakeEdit) -> None:
+    model = pico("qwen2", dtype=torch.float32)
+    probe = s2e.collect(model, make_tokenizer(), *make_traces())
+    edit = s2e.score(model, probe).edit(rho_attn=0.2, rho_mlp=0.5, alpha=0.6)
+    edit.apply(model)
+    with pytest.raises(EditError, match=r"that is to be scored carries an edit, .*Revert it first"):
+        s2e.score(model, probe)
+    edit.revert(model)
+    assert s2e.score(model, probe).sites.keys() == edit.sites.keys()
+
+
+def test_every_noun_is_one_line(pico: Any, make_edit: MakeEdit) -> None:
+    model = pico("qwen2", dtype=torch.float32)
+    probe = s2e.collect(model, make_tokenizer(), *make_traces())
+    scores = s2e.score(model, probe)
+    edit = scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.6)
+    site, change = next(iter(edit.sites.values())), next(iter(edit.changes().values()))
+    intervention = edit.intervention()
+    nouns = [probe, scores, edit, s2e.combine(edit, edit.with_strength(0.5)), site, change, intervention]
+    nouns += [next(iter(intervention.terms.values())), next(iter(scores.sites.values()))]
+    for noun in nouns:
+        assert len(repr(noun)) < 200
+        assert type(noun).__name__ in repr(noun)
+    assert "neurons, rho_attn=0.2, rho_mlp=None, alpha=0.6, strength=1)" in repr(edit)

@@ -224,15 +224,20 @@ def _resume(partial: Path, key: str) -> dict[str, Any]:
     return whole
 
 
+# What is left free on the disk beside the checkpoint: for its manifest, and for others.
+_SPARE = 2**20
+
+
 def _room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < needed + 2**20:
+    asked = needed + _SPARE
+    if free < asked:
         folder_is_new = len(list(folder.iterdir())) <= 1
         if folder_is_new:
             shutil.rmtree(folder)
         raise FileError(
             "the disk has too little room for the edited checkpoint",
-            got=f"{free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB needed",
+            got=f"{free / 1e6:.1f} MB free, {asked / 1e6:.1f} MB needed, {_SPARE / 1e6:.1f} MB of them to spare",
             fix="Free some space, or give an output folder on another disk.",
         )
 
@@ -243,6 +248,7 @@ class _Work:
     def __init__(self, edit: Changes, base: Path, partial: Path, hashes: bool, progress: Progress | None, total: int):
         self.edit, self.base, self.partial, self.hashes = edit, base, partial, hashes
         self.progress, self.total, self.bytes = progress, total, 0
+        self.counting = threading.Lock()
         self.presence = [Presence() for _ in edit.parts]
         self.other: list[list[str]] = [[] for _ in edit.parts]
         self.tensors: dict[str, dict[str, str]] = {}
@@ -309,7 +315,7 @@ class _Work:
                         return
                     count = min(_CHUNK, end - at)
                     _copy(source, copy, at, count)
-                    self._told(count)
+                    self._count(count)
                     unsynced += count
                     if unsynced >= _SYNC_EVERY:
                         synced.append(syncing.submit(_FLUSH, copy))
@@ -343,10 +349,12 @@ class _Work:
 
         return ending.submit(end)
 
-    def _told(self, count: int) -> None:
-        self.bytes += count
+    def _count(self, count: int) -> None:
+        with self.counting:  # the shards are written by several threads
+            self.bytes += count
+            done = min(self.bytes, self.total)
         if self.progress:
-            self.progress(min(self.bytes, self.total), self.total)
+            self.progress(done, self.total)
 
     def _patch(
         self, piece: Piece, files: Callable[[], tuple[int, int]]
@@ -395,7 +403,7 @@ class _Work:
             if piece.turned:
                 stored.copy_(part.T)
             _write(copy, offset, _bytes(stored))
-            self._told(len(_bytes(stored)))
+            self._count(len(_bytes(stored)))
             if self.hashes:
                 after.update(_bytes(stored))
         reading = sums.reading()

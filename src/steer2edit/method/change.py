@@ -13,7 +13,7 @@ from ..errors import EditError
 from .site import Site
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SiteEdit:
     """One site's edit, ΔW = u aᵀ with a = λ·k̂. g, λ and k̂ are kept apart: a sign folded into λ would say that a
     neuron is suppressed when it is reinforced.
@@ -38,8 +38,11 @@ class SiteEdit:
         """ΔW = u aᵀ [d, n·c], fp32."""
         return torch.outer(self.u, self.row)
 
+    def __repr__(self) -> str:
+        return f"SiteEdit({self.site.key}, {int((self.lam != 0).sum())} of {self.site.n} components)"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Change:
     """What one edit, or several, do to a weight: ΔW = u a, strengths included.
 
@@ -62,6 +65,9 @@ class Change:
         for rank in range(1, len(self.a)):
             delta += torch.outer(self.u[rows, rank], self.a[rank, columns])
         return delta
+
+    def __repr__(self) -> str:
+        return f"Change({self.site.key}, rank {len(self.a)}, {len(self.columns())} of {self.site.inputs} columns)"
 
 
 def patched(part: Tensor, change: Change, columns: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Term:
     """What one site's output gains: u(aᵀx) + b.
 
@@ -23,13 +23,19 @@ class Term:
     a: Tensor | None = None
     b: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Term(rank {0 if self.a is None else len(self.a)}, {'no constant' if self.b is None else 'a constant'})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Intervention:
     """A term for each site key, or block key; what is not named is left alone."""
 
     name: str
     terms: Mapping[str, Term] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Intervention({self.name!r}, {len(self.terms)} terms)"
 
 
 NOTHING = Intervention("base")

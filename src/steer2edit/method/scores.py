@@ -79,7 +79,7 @@ def read(W: Tensor, L: Tensor, mu: Tensor) -> Reading:
     return sums.reading()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SiteScores:
     """What the traces and the weight say of one site; no (ρ, α) in it.
 
@@ -96,6 +96,9 @@ class SiteScores:
     g: Tensor
     reach: Tensor
     v_norm: float
+
+    def __repr__(self) -> str:
+        return f"SiteScores({self.site.key}, {self.site.n} components, ‖v‖ = {self.v_norm:.3g})"
 
 
 def score_site(site: Site, W: Tensor, v: Tensor, mu: Tensor) -> SiteScores:

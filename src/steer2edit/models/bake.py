@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EditError
+from ..errors import EditError, ModelError
 from ..method.change import Changes, not_finite, patched
 from ..method.fingerprint import QUANTISED_TOLERANCE, TOLERANCE
 from ..method.presence import _twice, check_weights
@@ -54,14 +54,32 @@ def check_base(edit: Changes, model: nn.Module) -> dict[str, Site]:
         ModelError, EditError: the model is not the edit's base, or has the edit in it.
     """
     own = own_sites(edit, model)
-    if any(kept.report.edit_id == edit.id for kept in getattr(model, _MARK, [])):
+    if edit.id in carried_edits(model):
         raise _twice()
     coarse = any(quantised(model, site) for site in own.values())
-    with torch.inference_mode():
-        check_weights(
-            edit.parts, lambda site: read_weight(model, own[site.key]), QUANTISED_TOLERANCE if coarse else TOLERANCE
-        )
+    tolerance = QUANTISED_TOLERANCE if coarse else TOLERANCE
+    try:
+        with torch.inference_mode():
+            check_weights(edit.parts, lambda site: read_weight(model, own[site.key]), tolerance)
+    except ModelError:
+        refuse_edited(model, "the model carries another edit already, which makes it another base")
+        raise
     return own
+
+
+def carried_edits(model: nn.Module) -> list[str]:
+    """The ids of the edits that `apply` has baked into this model object, the first one first."""
+    return [kept.report.edit_id for kept in getattr(model, _MARK, [])]
+
+
+def refuse_edited(model: nn.Module, what: str) -> None:
+    """Raises EditError if an edit is baked into this model object."""
+    if carried := carried_edits(model):
+        raise EditError(
+            what,
+            got=f"edit {', '.join(carried)}",
+            fix="Revert it first. To have both, combine them: combine(a, b).apply(model).",
+        )
 
 
 def own_sites(edit: Changes, model: nn.Module) -> dict[str, Site]:

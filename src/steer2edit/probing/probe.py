@@ -18,7 +18,7 @@ from .traces import LABELS, Label
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Probe:
     """Means that a pass left.
 
@@ -98,3 +98,11 @@ class Probe:
             return cls(sites, inputs, outputs, counts, provenance)
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it anew.") from None
+
+    def __repr__(self) -> str:
+        return f"Probe({len(self.sites)} sites, {_responses(self.counts)})"
+
+
+def _responses(counts: Mapping[str, Any]) -> str:
+    known = [f"{counts[label]['responses']} {label}" for label in LABELS if label in counts]
+    return ", ".join([*known, "responses"]) if known else "no counts"

@@ -22,6 +22,7 @@ from ..method.scores import SiteScores, read, scores_from, unit
 from ..method.site import Site, same_sites
 from ..method.theorems import output_direction
 from ..method.variants import FULL, Variant, rescored
+from ..models.bake import refuse_edited
 from ..models.sites import find_sites
 from ..models.weights import is_plain, read_weight
 from ..parallel import in_parallel
@@ -54,8 +55,11 @@ def score(
 
     Raises:
         ModelError: the probe was made on another model, or a weight was never loaded.
+        EditError: an edit is baked into the model.
         ProbeError: a vector has the wrong shape or is not finite.
     """
+    if isinstance(model, nn.Module):
+        refuse_edited(model, "the model that is to be scored carries an edit, and its weights are not the base's")
     given = None if vectors is None else _by_site(vectors, probe.sites)
     too_few = {s.key: n for s in probe.sites if (n := probe.tokens(s)) is not None and n < expert_tokens}
     wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
