@@ -161,7 +161,8 @@ def test_a_run_on_the_cluster_chooses_what_a_run_here_chooses(
     assert ours["steering"]["config"] == theirs["steering"]["config"]
     trials = [read_jsonl(tmp_path / name / "search/trials.jsonl") for name in ("here", "there")]
     assert [t["id"] for t in trials[0]] == [t["id"] for t in trials[1]]
-    assert [t["flags"] for t in trials[0]] == [t["flags"] for t in trials[1]]
+    for measure in ("refusal", "over_refusal", "over_refusal_borderline", "degenerate"):
+        assert [t["values"][measure] for t in trials[0]] == [t["values"][measure] for t in trials[1]]
 
 
 def test_more_replicas_than_the_cluster_holds_are_refused(section: Model, spread: Any) -> None:

@@ -708,7 +708,7 @@ class TestVllm:
         assert (ours / "traces.jsonl").read_text() == (theirs / "traces.jsonl").read_text()
         trials = [read_jsonl(folder / "search/trials.jsonl") for folder in (ours, theirs)]
         for one, other in zip(*trials, strict=True):
-            assert (one["id"], one["flags"]) == (other["id"], other["flags"])
+            assert (one["id"], one["values"]["refusal"]) == (other["id"], other["values"]["refusal"])
             assert one["utility_loss"] == pytest.approx(other["utility_loss"], abs=1e-3)
         assert any(trial["utility_loss"] > 0.01 for trial in trials[0])
         answers = [(folder / "evaluation/answers.jsonl").read_text() for folder in (ours, theirs)]
