@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tokenizers import pre_tokenizers, processors
 
+from conftest import make_tokenizer
 from steer2edit.errors import FileError, ModelError, TraceError
-from steer2edit.probing.chat import Chat, prompt_tokens, render
+from steer2edit.probing.chat import Chat, named_template, prompt_tokens, render
 from steer2edit.probing.spans import Span, response_span
 from steer2edit.probing.traces import Trace, read_traces, write_traces
 
@@ -232,3 +234,35 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Any) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileError, match="cannot be read as text"):
         read_traces(tmp_path / "binary.jsonl")
+
+
+# Templates for base models ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "stop"),
+    [
+        ("qa", "Be brief.\n\nQuestion: Why?\nAnswer:", "\nQuestion:"),
+        ("user-assistant", "Be brief.\n\nUser: Why?\n\nAssistant:", "\nUser:"),
+    ],
+)
+def test_a_named_template_sets_prompt_and_response_apart(name: str, text: str, stop: str) -> None:
+    tokenizer, chat = make_tokenizer(), named_template(name)
+    trace = Trace("Why?", "Because", "positive", "Be brief.")
+    assert render(tokenizer, trace.messages(), chat) == text
+    assert chat.stop == (stop,)
+    span, _ = response_span(tokenizer, trace, chat=chat, positions="response")
+    assert span is not None
+    assert tokenizer.decode(span.ids[span.first :]).strip() == "Because"
+    assert list(span.ids) == tokenizer(f"{text} Because", add_special_tokens=True)["input_ids"]
+    # A response that brings its own space, as a model's answer does, is not given another.
+    own, _ = response_span(tokenizer, replace(trace, response=" Because"), chat=chat, positions="response")
+    assert own is not None
+    assert own.ids == span.ids
+
+
+def test_a_template_that_is_no_jinja_or_not_known_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match="the chat template cannot be used"):
+        render(make_tokenizer(), [{"role": "user", "content": "a"}], Chat(template="{% for %}"))
+    with pytest.raises(ModelError, match=r"no chat template has that name \(got: q\)\. Known: qa, user-assistant"):
+        named_template("q")

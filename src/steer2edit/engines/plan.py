@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from ..files.reading import read_text
 from ..files.schema import Many, Section, _number
 from ..models.architectures import Architecture
 from ..models.load import _loading, _source, load_model
-from ..probing.chat import CHAT, Chat
+from ..probing.chat import CHAT, TEMPLATES, Chat, named_template
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +43,8 @@ class Model(Section):
     max_memory: Annotated[dict[str, str] | None, BeforeValidator(_named)] = None
     offload_folder: str | None = None
     plain: bool = False
+    template: str | None = None
+    stop: list[str] | None = None
     enable_thinking: bool | None = None
     date: Annotated[str, BeforeValidator(_date)] = CHAT.date
     architecture: Architecture | None = None
@@ -48,7 +52,20 @@ class Model(Section):
 
     @property
     def chat(self) -> Chat:
-        return Chat(self.plain, self.enable_thinking, self.date)
+        """How messages become text. Raises ModelError or FileError if the template cannot be read."""
+        chat = Chat(self.plain, self.enable_thinking, self.date)
+        if self.template in TEMPLATES:
+            named = named_template(str(self.template))
+            chat = replace(chat, template=named.template, stop=named.stop)
+        elif self.template is not None:
+            chat = replace(chat, template=read_text(self.template))
+        return chat if self.stop is None else replace(chat, stop=tuple(self.stop))
+
+    @model_validator(mode="after")
+    def _one_template(self) -> Model:
+        if self.plain and self.template is not None:
+            raise ValueError("model.plain is text without a template: leave plain or template out")
+        return self
 
 
 # Fields of vLLM's EngineArgs that the engine sets itself, and the recipe's key for each; "" has none.

@@ -32,7 +32,8 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     ]
     limits = {measure.name: limit for measure, limit in recipe.aim.limits.items()}
     rule = [recipe.search.rule, recipe.search.tolerance, recipe.search.reference, limits]
-    model = [r["engine"]["name"], _local_files(recipe.model.name), r["model"]]
+    chat = recipe.model.chat
+    model = [r["engine"]["name"], _local_files(recipe.model.name), r["model"], chat.template, chat.stop]
     data = [r["behaviour"], _prompts(recipe)]
     keys = {"traces": _key("traces", *model, *data, r["seed"], r["data"]["probe"], evaluation["rows"])}
     probe_pass = {name: value for name, value in r["probe"].items() if name != "expert_tokens"}

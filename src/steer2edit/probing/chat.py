@@ -18,33 +18,80 @@ class Chat:
     """How messages become the text that a model sees: the same today and next year.
 
     Attributes:
-        plain: no chat template, for base models: the contents, one after the other, are the text that a response goes
-            on.
-        enable_thinking: what the template is told, if it asks; None leaves the model's own default.
-        date: what a template that writes today's date is told, as YYYY-MM-DD.
+        plain: no chat template: the contents, one after the other, are the text that a response continues.
+        enable_thinking: the template's switch for thinking, if it has one; None leaves the model's own default.
+        date: today's date for templates that write it, as YYYY-MM-DD.
+        template: a Jinja chat template in place of the tokenizer's, for base models (see `named_template`). Where it
+            ends without white space, as in "Answer:", a response that begins without any is set off by a space.
         stop: strings that end an answer; its text is cut before the first of them.
     """
 
     plain: bool = False
     enable_thinking: bool | None = None
     date: str = "2026-01-01"
+    template: str | None = None
     stop: tuple[str, ...] = ()
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer adds its special tokens: the tokenizer's own chat template writes them itself."""
+        return self.plain or self.template is not None
+
+    def gap(self, prompt: str, response: str) -> str:
+        """What stands between a rendered prompt and a response: a space after a template like "Answer:"."""
+        glued = prompt[-1:].strip() and response[:1].strip()
+        return " " if self.template is not None and glued else ""
 
     def apply(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
         """The tokenizer's template, on the day that `date` says."""
         from transformers.utils import chat_template_utils
 
         day = datetime.datetime.fromisoformat(self.date)
-        told = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        switches: dict[str, Any] = {}
+        if self.enable_thinking is not None:
+            switches["enable_thinking"] = self.enable_thinking
+        if self.template is not None:
+            switches["chat_template"] = self.template
         # Templates ask transformers for the time; it hands them no function of ours.
         clock = type("clock", (datetime.datetime,), {"now": classmethod(lambda cls, tz=None: day)})
         with mock.patch.object(chat_template_utils, "datetime", clock):
             return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, date_string=day.strftime("%d %b %Y"), **told
+                messages, add_generation_prompt=True, tokenize=False, date_string=day.strftime("%d %b %Y"), **switches
             )
 
 
 CHAT = Chat()
+# For base models: Jinja template, and the strings that end an answer.
+_NAMED = {
+    "qa": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
+        "{% elif m.role == 'user' %}Question: {{ m.content }}\n{% else %}Answer: {{ m.content }}\n\n{% endif %}"
+        "{% endfor %}Answer:",
+        ("\nQuestion:",),
+    ),
+    "user-assistant": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
+        "{% elif m.role == 'user' %}User: {{ m.content }}\n\n{% else %}Assistant: {{ m.content }}\n\n{% endif %}"
+        "{% endfor %}Assistant:",
+        ("\nUser:",),
+    ),
+}
+TEMPLATES = tuple(_NAMED)
+
+
+def named_template(name: str) -> Chat:
+    """A Chat for base models, by the template's name: `qa` or `user-assistant`, each with its stop strings.
+
+    Raises:
+        ModelError: no template has that name.
+
+    >>> named_template("qa").stop
+    ('\\nQuestion:',)
+    """
+    if name not in _NAMED:
+        raise ModelError("no chat template has that name", got=name, fix=f"Known: {', '.join(TEMPLATES)}.")
+    template, stop = _NAMED[name]
+    return Chat(template=template, stop=stop)
 
 
 def answer_start(response: str, thinking: bool = False) -> int:
@@ -69,19 +116,28 @@ def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) ->
     a newline, which is part of it).
 
     Raises:
-        ModelError: if the tokenizer has no chat template and `chat.plain` is off.
+        ModelError: if there is no chat template and `chat.plain` is off, or the given one is not Jinja.
     """
     if chat.plain:
         return "\n".join(m["content"] for m in messages)
+    if chat.template is not None:
+        from jinja2 import TemplateError
+
+        try:
+            return chat.apply(tokenizer, messages)
+        except TemplateError as error:
+            raise ModelError("the chat template cannot be used", got=error, fix="Mend its Jinja.") from None
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
             "the tokenizer has no chat template",
             got=getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
-            fix="Give the chat model's tokenizer, or set plain=True (in a recipe: model.plain: true).",
+            fix="Give the chat model's tokenizer, a template for base models (in a recipe: model.template: qa), or set "
+            "plain=True (in a recipe: model.plain: true).",
         )
     return chat.apply(tokenizer, messages)
 
 
 def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> list[int]:
-    """Token ids of a rendered prompt. A template writes the special tokens itself, so that none is added twice."""
-    return list(tokenizer(render(tokenizer, messages, chat), add_special_tokens=chat.plain)["input_ids"])
+    """Token ids of a rendered prompt. The tokenizer's template writes the special tokens itself: none is added twice."""
+    text = render(tokenizer, messages, chat)
+    return list(tokenizer(text, add_special_tokens=chat.adds_special_tokens)["input_ids"])

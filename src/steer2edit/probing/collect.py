@@ -222,8 +222,7 @@ def plan_pass(
         "positions": positions,
         "part": part,
         "chat": dataclasses.asdict(chat)
-        | {"stop": list(chat.stop)}
-        | {"template": _digest(getattr(tokenizer, "chat_template", None))},
+        | {"stop": list(chat.stop), "template": _digest(chat.template or getattr(tokenizer, "chat_template", None))},
         "max_tokens": max_tokens,
     }
     return Plan(spans, owners, [row_of[t.label, t.group] for t in owners], groups, counts, provenance)

@@ -54,7 +54,9 @@ def response_span(
             fix="Load a fast tokenizer (AutoTokenizer.from_pretrained(…, use_fast=True)).",
         )
     prompt = render(tokenizer, trace.messages(), chat)
-    encoded = tokenizer(prompt + trace.response, add_special_tokens=chat.plain, return_offsets_mapping=True)
+    prompt += chat.gap(prompt, trace.response)
+    text = prompt + trace.response
+    encoded = tokenizer(text, add_special_tokens=chat.adds_special_tokens, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     first, last = len(prompt) + first, len(prompt) + last
     holds = [i for i, (start, end) in enumerate(encoded["offset_mapping"]) if end > first and start < last]
