@@ -116,7 +116,7 @@ def test_a_recipe_that_is_not_yaml_is_one_line(say: Any, tmp_path: Path) -> None
 
 def test_a_model_that_is_nowhere_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
     said = say("run", file, "--model", tmp_path / "no-model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "no-model cannot be loaded")
+    _is_one_line(said, "no-model). Check the path")
     said = say("run", file, "--model", "nobody/no-such-model", "--quiet", "--out", tmp_path / "out")
     _is_one_line(said, "the model nobody/no-such-model cannot be loaded")
     said = say("run", file, "--model", "none.gguf", "--quiet", "--out", tmp_path / "out")

@@ -29,7 +29,7 @@ from ..files.writing import append_jsonl, clear_temporaries, sync
 from ..method.change import Change, Changes, SiteEdit, not_finite, patched
 from ..method.fingerprint import differing, from_reading, signs
 from ..method.presence import Presence, check_weights, decide
-from ..method.scores import Reading, Sums
+from ..method.scores import Reading, RowSums
 from ..method.site import Site
 from ..parallel import pool
 from ..progress import say
@@ -373,7 +373,7 @@ class _Work:
         columns = change.columns() if change else torch.empty(0)
         left, _ = signs(site.d, site.inputs)
         directions = [torch.zeros(site.d) if part is None else part.u for part in piece.parts]
-        sums = Sums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
+        sums = RowSums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
         buffer = torch.empty_like(sums.scratch)
         height, width = piece.shape
         # A weight that lies the other way is taken at once, else a block of rows; in the same memory every time.

@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from ..models.load import local_folder
 from ..models.weights import device_of
-from ..probing.collect import Plan, Sums, run_pass
+from ..probing.collect import PassSums, Plan, run_pass
 from ..progress import say
 from .base import Engine, Progress
 from .plan import EnginePlan, Model, load_section, load_tokenizer
@@ -74,7 +74,7 @@ class Host:
         engine: Any = self.engine
         return function(engine.model, *arguments)
 
-    def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> Sums:
+    def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> PassSums:
         """The probe's pass over all of a plan."""
         return self.call(run_pass, plan, None, batch_tokens, progress)
 

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention
-from ..probing.collect import Plan, Sums, run_pass
+from ..probing.collect import PassSums, Plan, run_pass
 from ..progress import be_quiet, say
 from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 from .host import Host
@@ -44,7 +44,7 @@ class Replica:
     def losses(self, pairs: Sequence[Any], table: Sequence[Intervention]) -> Losses:
         return self.host.engine.losses(pairs, table)
 
-    def run_pass(self, plan: Plan, which: Sequence[int], batch_tokens: int) -> Sums:
+    def run_pass(self, plan: Plan, which: Sequence[int], batch_tokens: int) -> PassSums:
         return self.host.call(run_pass, plan, which, batch_tokens)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -167,7 +167,7 @@ class RayEngine(Engine):
         kl, nll, base_nll = ([getattr(result, name) for result in results] for name in ("kl", "nll", "base_nll"))
         return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
 
-    def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> Sums:
+    def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> PassSums:
         """The probe's pass, divided; the parts' fp64 sums are added up."""
         held = self._ray.put(plan)
         # Every n-th of the responses by length, so that the parts take equally long.

@@ -24,7 +24,7 @@ class Reading:
     power: float
 
 
-class Sums:
+class RowSums:
     """What a reading adds up over a weight's blocks of rows, in fp32.
 
     Args:
@@ -69,7 +69,7 @@ def read(W: Tensor, L: Tensor, mu: Tensor) -> Reading:
         W: [d, n·c], any floating dtype. L: [r, d]. mu: [n, c].
     """
     W = W.detach().contiguous()
-    sums = Sums(W.shape[1], L.to(W.device, torch.float32), mu.to(W.device, torch.float32))
+    sums = RowSums(W.shape[1], L.to(W.device, torch.float32), mu.to(W.device, torch.float32))
     # The same memory for every block, even where W is fp32 already: sums depend in the last bit on how memory is
     # aligned, and a mapped file's is not.
     buffer = torch.empty_like(sums.scratch)

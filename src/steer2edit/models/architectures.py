@@ -231,9 +231,19 @@ def architecture_of(model: nn.Module) -> Architecture:
     Raises:
         ModelError: the family is refused by name, or is not in the table and its structure is none of the common ones.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            "the model is compiled (torch.compile), and its modules have other names",
+            got=type(model).__name__,
+            fix="Give the model itself (model._orig_mod), and compile it afterwards.",
+        )
     if described := getattr(model, _DESCRIBED, None):
         return described
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise ModelError(
+            "this is no model of transformers", got=type(model).__name__, fix="Load it with steer2edit.load_model."
+        )
     name = getattr(config, "model_type", None)
     if reason := REFUSED.get(name or ""):
         raise ModelError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +72,21 @@ def load_model(
         return (model if stays else nn.Module.to(model, place)).eval(), tokenizer
 
 
+def resolved_revision(name: str, revision: str | None = None) -> str | None:
+    """The commit of a Hub model that is in the local cache under its revision, or `main`; None for anything else.
+
+    A revision that is a commit itself is given back as it is.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if name == EMBEDDED or name.endswith(".gguf") or Path(name).exists():
+        return None
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    reference = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
 def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A model's configuration, without its weights. Raises ModelError if there is none."""
     from transformers import AutoConfig
@@ -96,7 +113,17 @@ def _source(name: str, revision: str | None, trust_remote_code: bool) -> tuple[s
         if not file.is_file():
             raise ModelError("no such GGUF file", got=name, fix="Check the path.")
         return str(file.parent), where | {"gguf_file": file.name}
+    _refuse_no_name(name)
     return name, where if revision is None else where | {"revision": revision}
+
+
+def _refuse_no_name(name: str) -> None:
+    """Raises ModelError for a folder that is not there, and for a near miss of the embedded model's name."""
+    if name.startswith("embedded:") or difflib.get_close_matches(name, [EMBEDDED], cutoff=0.85):
+        raise ModelError("no embedded model has that name", got=name, fix=f"Did you mean {EMBEDDED}?")
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_a_path and not Path(name).is_dir():
+        raise ModelError("no such folder", got=name, fix="Check the path, or give the Hub's id as owner/name.")
 
 
 def _auto_class(config: Any) -> Any:

@@ -20,6 +20,7 @@ from ..engines.host import Host
 from ..errors import FileError, RecipeError
 from ..files.reading import read_json, sha256
 from ..files.writing import clear_temporaries, write_json, write_text
+from ..models.load import resolved_revision
 from ..recipe import Recipe
 from ..report.inspection import MANIFEST
 from ..search.bench import Bench
@@ -45,6 +46,11 @@ class Run:
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the recipe's model, if it is the Hub's and in the cache."""
+        return resolved_revision(self.recipe.model.name, self.recipe.model.revision)
 
     @cached_property
     def host(self) -> Any:
@@ -179,6 +185,8 @@ class Run:
         entry = self.entry(stage)
         if entry is None or entry["key"] != self.keys[stage]:
             return False
+        if entry.get("commit") not in (None, self.commit):  # the Hub's model has moved on
+            return False
         files = entry["files"] | entry.get("read", {})
         return all(self.path(name).is_file() and sha256(self.path(name)) == digest for name, digest in files.items())
 
@@ -201,6 +209,8 @@ class Run:
         }
         if "host" in self.__dict__ and (where := self.host.where()):
             entry["model"] = where
+        if self.commit is not None:
+            entry["commit"] = self.commit
         entry |= self.notes
         self.notes = {}
         manifest["stages"] = {name: e for name, e in manifest["stages"].items() if name != stage} | {stage: entry}

@@ -131,13 +131,13 @@ def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) ->
         raise ModelError(
             "the tokenizer has no chat template",
             got=getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
-            fix="Give the chat model's tokenizer, a template for base models (in a recipe: model.template: qa), or set "
-            "plain=True (in a recipe: model.plain: true).",
+            fix="Give the chat model's tokenizer, a template for base models (in a recipe: model.template: qa), or set"
+            " plain=True (in a recipe: model.plain: true).",
         )
     return chat.apply(tokenizer, messages)
 
 
 def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> list[int]:
-    """Token ids of a rendered prompt. The tokenizer's template writes the special tokens itself: none is added twice."""
+    """Token ids of a rendered prompt. A tokenizer's own template writes the special tokens: none is added twice."""
     text = render(tokenizer, messages, chat)
     return list(tokenizer(text, add_special_tokens=chat.adds_special_tokens)["input_ids"])

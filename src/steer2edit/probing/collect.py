@@ -2,7 +2,7 @@
 
 A response's mean is taken over its span, a group's over its responses, a label's over its groups, so that a long
 response weighs no more than a short one. An expert sees only the tokens routed to it: they are pooled over responses,
-and groups weigh alike. Sums are held in fp64 (compensated fp32 where a device has no fp64).
+and groups weigh alike. PassSums are held in fp64 (compensated fp32 where a device has no fp64).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ProbeError, TraceError
+from ..errors import ModelError, ProbeError, TraceError
 from ..method.site import Site
 from ..models.experts import Tap, tapped
 from ..models.selfcheck import self_check
 from ..models.sites import find_sites, module_of
 from ..models.weights import device_of
+from ..progress import say
 from .chat import CHAT, Chat
 from .probe import Probe
 from .spans import Span, response_span
@@ -33,6 +34,8 @@ from .traces import LABELS, Label, Part, Positions, Trace
 # Positions that one step sums at once: what the probe holds beside the model's own activations does not grow with
 # the length of a sequence.
 CHUNK = 1024
+# With fewer responses on a side, the mean is said to be shaky.
+FEW = 8
 
 
 class _Sum:
@@ -185,7 +188,14 @@ class Plan:
 def plan_pass(
     tokenizer: Any, traces: Sequence[Trace], *, chat: Chat, part: Part, positions: Positions, max_tokens: int
 ) -> Plan:
-    """Every trace's span. Raises TraceError if a label has no trace, or none with a response."""
+    """Every trace's span. Raises TraceError if something is no Trace, or a label has none with a response."""
+    for trace in traces:
+        if not isinstance(trace, Trace):
+            raise TraceError(
+                "a trace is not a Trace",
+                got=repr(trace)[:80],
+                fix="Make each with steer2edit.Trace(prompt, response, label), or read_traces(file).",
+            )
     groups = sorted({(t.label, t.group) for t in traces})
     spans: list[Span] = []
     owners: list[Trace] = []
@@ -216,6 +226,9 @@ def plan_pass(
                 + ("a response" if part == "both" else f"the part {part!r}"),
                 fix="Give both sides: responses that show the behaviour, and responses that don't.",
             )
+    few = [f"{counts[name]['responses']} {name}" for name in LABELS if counts[name]["responses"] < FEW]
+    if few:
+        say(f"  only {' and '.join(few)} responses: so few say more of themselves than of the behaviour")
     counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
     row_of = {group: i for i, group in enumerate(groups)}
     provenance = {
@@ -229,7 +242,7 @@ def plan_pass(
 
 
 @dataclass(frozen=True)
-class Sums:
+class PassSums:
     """What a pass over some of a plan's responses adds up to; those of several passes add up to the whole's.
 
     Attributes:
@@ -244,8 +257,10 @@ class Sums:
     reached: Mapping[str, Tensor]
     provenance: Mapping[str, Any]
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(self.sites, _added(self.totals, other.totals), _added(self.reached, other.reached), self.provenance)
+    def __add__(self, other: PassSums) -> PassSums:
+        return PassSums(
+            self.sites, _added(self.totals, other.totals), _added(self.reached, other.reached), self.provenance
+        )
 
 
 K = TypeVar("K")
@@ -262,15 +277,17 @@ def run_pass(
     batch_tokens: int,
     progress: Callable[[int, int], None] | None = None,
     check: bool = True,
-) -> Sums:
+) -> PassSums:
     """Runs a plan's responses, or some of them, through the model.
 
     Args:
         check: run doctor's self-check first, if this model has not passed it yet.
 
     Raises:
-        ProbeError: an activation is not finite.
+        ProbeError: an activation is not finite. ModelError: the model has no weights.
     """
+    if all(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise ModelError("the model has no weights", got="the meta device", fix="Load it with steer2edit.load_model.")
     if check:
         self_check(model)
     which = range(len(plan.spans)) if which is None else which
@@ -291,15 +308,16 @@ def run_pass(
     provenance = {
         "model": getattr(config, "_name_or_path", ""),
         "model_type": config.model_type,
+        "commit": getattr(config, "_commit_hash", None),
         "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     totals = {place: total.value() for place, total in collector.sums.items()}
-    return Sums(sites, totals, dict(collector.reached), provenance)
+    return PassSums(sites, totals, dict(collector.reached), provenance)
 
 
-def probe_of(plan: Plan, sums: Sums, provenance: Mapping[str, Any]) -> Probe:
-    """Sums over all of a plan's responses → means."""
+def probe_of(plan: Plan, sums: PassSums, provenance: Mapping[str, Any]) -> Probe:
+    """The sums over all of a plan's responses → means."""
     means = _Means(plan.groups, plan.counts, sums)
     inputs = {site.key: means.of(site.key, "input", site.inputs) for site in sums.sites}
     blocks = {site.block_key: site.d for site in sums.sites}
@@ -315,9 +333,9 @@ def _digest(template: Any) -> str | None:
 
 
 class _Means:
-    """Sums of each group → means of each label."""
+    """PassSums of each group → means of each label."""
 
-    def __init__(self, groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], sums: Sums):
+    def __init__(self, groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], sums: PassSums):
         self.labels, self.sums = [label for label, _ in groups], sums
         self.responses, self.spans = (
             torch.tensor([counts[label][what].get(group, 0) for label, group in groups], dtype=torch.float64)

@@ -40,6 +40,12 @@ class Trace:
         group: the part of its label's set that the trace belongs to.
         source: where the trace came from, for people.
         answer_start: the character of the response at which the answer starts, after a model's thinking; 0 without any.
+
+    Raises:
+        TraceError: the label is neither of the two, or the prompt or the response is of another kind.
+
+    >>> Trace("How are you?", "Fine.", "positive").messages()
+    [{'role': 'user', 'content': 'How are you?'}]
     """
 
     prompt: str | Sequence[Mapping[str, str]]
@@ -49,6 +55,18 @@ class Trace:
     group: str = ""
     source: str = ""
     answer_start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.label not in LABELS:
+            raise TraceError("a trace has no such label", got=repr(self.label), fix=f"Use {' or '.join(LABELS)}.")
+        if not is_prompt(self.prompt):
+            raise TraceError(
+                "a trace's prompt is neither a text nor a list of messages",
+                got=repr(self.prompt)[:80],
+                fix='Give a text, or messages like {"role": "user", "content": "…"}.',
+            )
+        if not isinstance(self.response, str):
+            raise TraceError("a trace's response is no text", got=type(self.response).__name__, fix="Give a text.")
 
     def messages(self) -> list[dict[str, str]]:
         given = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else map(dict, self.prompt)
