@@ -127,7 +127,7 @@ def test_a_model_that_is_nowhere_is_one_line(say: Any, file: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", ["12", "true", "a: b #c", "[pico]", "@pico", "ü'"])
 def test_a_model_may_have_any_name(name: str, say: Any, file: Path, tmp_path: Path) -> None:
     said = say("run", file, "--model", tmp_path / name, "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, f"the model {tmp_path / name} cannot be loaded")
+    _is_one_line(said, f"no such folder (got: {tmp_path / name})")
     _is_one_line(say("run", file, "--model", name, "--quiet", "--out", tmp_path / "out"), f"the model {name} cannot")
 
 
