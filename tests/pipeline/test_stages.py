@@ -651,3 +651,166 @@ def test_the_results_of_a_run_can_be_read(unbroken: Path) -> None:
     results = pipeline.load_results(unbroken)
     assert results == json.loads((unbroken / "evaluation/results.json").read_text(encoding="utf-8"))
     assert results["split"] == "test"
+
+
+# One directory, one process -----------------------------------------------------------------------------------------
+
+
+def test_a_second_process_in_a_run_directory_gets_one_sentence(copy: Path, recipe: Recipe) -> None:
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    other = tiny_recipe(recipe.model.name, search__rho_attn=[0.2])
+    with Run(copy, recipe).working():
+        for work in (lambda: run_all(Run(copy, other)), lambda: run_stage(Run(copy, recipe), "report", "tiny.yaml")):
+            with pytest.raises(FileError, match="another steer2edit process is working in this run directory"):
+                work()
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+
+
+# Traces that are put there by hand ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_traces_that_are_put_into_the_directory_are_taken_and_kept(
+    recipe: Recipe, unbroken: Path, tmp_path: Path, ran: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = (unbroken / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    own = "".join(lines[:2] + lines[3:])
+    (folder / "traces.jsonl").write_text(own, encoding="utf-8")
+    run_stage(Run(folder, recipe), "probe", "tiny.yaml")
+    run_all(Run(folder, recipe))
+    assert (folder / "traces.jsonl").read_text(encoding="utf-8") == own
+    assert read_json(folder / "manifest.json")["stages"]["traces"]["by_hand"] is True
+    # Another recipe does not overwrite them either, and changed ones are probed again.
+    run_all(Run(folder, tiny_recipe(recipe.model.name, behaviour__new_tokens=6)))
+    assert (folder / "traces.jsonl").read_text(encoding="utf-8") == own
+    (folder / "traces.jsonl").write_text("".join(lines), encoding="utf-8")
+    ran.clear()
+    run_all(Run(folder, tiny_recipe(recipe.model.name, behaviour__new_tokens=6)))
+    assert ran[:4] == ["traces", "probe", "score", "search"]
+    assert (folder / "traces.jsonl").read_text(encoding="utf-8") == "".join(lines)
+
+
+@pytest.mark.usefixtures("quick")
+def test_traces_that_were_changed_after_the_stage_are_kept_under_another_name(copy: Path, recipe: Recipe) -> None:
+    whole = (copy / "traces.jsonl").read_bytes()
+    (copy / "traces.jsonl").write_bytes(whole + whole.splitlines(keepends=True)[0])
+    run_all(Run(copy, recipe))
+    assert (copy / "traces.jsonl").read_bytes() == whole
+    assert (copy / "traces.changed.jsonl").read_bytes().startswith(whole)
+
+
+def test_own_answers_are_not_made_twice(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steer2edit.engines.transformers import TransformersEngine
+    from steer2edit.pipeline import own_answers
+
+    monkeypatch.setattr(own_answers, "_BATCH", 2)
+    generate, asked = TransformersEngine.generate, []
+
+    def dying(self: Any, requests: Any, *rest: Any) -> Any:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(requests))
+        return generate(self, requests, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(Run(tmp_path / "broken", recipe), "traces", "tiny.yaml")
+    asked.clear()
+    monkeypatch.setattr(
+        TransformersEngine, "generate", lambda s, r, *rest: (asked.append(len(r)), generate(s, r, *rest))[1]
+    )
+    run_stage(Run(tmp_path / "broken", recipe), "traces", "tiny.yaml")
+    assert asked == [2]  # six own answers in all
+    run_stage(Run(tmp_path / "whole", recipe), "traces", "tiny.yaml")
+    traces = [(tmp_path / name / "traces.jsonl").read_bytes() for name in ("broken", "whole")]
+    assert traces[0] == traces[1]
+
+
+# What fails, and what is left ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_another_recipe_left_is_marked_stale(copy: Path, recipe: Recipe) -> None:
+    from steer2edit.report.inspection import describe
+
+    with pytest.raises(EditError, match="no edit stays within the limits"):
+        run_all(Run(copy, tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})))
+    states = {row["stage"]: row["state"][:5] for row in describe(copy)["stages"]}
+    assert [stage for stage, state in states.items() if state == "stale"] == _from("edit")
+    run_all(Run(copy, recipe))
+    assert {row["state"] for row in describe(copy)["stages"]} == {"whole"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_export_that_fails_costs_no_evaluation_and_is_tried_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit.pipeline import exports
+
+    def fail(*_: Any) -> None:
+        raise FileError("the disk is full", got="nothing free", fix="Free some space.")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(exports.EXPORTS, "adapter", fail)
+        with pytest.raises(FileError, match="the disk is full"):
+            run_all(Run(tmp_path / "run", recipe))
+    assert (tmp_path / "run/evaluation/results.json").is_file()
+    assert (tmp_path / "run/report.md").is_file()
+    assert not Run(tmp_path / "run", recipe).is_whole("export")
+    run_all(Run(tmp_path / "run", recipe))
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_package_that_an_export_needs_is_missed_before_anything_runs(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit.pipeline import exports
+
+    monkeypatch.setitem(exports._NEEDS, "gguf", "no_such_package")
+    with pytest.raises(FileError, match=r"the export gguf needs the package no_such_package .*pip install"):
+        run_all(Run(tmp_path / "run", tiny_recipe(recipe.model.name, exports=["gguf"])))
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_nothing_moves_the_run_says_so(unbroken: Path) -> None:
+    assert read_json(unbroken / "choice.json")["moved"] is False  # random weights refuse nothing
+    assert "Nothing moved: on validation" in (unbroken / "report.md").read_text(encoding="utf-8")
+    assert "Nothing moved: on validation" in (unbroken / "adapter/README.md").read_text(encoding="utf-8")
+
+
+# Judged again -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_judged_again_without_a_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steer2edit.behaviours import safety
+    from steer2edit.engines.host import Host
+    from steer2edit.pipeline.judge import judge
+
+    def load(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(Host, "engine", property(load))
+    before = (copy / "evaluation/results.json").read_bytes()
+    same = judge(copy)
+    assert (same["changed"], same["after"]["systems"]) == ({}, same["before"]["systems"])
+    monkeypatch.setattr(safety, "declines", lambda text: True)
+    monkeypatch.setattr(safety, "degenerate", lambda text: False)
+    judged = judge(copy)
+    assert judged["after"]["systems"]["base"]["refusal"]["mean"] == 1.0
+    assert judged["changed"]["base"]["refusal"] == [0.0, 1.0]
+    assert (copy / "evaluation/results.json").read_bytes() == before
+    assert read_json(copy / "judged.json") == judged
+
+
+def test_a_run_whose_journal_lacks_answers_is_not_judged(copy: Path, tmp_path: Path) -> None:
+    from steer2edit.pipeline.judge import judge
+
+    (journal,) = (copy / "search").glob("journal-*")
+    journal.write_text("".join(journal.read_text(encoding="utf-8").splitlines(keepends=True)[:1]), encoding="utf-8")
+    with pytest.raises(FileError, match=r"holds no answers for round '0', batch 0 .*run the stage again"):
+        judge(copy)
+    with pytest.raises(FileError, match="this is no finished run"):
+        judge(tmp_path)

@@ -164,10 +164,13 @@ class Run:
 
     def _mark_stale(self) -> None:
         manifest = self.manifest()
-        stale = [name for name, entry in manifest["stages"].items() if entry["key"] != self.keys.get(name)]
-        for name in stale:
-            manifest["stages"][name]["stale"] = True
-        if stale:
+        changed = False
+        for name, entry in manifest["stages"].items():
+            stale = entry["key"] != self.keys.get(name)
+            if stale != entry.get("stale", False):
+                entry["stale"] = stale
+                changed = True
+        if changed:
             write_json(self.path(MANIFEST), manifest)
 
     def manifest(self) -> dict[str, Any]:
