@@ -347,3 +347,13 @@ def test_the_installed_command_answers_and_fails_as_it_should(tmp_path: Path) ->
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("steer2edit: no such recipe (got: nowhere.yaml).")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_command_says_how_it_goes_on(monkeypatch: pytest.MonkeyPatch, say: Any, file: Path) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steer2edit.pipeline.stages.run_all", interrupted)
+    said = say("run", file)
+    assert (said.code, said.out) == (130, "")
+    assert said.err.strip() == "steer2edit: stopped; the same command goes on from here."

@@ -22,7 +22,10 @@ app = typer.Typer(
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe keys to override, like search.steering=[0.1,0.2].")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Recipe keys to override. Quote brackets for your shell: 'search.steering=[0.1,0.2]'."),
+]
 
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub id, folder or .gguf file in place of the recipe's.")
@@ -33,6 +36,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
+
+
+_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -59,9 +65,10 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("steer2edit: stopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # Typer turns Ctrl-C into this exit code, and says nothing
+            print("\nsteer2edit: stopped; the same command goes on from here.", file=sys.stderr)
+        raise
 
 
 def _open(recipe: str, overrides: list[str] | None, model: str | None, out: Path | None, quiet: bool) -> Any:
@@ -107,11 +114,9 @@ def _run_and_show(run: Any, json: bool) -> None:
     if json:
         _print_json(results)
         return
-    from rich.console import Console
-
     from .report.page import print_answers, print_results
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = _console()
     print_answers(console, read_jsonl(run.path("evaluation/answers.jsonl")))
     print_results(console, results)
     print(f"Report, figures, edit and adapter: {run.folder}/")
@@ -174,9 +179,8 @@ def inspect(
     if json:
         _print_json(found)
         return
-    from rich.console import Console
 
-    show(Console(), found)
+    show(_console(), found)
 
 
 @app.command()
@@ -232,9 +236,7 @@ def doctor(
     if json:
         _print_json(found)
         return
-    from rich.console import Console
-
-    show(Console(width=None if sys.stdout.isatty() else 120), found)
+    show(_console(), found)
 
 
 @app.command(name="apply")
@@ -348,13 +350,12 @@ def diff(
     if json:
         _print_json(found)
         return
-    from rich.console import Console
 
     from .report.inspection import show
 
     for row in found["sites"]:
         row["largest"] = ", ".join(f"{i}: {lam:+.2f}" for i, lam in row["largest"])
-    show(Console(width=None if sys.stdout.isatty() else 150), found)
+    show(_console(), found)
 
 
 @app.command()
@@ -385,9 +386,11 @@ def judge(
 
 
 def _console() -> Any:
+    """As wide as the terminal or COLUMNS say; where neither does, wide enough for a table."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 150)
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console(width=None if known else 150)
 
 
 @app.command()

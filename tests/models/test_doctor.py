@@ -535,7 +535,7 @@ def test_doctor_refuses_a_model_that_is_not_supported(say: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [[], ["--weights"], ["--json"]])
 def test_doctor_says_that_there_is_no_such_model(say: Any, tmp_path: Path, options: list[str]) -> None:
-    is_one_line(say(tmp_path / "nowhere", *options), "nowhere cannot be loaded")
+    is_one_line(say(tmp_path / "nowhere", *options), "no such folder")
     (tmp_path / "empty").mkdir()
     is_one_line(say(tmp_path / "empty", *options), "empty cannot be loaded")
     is_one_line(say(tmp_path / "none.gguf", *options), "no such GGUF file")
