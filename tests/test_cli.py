@@ -189,7 +189,7 @@ def test_a_whole_run_prints_its_results_and_a_second_one_makes_nothing_anew(
     assert [line for line in said.err.splitlines() if not line.endswith(": done before")] == []
     assert len(said.err.splitlines()) == len(STAGES)
     assert "refusal (harmful)" in " ".join(said.out.split())
-    assert "edit (ρ_attn" in " ".join(said.out.split())
+    assert "(ρ_attn" in " ".join(said.out.split())
     assert f"{tmp_path / 'out'}/" in said.out.replace("\n", "")
     said = say("run", file, "--quiet", "--json", "--out", tmp_path / "out")
     assert json.loads(said.out) == json.loads((whole / "evaluation/results.json").read_text(encoding="utf-8"))

@@ -134,15 +134,34 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def print_results(console: Any, results: Mapping[str, Any]) -> None:
+    """The test results as a table that breaks between words alone.
+
+    A console that is too narrow for a column a measure gets a row a measure, with n below its title.
+    """
     from rich.table import Table
 
     header, rows = table(results)
+    # Cells never break; titles may, between their words.
+    widest = [max(len(row[i]) for row in rows) for i in range(1, len(header))]
+    if sum(widest) + 3 * len(header) + 24 > console.width:
+        header, rows = _turned(header, rows)
     out = Table(show_lines=False)
     for i, name in enumerate(header):
-        out.add_column(name, overflow="fold", justify="left" if i == 0 else "right")
+        longest = max(len(line) for row in rows for line in row[i].split("\n"))
+        out.add_column(name, overflow="fold", justify="left" if i == 0 else "right", min_width=longest if i else None)
     for row in rows:
         out.add_row(*row)
     console.print(out)
+
+
+def _turned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A row for each measure, a column for each system; configurations, intervals and n on lines of their own."""
+    *systems, sizes = rows
+    names = [row[0].replace(" (", "\n(").replace(", ", ",\n") for row in systems]
+    turned = []
+    for i, title in enumerate(header[1:], start=1):
+        turned.append([f"{title}\nn = {sizes[i]}", *(row[i].replace(" [", "\n[") for row in systems)])
+    return [header[0], *names], turned
 
 
 def print_answers(console: Any, answers: Sequence[Mapping[str, Any]], each: int = 3) -> None:
