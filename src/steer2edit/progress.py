@@ -29,10 +29,15 @@ def is_quiet() -> bool:
 
 
 def columns() -> tuple[Any, ...]:
-    """Of a bar on a terminal: what, how far, how much, how long."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    """Of a bar on a terminal: what, how far, how much, how long. Until the total is known, no count is shown."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    class Count(MofNCompleteColumn):
+        def render(self, task: Task) -> Text:
+            return Text("starting") if task.total is None else super().render(task)
+
+    return TextColumn("{task.description}"), BarColumn(), Count(), TimeRemainingColumn()
 
 
 @contextlib.contextmanager

@@ -233,3 +233,16 @@ def test_the_table_has_an_accuracy_column_only_where_it_was_measured() -> None:
     assert edit.startswith("| edit (ρ_attn 0.1, ρ_mlp off, α 0.2, variant l0) | 0.25")
     assert n.endswith("| 8 | 4 |")
     assert "accuracy (choices)" in "\n".join(_report(_choice(), 0.5))
+
+
+def test_a_bar_counts_nothing_before_its_total_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from steer2edit.progress import columns
+
+    out = io.StringIO()
+    with Progress(*columns(), console=Console(file=out, force_terminal=True, width=80)) as bar:
+        bar.add_task("  probe", total=None)
+    assert "starting" in out.getvalue()
+    assert "0/?" not in out.getvalue()
