@@ -330,10 +330,10 @@ def verify(
         for word, count in found["counts"].items():
             print(f"{count} tensors {word}")
         for name, word in (found["tensors"] | found["files"]).items():
-            if word not in ("equal", "edited as told"):
+            if word not in ("equal", "edited as expected"):
                 print(f"{word}: {name}")
-        print("as told" if found["as_told"] else "NOT as told")
-    sys.exit(0 if found["as_told"] else 1)
+        print("as expected" if found["as_expected"] else "NOT as expected")
+    sys.exit(0 if found["as_expected"] else 1)
 
 
 @app.command()
@@ -381,7 +381,9 @@ def judge(
     print_results(_console(), judged["after"])
     choice = judged["choice"]
     print(f"{len(judged['changed'])} validation trials are judged in another way.")
-    if choice["old"] != choice["new"]:
+    if choice["new"] is None:
+        print("By the new judgement no edit is within the limits.")
+    elif choice["old"] != choice["new"]:
         print(f"The rule now takes {choice['new']} in place of {choice['old']}: run the stages edit to report again.")
 
 

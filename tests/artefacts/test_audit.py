@@ -74,7 +74,7 @@ def bad(found: dict[str, Any]) -> dict[str, str]:
     return {
         name: word
         for name, word in (found["tensors"] | found["files"]).items()
-        if word not in ("equal", "edited as told")
+        if word not in ("equal", "edited as expected")
     }
 
 
@@ -89,8 +89,8 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
 
 def test_an_export_is_as_told(made: Made) -> None:
     found = verify(made.base, made.edit, made.out)
-    assert found["as_told"] is True
-    told = {name for name, word in found["tensors"].items() if word == "edited as told"}
+    assert found["as_expected"] is True
+    told = {name for name, word in found["tensors"].items() if word == "edited as expected"}
     tensor_of = {s.site.key: s.site.tensor for s in made.edit.edited().values()}
     here = places(made.base)
     assert len(told) == len(
@@ -99,7 +99,7 @@ def test_an_export_is_as_told(made: Made) -> None:
         else set(tensor_of.values())
     )
     assert {word for name, word in found["tensors"].items() if name not in told} == {"equal"}
-    assert found["counts"] == {"edited as told": len(told), "equal": len(here) - len(told)}
+    assert found["counts"] == {"edited as expected": len(told), "equal": len(here) - len(told)}
     assert found["tensors"].keys() == here.keys()
     assert set(found["files"].values()) == {"equal"}
     assert {"config.json", "tokenizer.json"} <= found["files"].keys()
@@ -118,21 +118,21 @@ def test_what_apply_and_save_pretrained_write_is_as_told(made: Made, tmp_path: P
 
 def test_an_unedited_copy_and_another_edit_are_not_as_told(made: Made, tmp_path: Path) -> None:
     found = verify(made.base, made.edit, made.base)
-    assert found["as_told"] is False
+    assert found["as_expected"] is False
     changed = {name for name, word in verify(made.base, made.edit, made.out)["tensors"].items() if word != "equal"}
     assert set(bad(found)) <= changed
     assert bad(found)
     for other in (made.edit.with_strength(0.5), made.edit.with_strength(-1.0), made.edit.only(layers=[0])):
         found = verify(made.base, other, made.out)
-        assert found["as_told"] is False
+        assert found["as_expected"] is False
         assert set(bad(found).values()) == {"foreign"}
 
 
 def test_one_flipped_bit_anywhere_is_foreign(made: Made, tmp_path: Path) -> None:
     folder = made.copied(tmp_path / "out")
     draw = torch.Generator().manual_seed(2)
-    assert verify(made.base, made.edit, folder)["as_told"]
-    edited = [n for n, word in verify(made.base, made.edit, folder)["tensors"].items() if word == "edited as told"]
+    assert verify(made.base, made.edit, folder)["as_expected"]
+    edited = [n for n, word in verify(made.base, made.edit, folder)["tensors"].items() if word == "edited as expected"]
     where = places(folder)
     others = [name for name in where if name not in edited]
     chosen = [group[int(torch.randint(len(group), (), generator=draw))] for group in (edited, others) for _ in range(6)]
@@ -142,9 +142,9 @@ def test_one_flipped_bit_anywhere_is_foreign(made: Made, tmp_path: Path) -> None
         flip(file, at, bit)
         found = verify(made.base, made.edit, folder)
         assert bad(found) == {name: "foreign"}
-        assert not found["as_told"]
+        assert not found["as_expected"]
         flip(file, at, bit)
-    assert verify(made.base, made.edit, folder)["as_told"]
+    assert verify(made.base, made.edit, folder)["as_expected"]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"])
@@ -155,9 +155,9 @@ def test_one_flipped_bit_in_a_file_without_tensors_is_foreign(llama: Made, tmp_p
         flip(folder / name, at, 1)
         found = verify(llama.base, llama.edit, folder)
         assert bad(found) == {name: "foreign"}
-        assert not found["as_told"]
+        assert not found["as_expected"]
         flip(folder / name, at, 1)
-    assert verify(llama.base, llama.edit, folder)["as_told"]
+    assert verify(llama.base, llama.edit, folder)["as_expected"]
 
 
 def test_a_bit_of_an_expert_that_the_edit_leaves_alone_is_foreign(gpt_oss: Made, tmp_path: Path) -> None:
@@ -167,12 +167,12 @@ def test_a_bit_of_an_expert_that_the_edit_leaves_alone_is_foreign(gpt_oss: Made,
     name = "model.layers.1.mlp.experts.down_proj"
     file, start, end = places(out)[name]
     size = (end - start) // 4
-    assert verify(gpt_oss.base, edit, out)["as_told"]
+    assert verify(gpt_oss.base, edit, out)["as_expected"]
     for expert in range(4):
         flip(file, start + expert * size + size // 2, 0)
         assert bad(verify(gpt_oss.base, edit, out)) == {name: "foreign"}
         flip(file, start + expert * size + size // 2, 0)
-    assert verify(gpt_oss.base, edit, out)["as_told"]
+    assert verify(gpt_oss.base, edit, out)["as_expected"]
 
 
 def test_the_sign_of_a_zero_in_an_untouched_tensor_is_seen(gpt_oss: Made, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_sign_of_a_zero_in_an_untouched_tensor_is_seen(gpt_oss: Made, tmp_pa
     shutil.copytree(gpt_oss.base, base)
     rewritten(base, lambda tensors: tensors | {"model.norm.weight": torch.zeros(24)})
     s2e.export_checkpoint(base, gpt_oss.edit, out)
-    assert verify(base, gpt_oss.edit, out)["as_told"]
+    assert verify(base, gpt_oss.edit, out)["as_expected"]
     rewritten(out, lambda tensors: tensors | {"model.norm.weight": -torch.zeros(24)})
     assert bad(verify(base, gpt_oss.edit, out)) == {"model.norm.weight": "foreign"}
 
@@ -192,7 +192,7 @@ def test_missing_and_extra_tensors_are_named(gpt_oss: Made, tmp_path: Path) -> N
     rewritten(folder, lambda tensors: tensors | {"model.norm.bias": torch.zeros(24)})
     found = verify(gpt_oss.base, gpt_oss.edit, folder)
     assert bad(found) == {"model.norm.weight": "missing", "model.norm.bias": "extra"}
-    assert not found["as_told"]
+    assert not found["as_expected"]
 
 
 def test_another_shape_or_dtype_is_foreign(gpt_oss: Made, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_another_shape_or_dtype_is_foreign(gpt_oss: Made, tmp_path: Path) -> Non
         rewritten(folder, lambda tensors, change=change: tensors | {name: change(tensors[name])})
         assert bad(verify(gpt_oss.base, gpt_oss.edit, folder)) == {name: "foreign"}
         shutil.copyfile(gpt_oss.out / "model.safetensors", folder / "model.safetensors")
-    assert verify(gpt_oss.base, gpt_oss.edit, folder)["as_told"]
+    assert verify(gpt_oss.base, gpt_oss.edit, folder)["as_expected"]
 
 
 def test_missing_and_extra_files_are_named(llama: Made, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_missing_and_extra_files_are_named(llama: Made, tmp_path: Path) -> None:
     (folder / "code" / "modeling_evil.py").write_text("print()")
     found = verify(llama.base, llama.edit, folder)
     assert bad(found) == {"tokenizer.json": "missing", "code/modeling_evil.py": "extra"}
-    assert not found["as_told"]
+    assert not found["as_expected"]
 
 
 def test_weights_that_an_export_left_out_may_be_missing(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_weights_that_an_export_left_out_may_be_missing(tmp_path: Path) -> None:
     (made.base / "pytorch_model.bin").write_bytes(b"the base's weights")
     shutil.rmtree(made.out)
     s2e.export_checkpoint(made.base, made.edit, made.out)
-    assert verify(made.base, made.edit, made.out)["as_told"]
+    assert verify(made.base, made.edit, made.out)["as_expected"]
     (made.out / "manifest.json").unlink()
     assert bad(verify(made.base, made.edit, made.out)) == {"pytorch_model.bin": "missing"}
     (made.out / "pytorch_model.bin").write_bytes(b"other weights")
@@ -242,7 +242,7 @@ def test_a_broken_manifest_is_an_error_in_one_sentence_or_no_matter(llama: Made,
     folder = llama.copied(tmp_path / "out")
     (folder / "manifest.json").write_text(text)
     with contextlib.suppress(FileError):
-        assert verify(llama.base, llama.edit, folder)["as_told"]
+        assert verify(llama.base, llama.edit, folder)["as_expected"]
 
 
 @pytest.mark.parametrize("size", ["1GB", "12KB"])
@@ -256,7 +256,7 @@ def test_a_checkpoint_in_other_shards_is_as_told(llama: Made, tmp_path: Path, si
     assert len(list((tmp_path / "out").glob("*.safetensors"))) != len(list(llama.out.glob("*.safetensors")))
     found = verify(llama.base, llama.edit, tmp_path / "out")
     assert not bad(found)
-    assert found["as_told"]
+    assert found["as_expected"]
 
 
 def test_a_second_copy_of_a_tensor_in_another_shard_is_no_hiding_place(llama: Made, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_second_copy_of_a_tensor_in_another_shard_is_no_hiding_place(llama: Ma
         save_file(load_file(file) | {name: torch.full((24,), 7.0)}, file, metadata={"format": "pt"})
         told = False
         with contextlib.suppress(FileError):  # or refused
-            told = verify(llama.base, llama.edit, folder)["as_told"]
+            told = verify(llama.base, llama.edit, folder)["as_expected"]
         assert not told, file.name
         file.write_bytes(whole)
 
@@ -297,9 +297,9 @@ def test_a_combination_is_as_told_and_neither_of_its_parts_is(made: Made, tmp_pa
     part = made.scores.edit(rho_attn=0.4, rho_mlp=None, alpha=0.0).with_strength(-0.5)
     both = combine(made.edit, part)
     s2e.export_checkpoint(made.base, both, tmp_path / "both")
-    assert verify(made.base, both, tmp_path / "both")["as_told"]
+    assert verify(made.base, both, tmp_path / "both")["as_expected"]
     for one in (made.edit, part):
-        assert not verify(made.base, one, tmp_path / "both")["as_told"]
+        assert not verify(made.base, one, tmp_path / "both")["as_expected"]
 
 
 # On the command line ------------------------------------------------------------------------------------------------
@@ -311,11 +311,11 @@ def test_verify_leaves_with_0_if_as_told_1_if_not_and_2_if_it_cannot_tell(
     file = tmp_path / "edit.safetensors"
     llama.edit.save(file)
     assert command(monkeypatch, "verify", llama.base, file, llama.out) == 0
-    assert capsys.readouterr().out.splitlines() == ["17 tensors equal", "4 tensors edited as told", "as told"]
+    assert capsys.readouterr().out.splitlines() == ["17 tensors equal", "4 tensors edited as expected", "as expected"]
     folder = llama.copied(tmp_path / "out")
     (folder / "tokenizer.json").unlink()
     assert command(monkeypatch, "verify", llama.base, file, folder) == 1
-    assert capsys.readouterr().out.splitlines()[-2:] == ["missing: tokenizer.json", "NOT as told"]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["missing: tokenizer.json", "NOT as expected"]
     assert command(monkeypatch, "verify", llama.base, file, folder, "--json") == 1
     assert json.loads(capsys.readouterr().out)["files"]["tokenizer.json"] == "missing"
     for arguments in ((llama.base, tmp_path / "none", folder), (llama.base, file, tmp_path), (tmp_path, file, folder)):

@@ -163,7 +163,7 @@ def test_the_edit_that_is_saved_verifies_what_was_written(several: bool, made: M
     for kind, out in (("checkpoint", "out"), ("edit", "used.safetensors")):
         assert say("apply", made.base, *files, "--as", kind, "--to", out, *RESTRICT).code == 0
     said = say("verify", made.base, "used.safetensors", "out")
-    assert (said.code, said.out.splitlines()[-2:]) == (0, ["2 tensors edited as told", "as told"])
+    assert (said.code, said.out.splitlines()[-2:]) == (0, ["2 tensors edited as expected", "as expected"])
     assert say("verify", made.base, made.one, "out").code == 1
     saved = load_any(tmp_path / "used.safetensors")
     assert [part.strength for part in saved.parts] == [0.5] * len(files)

@@ -133,7 +133,7 @@ def test_a_run_writes_everything_and_nothing_else(unbroken: Path) -> None:
     found = {str(file.relative_to(unbroken)) for file in unbroken.rglob("*") if file.is_file()}
     journals = {name for name in found if "/journal-" in name}
     assert len(journals) == 3
-    assert found - journals == {*OUTPUTS, "manifest.json", ".lock"}
+    assert found - journals == {*OUTPUTS, "manifest.json", ".lock", "traces/own.jsonl"}
 
 
 def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(unbroken: Path, recipe: Recipe) -> None:
@@ -163,8 +163,11 @@ def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroke
     assert choice["edit"]["id"] == best["id"]
     assert choice["tried"] == {"steering": 2, "edit": 2}
     study = read_json(unbroken / "search/study.json")
-    assert study == {"evaluations": {"edit": 10, "steering": 10}, "refined": None}
-    assert {name: choice[name] for name in study} == study
+    ids = ["base", "steering-0.1", "steering-0.4", "edit-0.1-off-0.2", "edit-0.3-off-0.2"]
+    assert study == {"evaluations": {"edit": 10, "steering": 10}, "refined": None, "rounds": {"0": ids}}
+    assert {name: choice[name] for name in ("evaluations", "refined")} == {
+        n: study[n] for n in ("evaluations", "refined")
+    }
     assert (choice["method"], choice["discarded"]) == ("grid", 0)
     edit = s2e.Edit.load(unbroken / "edit.safetensors")
     assert edit.id == edit_of(best["config"], {"full": s2e.Scores.load(unbroken / "scores.safetensors")}).id
@@ -762,6 +765,7 @@ def test_an_export_that_fails_costs_no_evaluation_and_is_tried_again(
     assert not Run(tmp_path / "run", recipe).is_whole("export")
     run_all(Run(tmp_path / "run", recipe))
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "run/adapter/README.md").is_file()
 
 
 def test_a_package_that_an_export_needs_is_missed_before_anything_runs(
@@ -814,3 +818,62 @@ def test_a_run_whose_journal_lacks_answers_is_not_judged(copy: Path, tmp_path: P
         judge(copy)
     with pytest.raises(FileError, match="this is no finished run"):
         judge(tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("search", [{"method": "tpe", "trials": 6, "at_once": 2}, {"refine": 3}], ids=["tpe", "refine"])
+def test_a_search_that_would_now_go_another_way_is_judged_as_it_went(
+    search: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit.pipeline.judge import judge
+
+    changes = {f"search__{key}": value for key, value in search.items()}
+    run_all(Run(tmp_path / "run", tiny_recipe(recipe.model.name, search__rho_attn=[0.1, 0.3, 0.6], **changes)))
+    monkeypatch.setattr("steer2edit.behaviours.safety.declines", lambda text: len(text) % 2 == 0)
+    trials = {row["id"] for row in read_jsonl(tmp_path / "run/search/trials.jsonl")}
+    assert set(judge(tmp_path / "run")["changed"]) <= trials
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_judgement_by_which_no_edit_is_within_the_limits_says_so(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit.pipeline.judge import judge
+
+    limits = {"over_refusal": 0.5, "degenerate": None}
+    run_all(Run(tmp_path / "run", tiny_recipe(recipe.model.name, search__limits=limits)))
+    monkeypatch.setattr("steer2edit.behaviours.safety.degenerate", lambda text: False)
+    monkeypatch.setattr("steer2edit.behaviours.safety.declines", lambda text: True)
+    assert judge(tmp_path / "run")["choice"]["new"] is None
+
+
+def test_traces_of_a_stage_that_was_killed_are_not_taken_for_hand_made(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(Run(tmp_path, recipe), "traces", "tiny.yaml")
+    more = tiny_recipe(recipe.model.name, data__probe={"harmful": 5, "benign": 5})
+    run_stage(Run(tmp_path, more), "traces", "tiny.yaml")
+    assert "by_hand" not in read_json(tmp_path / "manifest.json")["stages"]["traces"]
+    assert len(read_jsonl(tmp_path / "traces.jsonl")) > 10
+
+
+def test_own_answers_of_several_calls_and_samplings_are_kept_apart(tmp_path: Path) -> None:
+    from runs import FakeEngine
+    from steer2edit.engines.base import Request, Sampling
+    from steer2edit.method.intervention import NOTHING
+    from steer2edit.pipeline.own_answers import Journalled
+
+    def ask(temperature: float) -> int:
+        engine = FakeEngine()
+        journalled = Journalled(engine, tmp_path / "journal.jsonl")  # type: ignore[arg-type]
+        for letter in "ab":
+            journalled.generate([Request((ord(letter),))], [NOTHING], 4, None, Sampling(temperature))
+        return len(engine.asked)
+
+    assert [ask(0.0), ask(0.0), ask(0.9), ask(0.9)] == [2, 0, 2, 0]

@@ -163,6 +163,16 @@ def test_sanity_is_the_share_of_degenerate_answers(tmp_path: Path) -> None:
     assert bench.sane(TRIED[2:4], ["a", "bcd", "efg"], "0 sanity") == [0.0, 2 / 3]
 
 
+def test_items_that_come_and_go_are_each_asked_as_they_are(tmp_path: Path) -> None:
+    # Items of a sanity check are gone after it, and the next ones may lie at the same address.
+    engine = FakeEngine(_answer)
+    bench = _bench(engine, tmp_path / "j")
+    asked = len(engine.asked)
+    for i in range(200):
+        bench.sane([BASE], [f"prompt {i}"], f"{i} sanity")
+    assert [prompt for prompt, _ in engine.asked[asked:]] == [f"prompt {i}" for i in range(200)]
+
+
 # What it costs ------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from ..files.shards import Stored, checkpoint_reader, open_shards
 from ..method.change import Changes, patched
 from ..method.site import Site
 from ..method.theorems import input_direction
+from ..models.embedded import checkpoint_folder
 from ..models.sites import find_sites
 from ..parallel import in_parallel
 from .checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, Piece, checkpoint_files, pieces_of
@@ -29,14 +30,14 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
     """Whether a checkpoint is the base with the edit in it, and nothing else.
 
     Returns:
-        tensors: name → "equal", "edited as told", "foreign" (of another content), "missing" or "extra".
-        files: the same for all files that hold no tensors. counts: how many of each. as_told: whether every tensor and
-            every file is equal or edited as told, and every edited one is.
+        tensors: name → "equal", "edited as expected", "foreign" (of another content), "missing" or "extra".
+        files: the same for all files that hold no tensors. counts: how many of each. as_expected: whether every tensor
+            and every file is equal or edited as expected, and every edited one is.
 
     Raises:
         FileError: a folder is not a `safetensors` checkpoint. ModelError: the edit is another model's.
     """
-    base, edited = Path(base), Path(edited)
+    base, edited = checkpoint_folder(base), Path(edited)
     ours, theirs = open_shards(base), open_shards(edited)
     here, there = _by_name(ours), _by_name(theirs)
     pieces: dict[str, list[Piece]] = {}
@@ -56,8 +57,8 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
         if not changed:
             return "equal" if _same(mine, other) else "foreign"
         return (
-            "edited as told"
-            if all(_as_told(p, mine, other) for p in changed) and _rest(changed, mine, other)
+            "edited as expected"
+            if all(_as_expected(p, mine, other) for p in changed) and _rest(changed, mine, other)
             else "foreign"
         )
 
@@ -65,13 +66,15 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
     tensors |= dict.fromkeys(there.keys() - here.keys(), "extra")
     files = _files(base, edited, {*ours, *theirs})
     bad = {"foreign", "missing", "extra"}
+    expected = not bad & {*tensors.values(), *files.values()} and "edited as expected" in tensors.values()
     return {
         "kind": "verify",
         "edit": edit.id,
         "tensors": tensors,
         "files": files,
         "counts": {word: list(tensors.values()).count(word) for word in dict.fromkeys(tensors.values())},
-        "as_told": not bad & {*tensors.values(), *files.values()} and "edited as told" in tensors.values(),
+        "as_expected": expected,
+        "as_told": expected,  # its name in version 0.1.0
     }
 
 
@@ -91,7 +94,7 @@ def _part(piece: Piece, tensor: Tensor) -> Tensor:
     return upright(piece.site, tensor[expert] if fused else tensor, fused)
 
 
-def _as_told(piece: Piece, mine: Tensor, other: Tensor) -> bool:
+def _as_expected(piece: Piece, mine: Tensor, other: Tensor) -> bool:
     assert piece.change is not None
     columns = piece.change.columns()
     a, b = _part(piece, mine), _part(piece, other)

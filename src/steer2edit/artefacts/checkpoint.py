@@ -31,6 +31,7 @@ from ..method.fingerprint import differing, from_reading, signs
 from ..method.presence import Presence, check_weights, decide
 from ..method.scores import Reading, RowSums
 from ..method.site import Site
+from ..models.embedded import checkpoint_folder
 from ..parallel import pool
 from ..progress import say
 from .places import site_reader, stored_name, stored_place
@@ -88,7 +89,7 @@ def export_checkpoint(
             BF16, or the disk is too small.
         ModelError: `base` is another model. EditError: the edit is in it already, or changes nothing.
     """
-    base, out = Path(base), Path(out)
+    base, out = checkpoint_folder(base), Path(out)
     if out.exists():
         raise FileError("the output folder exists already", got=out, fix="Give a new folder, or remove that one.")
     if not edit.changes():

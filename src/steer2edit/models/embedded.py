@@ -63,6 +63,11 @@ def embedded_gguf() -> Path:
     )
 
 
+def checkpoint_folder(base: str | Path) -> Path:
+    """The folder of a checkpoint that is named by its path, or as the embedded model."""
+    return embedded_checkpoint() if str(base) == EMBEDDED else Path(base)
+
+
 def embedded_checkpoint() -> Path:
     """The embedded model as an fp32 `safetensors` checkpoint; converted once and cached, since reading the GGUF file
     takes half a minute and a checkpoint a second."""

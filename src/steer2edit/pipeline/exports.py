@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 
 from ..edits import Edit
-from ..errors import FileError
+from ..errors import FileError, Steer2EditError
 from ..files.reading import read_json
 from ..files.writing import remove, write_json
 from ..progress import megabytes, say, showing
@@ -14,6 +14,8 @@ from .run import Run
 
 # The model card of an export; a checkpoint comes with the base's, and the report writes its own over it.
 CARD = "README.md"
+# For each export its folder, or why there is none.
+SUMMARY = "exports.json"
 
 
 # What an export needs beside the core packages.
@@ -33,7 +35,11 @@ def check_exports(kinds: Sequence[str]) -> None:
 
 
 def export(run: Run) -> list[str]:
-    """Writes what the recipe's `exports` name; the files, relative to the run's folder."""
+    """Writes what the recipe's `exports` name; the files, relative to the run's folder.
+
+    Raises:
+        Steer2EditError: an export failed, after the others were tried.
+    """
     from ..artefacts.adapter import obstacle
 
     edit = Edit.load(run.path("edit.safetensors"))
@@ -49,8 +55,16 @@ def export(run: Run) -> list[str]:
     if run.recipe.model.name.endswith(".gguf"):
         reason = f"a GGUF file is no safetensors checkpoint (got: {run.recipe.model.name}). Export an adapter instead."
         not_written |= {kind: f"no {kind}: {reason}" for kind in ("checkpoint", "steering") if kind in wanted}
+    failures: list[Steer2EditError] = []
     for kind in EXPORTS:
-        if kind in wanted and kind not in not_written and (reason := EXPORTS[kind](run, edit)):
+        if kind not in wanted or kind in not_written:
+            continue
+        try:
+            reason = EXPORTS[kind](run, edit)
+        except Steer2EditError as error:
+            failures.append(error)
+            reason = str(error)
+        if reason:
             not_written[kind] = f"no {kind}: {reason}"
     for reason in not_written.values():
         say(f"  {reason}")
@@ -60,10 +74,12 @@ def export(run: Run) -> list[str]:
             summary[kind] = {"not_written": not_written[kind]}
         elif kind in wanted:
             summary[kind] = {"folder": kind}
-    write_json(run.path("exports.json"), summary)
+    write_json(run.path(SUMMARY), summary)
+    if failures:
+        raise failures[0]
     files = [f for kind in EXPORTS for f in sorted(run.path(kind).rglob("*")) if f.is_file()]
     cards = [run.path(f"{kind}/{CARD}") for kind in EXPORTS]
-    return ["exports.json", *(str(f.relative_to(run.folder)) for f in files if f not in cards)]
+    return [SUMMARY, *(str(f.relative_to(run.folder)) for f in files if f not in cards)]
 
 
 def _adapter(run: Run, edit: Edit) -> None:

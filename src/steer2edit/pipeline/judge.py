@@ -10,12 +10,13 @@ from ..errors import FileError
 from ..files.reading import read_json, read_jsonl
 from ..files.writing import write_json
 from ..recipe import Recipe, load_recipe
-from ..search.candidates import BASE, Candidate, Trial
-from ..search.choice import require_choice
+from ..search.bench import Bench
+from ..search.candidates import BASE, Candidate, Trial, of_kind
+from ..search.front import choose
 from ..search.rounds import run_study
 from .results import results_of
 from .run import Run
-from .stages import CHOICE, RESULTS, TRIALS
+from .stages import CHOICE, DISCARDED, RESULTS, STUDY, TRIALS
 
 JUDGED = "judged.json"
 
@@ -26,8 +27,9 @@ def judge(folder: str | Path) -> dict[str, Any]:
     Nothing else of the run is changed, and nothing is generated.
 
     Returns:
-        choice: which edit the rule takes by the old judgement and by the new one. changed: id → measure → [old mean,
-        new mean] of the validation trials whose judgement differs. before, after: results on test, as in results.json.
+        choice: which edit the rule takes by the old judgement and by the new one, None if none is within the limits.
+        changed: id → measure → [old mean, new mean] of the validation trials whose judgement differs. before, after:
+        results on test, as in results.json.
 
     Raises:
         FileError: the folder is no finished run, or its journals do not hold the answers.
@@ -38,16 +40,27 @@ def judge(folder: str | Path) -> dict[str, Any]:
     recipe = load_recipe(folder / "recipe.yaml")
     run = Run(folder, recipe)
     bench = run.bench("validation", _journal(run, "validation"), None)
-    after = run_study(bench, recipe.search, recipe.aim, recipe.seed).trials
+    after = _on_validation(run, recipe, bench)
     choice = read_json(run.path(CHOICE))
+    chosen = choose(of_kind(after, "edit"), recipe.aim)
     judged = {
-        "choice": {"old": choice["edit"]["id"], "new": require_choice(after, recipe.aim).candidate.id},
+        "choice": {"old": choice["edit"]["id"], "new": None if chosen is None else chosen.candidate.id},
         "changed": _changed(read_jsonl(run.path(TRIALS)), after),
         "before": read_json(run.path(RESULTS)),
         "after": results_of(_on_test(run, recipe, choice), recipe),
     }
     write_json(run.path(JUDGED), judged)
     return judged
+
+
+def _on_validation(run: Run, recipe: Recipe, bench: Bench) -> list[Trial]:
+    """The trials that the run had, round by round: another judgement would propose others, which nobody answered."""
+    rounds = read_json(run.path(STUDY)).get("rounds")
+    if not rounds:  # an older run does not hold them
+        return run_study(bench, recipe.search, recipe.aim, recipe.seed).trials
+    rows = [*read_jsonl(run.path(TRIALS)), *read_jsonl(run.path(DISCARDED))]
+    by_id = {row["id"]: Candidate(row["id"], row["kind"], row["config"]) for row in rows}
+    return [trial for name, ids in rounds.items() for trial in bench.run([by_id[id] for id in ids], name)]
 
 
 def _on_test(run: Run, recipe: Recipe, choice: dict[str, Any]) -> list[Trial]:

@@ -208,7 +208,7 @@ class Run:
             "key": self.keys[stage],
             "seconds": round(seconds, 1),
             "files": {name: sha256(self.path(name)) for name in files},
-            "read": {name: sha256(self.path(name)) for name in read},
+            "read": {name: sha256(self.path(name)) for name in read if self.path(name).is_file()},
         }
         if "host" in self.__dict__ and (where := self.host.where()):
             entry["model"] = where

@@ -33,12 +33,13 @@ from ..search.choice import moved, require_choice, summary
 from ..search.front import choose
 from ..search.rounds import run_study
 from ..search.study import Discarded, Study
-from .exports import CARD, EXPORTS, check_exports, export
+from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
 from .keys import ORDER, score_files
 from .own_answers import Journalled
 from .results import results_of
 from .run import Run
 
+OWN_TRACES = "traces/own.jsonl"
 TRACES, PROBE, EDIT = "traces.jsonl", "probe.safetensors", "edit.safetensors"
 TRIALS, DISCARDED, STUDY = "search/trials.jsonl", "search/discarded.jsonl", "search/study.json"
 CHOICE, RESULTS, ANSWERS = "choice.json", "evaluation/results.json", "evaluation/answers.jsonl"
@@ -57,14 +58,21 @@ def _traces(run: Run) -> list[str]:
     path.parent.mkdir(exist_ok=True)
     with showing("own answers") as progress:
         engine = Journalled(run.engine, path)
-        write_traces(run.path(TRACES), run.recipe.behaviour.traces(engine, run.items("probe"), progress))
+        traces = run.recipe.behaviour.traces(engine, run.items("probe"), progress)
+    # The copy is there first, so that after a kill these traces are known not to have been put here by hand.
+    write_traces(run.path(OWN_TRACES), traces)
+    write_traces(run.path(TRACES), traces)
     return [TRACES]
 
 
 def _put_by_hand(run: Run) -> bool:
     """Whether the traces were put into the run directory, and not made by the stage."""
-    entry = run.entry("traces")
-    return run.path(TRACES).is_file() and (entry is None or entry.get("by_hand", False))
+    path, own, entry = run.path(TRACES), run.path(OWN_TRACES), run.entry("traces")
+    if not path.is_file():
+        return False
+    if entry is None:
+        return not (own.is_file() and sha256(own) == sha256(path))
+    return entry.get("by_hand", False)
 
 
 def _keep_changed(run: Run) -> None:
@@ -116,7 +124,7 @@ def _search(run: Run) -> list[str]:
         say(f"  discarded: {row.candidate.id}, {row.why}")
     write_jsonl(run.path(TRIALS), (trial.to_json() for trial in study.trials))
     write_jsonl(run.path(DISCARDED), (row.to_json() for row in study.discarded))
-    write_json(run.path(STUDY), {"evaluations": study.evaluations, "refined": study.refined})
+    write_json(run.path(STUDY), {"evaluations": study.evaluations, "refined": study.refined, "rounds": study.rounds})
     return [TRIALS, DISCARDED, STUDY]
 
 
@@ -234,7 +242,7 @@ STAGES: dict[str, Stage] = {
     "edit": Stage(_edit, (TRIALS, DISCARDED, STUDY)),
     "export": Stage(export, (EDIT,)),
     "evaluate": Stage(_evaluate, (EDIT,)),
-    "report": Stage(_report, (EDIT, CHOICE, RESULTS)),
+    "report": Stage(_report, (EDIT, CHOICE, RESULTS, SUMMARY)),
 }
 assert tuple(STAGES) == ORDER
 

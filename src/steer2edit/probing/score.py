@@ -23,6 +23,7 @@ from ..method.site import Site, same_sites
 from ..method.theorems import output_direction
 from ..method.variants import FULL, Variant, rescored
 from ..models.bake import refuse_edited
+from ..models.embedded import checkpoint_folder
 from ..models.sites import find_sites
 from ..models.weights import is_plain, read_weight
 from ..parallel import in_parallel
@@ -138,6 +139,6 @@ def _weights(
         for site in wanted:
             yield site, read_weight(model, own[site.key])
         return
-    read = site_reader(Path(model))
+    read = site_reader(checkpoint_folder(model))
     for site in wanted:
         yield site, read(site)

@@ -64,7 +64,7 @@ class Bench:
         self.open = [item for item in items if not item.choices]
         self.closed = [item for item in items if item.choices]
         self.base: list[list[Outcome]] | None = None
-        self._ids_of: dict[int, Ids] = {}
+        self._ids_of: dict[str, Ids] = {}
         own = self._own_answers(neutral)
         self.own = [(item, ids) for item, ids in zip(neutral, own, strict=True) if ids]
         self.empty = len(neutral) - len(self.own)
@@ -273,9 +273,11 @@ class Bench:
         return item.messages(self.behaviour.system)
 
     def _ids(self, item: Item) -> Ids:
-        if id(item) not in self._ids_of:
-            self._ids_of[id(item)] = self.engine.tokens(self._messages(item))
-        return self._ids_of[id(item)]
+        messages = self._messages(item)
+        key = repr(messages)
+        if key not in self._ids_of:
+            self._ids_of[key] = self.engine.tokens(messages)
+        return self._ids_of[key]
 
 
 def _row_of(answer: Answer) -> dict[str, Any]:

@@ -108,6 +108,8 @@ class _Rounds:
     def _take(self, tried: Sequence[Candidate], name: str) -> None:
         """One round: its trials go to the study, those whose losses are not finite to the discarded."""
         steps = self._part(len(tried) * self.bench.steps)
+        if tried:
+            self.study.rounds[name] = [candidate.id for candidate in tried]
         for trial in self.bench.run(tried, name, steps) if tried else []:
             kind = trial.candidate.kind
             if kind in self.study.evaluations:

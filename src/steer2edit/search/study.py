@@ -40,12 +40,14 @@ class Study:
         discarded: the candidates that were thrown out, and why.
         refined: what the second grid was laid around, if there was one.
         evaluations: kind → configurations × prompts.
+        rounds: each round's candidates, by their ids, in the order in which the bench had them.
     """
 
     trials: list[Trial] = field(default_factory=list)
     discarded: list[Discarded] = field(default_factory=list)
     refined: dict[str, Any] | None = None
     evaluations: dict[str, int] = field(default_factory=lambda: {"edit": 0, "steering": 0})
+    rounds: dict[str, list[str]] = field(default_factory=dict)
 
     def of_kind(self, kind: str) -> list[Trial]:
         return [trial for trial in self.trials if trial.candidate.kind == kind]
