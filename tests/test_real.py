@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import steer2edit as s2e
 from runs import command, tiny_recipe
 from steer2edit.behaviours.base import Item
-from steer2edit.behaviours.safety import BUILTIN, Safety
+from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.files.reading import read_jsonl
 from steer2edit.models.embedded import EMBEDDED, embedded_checkpoint
 from steer2edit.models.load import load_model
@@ -109,3 +109,23 @@ def test_what_is_exported_answers_as_the_baked_model_in_transformers_and_in_peft
     assert sum(a != b for a, b in zip(baked, base, strict=True)) >= 10
     assert tokens(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()) == baked
     assert tokens(PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()) == baked
+
+
+def test_the_readmes_python_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    prompts = Safety().items(BUILTIN, "probe", {"harmful": 12, "benign": 12})
+    refusals = written_refusals()
+    positive = [s2e.Trace(p.prompt, refusals[i], "positive") for i, p in enumerate(prompts[:12])]
+    negative = [
+        s2e.Trace(p.prompt, f"Of course. {q.text}", "negative") for p, q in zip(prompts, prompts[12:], strict=False)
+    ]
+    monkeypatch.chdir(tmp_path)
+    s2e.write_traces("runs/safety-demo/traces.jsonl", [*positive, *negative])
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("The capital of France is")
+    assert printed[-2] == "True"
+    assert (tmp_path / "adapter/adapter_config.json").is_file()
