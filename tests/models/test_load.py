@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import steer2edit as s2e
 from conftest import make_pico, make_tokenizer, make_traces
 from steer2edit.errors import ModelError, TraceError
 from steer2edit.models.load import load_model, resolved_revision
+from steer2edit.models.quiet import quiet_kernels, without_gguf_bar
 
 
 @pytest.mark.parametrize("name", ["./nomodel", "/not/here", "runs/x/model", "../model"])
@@ -69,3 +71,22 @@ def test_few_traces_are_said_to_be_few(capsys: pytest.CaptureFixture[str]) -> No
     positive, negative = make_traces()
     s2e.collect(make_pico("llama"), make_tokenizer(), positive[:1], negative[:1])
     assert "only 1 positive and 1 negative responses" in capsys.readouterr().err
+
+
+def test_one_message_of_bitsandbytes_is_dropped_and_all_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    quiet_kernels()
+    quiet_kernels()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert len([f for f in logger.filters if getattr(f, "__name__", "") == "_is_news"]) == 1
+    with caplog.at_level(logging.WARNING):
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no such host")
+        logger.warning("Something else")
+    assert [record.getMessage() for record in caplog.records] == ["Something else"]
+
+
+def test_a_gguf_file_is_read_without_a_bar_of_another_library(capsys: pytest.CaptureFixture[str]) -> None:
+    with without_gguf_bar():
+        from transformers.modeling_gguf_pytorch_utils import tqdm
+
+        assert list(tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert capsys.readouterr().err == ""

@@ -13,6 +13,7 @@ from ..errors import EditError
 from ..files.writing import replacing_folder
 from ..method.change import Changes
 from ..method.site import Site
+from ..models.quiet import quiet_kernels
 
 _NOTE = "steer2edit.json"
 
@@ -30,6 +31,7 @@ def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> 
         FileError: `folder` holds something that is no adapter of ours.
         EditError: every λ is 0, so that there is nothing to write, or PEFT cannot hold the edit.
     """
+    quiet_kernels()
     from peft import LoraConfig
     from safetensors.torch import save_file
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from ..files.writing import replacing_folder
 from ..progress import say
+from .quiet import without_gguf_bar
 
 if TYPE_CHECKING:
     pass
@@ -82,7 +83,8 @@ def embedded_checkpoint() -> Path:
 
     say("  reading the embedded model (once, about half a minute)")
     where = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
+    with without_gguf_bar():
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **where)
     _plain_weights(model)
     with replacing_folder(folder, ours="config.json") as temporary:

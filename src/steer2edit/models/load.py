@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..progress import say
 from .architectures import Architecture, describe_as
 from .embedded import EMBEDDED, _plain_weights, embedded_checkpoint
+from .quiet import quiet_kernels, without_gguf_bar
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +60,12 @@ def load_model(
         spread = {"device_map": device_map, "offload_folder": offload_folder}
         if max_memory is not None:  # accelerate names accelerators by number
             spread["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in max_memory.items()}
-    with _loading(name):
+    quiet_kernels()
+    reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if "gguf_file" in where:
+        say(f"  reading {name}")
+        reading = without_gguf_bar()
+    with _loading(name), reading:
         loader = _auto_class(load_config(name, revision=revision, trust_remote_code=trust_remote_code))
         model = loader.from_pretrained(source, dtype=_dtype(dtype, place), **spread, **where)
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
