@@ -105,3 +105,13 @@ def test_the_base_is_named_as_the_hub_names_it() -> None:
     assert base_name("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B-Instruct"
     assert base_name("/somewhere/else/llama") == "llama"
     assert json.dumps(base_name("./llama")) == '"llama"'
+
+
+def test_the_embedded_models_card_loads_what_was_measured(recipe: Recipe) -> None:
+    text = model_card(recipe, make_scores().edit(rho_attn=0.2, rho_mlp=None, alpha=0.0), CHOICE, results(), "adapter")
+    assert f'steer2edit.load_model("{EMBEDDED}")' in text
+    assert "rounded to 4 bits (Q4_1)" in text
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": "owner/model"})})
+    text = model_card(other, make_scores().edit(rho_attn=0.2, rho_mlp=None, alpha=0.0), CHOICE, results(), "adapter")
+    assert 'from_pretrained("owner/model")' in text
+    assert "Q4_1" not in text

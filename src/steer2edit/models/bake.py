@@ -14,6 +14,7 @@ from ..method.change import Changes, not_finite, patched
 from ..method.fingerprint import QUANTISED_TOLERANCE, TOLERANCE
 from ..method.presence import _twice, check_weights
 from ..method.site import Site, same_sites
+from ..progress import say
 from .sites import find_sites
 from .weights import quantised, read_weight, weight_of
 
@@ -123,6 +124,8 @@ def apply(edit: Changes, model: nn.Module) -> Applied:
         _share(sum(e for e, _ in lost.values()), sum(t for _, t in lost.values())),
         (worst, _share(*lost[worst]) if worst else 0.0),
     )
+    if not columns:
+        say("  the edit touches no component: the model is as it was")
     setattr(model, _MARK, [*getattr(model, _MARK, []), _Kept(report, columns, before)])
     return report
 

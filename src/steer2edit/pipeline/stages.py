@@ -147,7 +147,10 @@ def _edit(run: Run) -> list[str]:
     study = read_study(run)
     chosen = require_choice(study.trials, aim)
     steered = choose(of_kind(study.trials, "steering"), aim)
-    edit_of(chosen.candidate.config, run.scores).save(run.path(EDIT))
+    edit = edit_of(chosen.candidate.config, run.scores)
+    edit.save(run.path(EDIT))
+    if not edit.edited():
+        say("  the chosen edit touches no component: every |g| is below the threshold ρα")
     base = of_kind(study.trials, "base")
     any_moved = not base or moved(chosen, base[0], aim)
     if not any_moved:

