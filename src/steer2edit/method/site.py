@@ -7,9 +7,12 @@ width c.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..errors import ModelError
 
@@ -38,6 +41,8 @@ class Site:
         output: the module whose output is the block's, where the block has several sites: v is taken there, and
             steering added.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     layer: int
     block: Block
@@ -82,24 +87,24 @@ class Site:
 
     def to_json(self) -> dict[str, Any]:
         defaults = {"parameter": "weight", "shared": False, "transposed": False, "output": "", "aliases": ()}
-        row = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: v for k, v in row.items() if v is not None and (k not in defaults or v != defaults[k])}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Site:
-        site = cls(**{**row, "aliases": tuple(row.get("aliases", ()))})
-        integers = [site.layer, site.d, site.n, site.width]
-        integers += (
-            [] if site.expert is None else [site.expert, site.experts or -1, (site.experts or 0) - site.expert - 1]
-        )
-        texts = (site.module, site.tensor, site.parameter, site.output, *site.aliases)
-        if (
-            site.block not in BLOCKS
-            or any(type(i) is not int or i < 0 for i in integers)
-            or any(type(text) is not str for text in texts)
-        ):
-            raise ValueError(f"no site: {row}")
+        """Raises ValueError if the row is not a site's."""
+        try:
+            site = _ROW.validate_json(json.dumps(dict(row)), strict=True)
+        except ValidationError:
+            raise ValueError(f"no site: {row}") from None
+        if min(site.layer, site.d, site.n, site.width) < 0:
+            raise ValueError(f"no site, a number is negative: {row}")
+        if site.expert is not None and not 0 <= site.expert < (site.experts or 0):
+            raise ValueError(f"no site, there is no such expert: {row}")
         return site
+
+
+_ROW = TypeAdapter(Site)
 
 
 def same_sites(found: Sequence[Site], wanted: Sequence[Site], wanted_by: str) -> dict[str, Site]:
