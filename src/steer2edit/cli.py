@@ -81,7 +81,7 @@ def _open(recipe: str, overrides: list[str] | None, model: str | None, out: Path
     # An override's value is YAML, a name is a text whatever it looks like.
     changes = [*(overrides or []), *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     parsed = load_recipe(recipe, changes)
-    from .pipeline.run import Run  # after the recipe, so that a mistake there is told at once
+    from .pipeline.run import Run  # after the recipe, so that a mistake there comes before torch is loaded
 
     return Run(out or Path("runs") / parsed.name, parsed)
 

@@ -99,10 +99,10 @@ def _as_expected(piece: Piece, mine: Tensor, other: Tensor) -> bool:
     columns = piece.change.columns()
     a, b = _part(piece, mine), _part(piece, other)
     for start in range(0, len(a), 256):
-        told = a[start : start + 256].clone()
-        rows = slice(start, start + len(told))
-        told[:, columns] = patched(told[:, columns], piece.change, columns, rows)
-        if not _same(told, b[rows]):
+        expected = a[start : start + 256].clone()
+        rows = slice(start, start + len(expected))
+        expected[:, columns] = patched(expected[:, columns], piece.change, columns, rows)
+        if not _same(expected, b[rows]):
             return False
     return True
 

@@ -62,15 +62,15 @@ def export_steering(base: str | Path, vectors: Mapping[str, Tensor], gamma: floa
         )
     where = shards(base)
     biases = {name: gamma * vectors[key].float() for key, name in places.items()}
-    told = {name: _stored(name, where) for name in {*biases, *(parameters.keys() - _parameters(model).keys())}}
-    old = {told[name]: v for name, v in biases.items() if told[name] in where}
+    stored_names = {name: _stored(name, where) for name in {*biases, *(parameters.keys() - _parameters(model).keys())}}
+    old = {stored_names[name]: v for name, v in biases.items() if stored_names[name] in where}
     dtype = checkpoint_reader(base)(next(iter(where))).dtype
     for name, bias in biases.items():
         if not torch.isfinite(bias.to(dtype)).all():
             raise ModelError(f"γv is not finite in {dtype} at {name}", got=f"γ = {gamma:g}", fix="Lower γ.")
     new = {
         stored: biases.get(name, torch.zeros(parameters[name].shape)).to(dtype)
-        for name, stored in told.items()
+        for name, stored in stored_names.items()
         if stored not in where
     }
     with replacing_folder(out, ours="config.json") as temporary:
@@ -150,9 +150,9 @@ def _switched(config: Any, wanted: set[str]) -> Any:
 
 def _stored(name: str, where: Mapping[str, str]) -> str:
     """What the files call a bias: as they call the weight beside it, with the causal model's prefix or without."""
-    for told in (name, name.split(".", 1)[-1]):
-        if told.removesuffix("bias") + "weight" in where:
-            return told
+    for short in (name, name.split(".", 1)[-1]):
+        if short.removesuffix("bias") + "weight" in where:
+            return short
     raise ModelError(
         "steering cannot be written as biases into this checkpoint",
         got=f"its files hold no weight beside {name}",

@@ -205,9 +205,9 @@ def checkpoint_files(base: Path) -> dict[str, int]:
 
 def _key(edit: Changes, base: Path, files: Mapping[str, int]) -> str:
     """What the output depends on: the edit and the base's files, by their sizes and times."""
-    told: list[Any] = [edit.id, importlib.metadata.version("steer2edit"), str(base.resolve())]
-    told += [[name, size, (base / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    depends_on: list[Any] = [edit.id, importlib.metadata.version("steer2edit"), str(base.resolve())]
+    depends_on += [[name, size, (base / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
+    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
 
 
 def _resume(partial: Path, key: str) -> dict[str, Any]:
@@ -411,9 +411,9 @@ class _Work:
         if change and not reading.power < float("inf"):
             raise not_finite(change, dtype)
         found = from_reading(reading, site.d, site.inputs)
-        told = [self._seen(i, piece, reading, found) for i in range(len(piece.parts))]
+        seen = [self._seen(i, piece, reading, found) for i in range(len(piece.parts))]
         hashed = {"before": before.hexdigest(), "after": after.hexdigest()}
-        return told, {piece.name: hashed} if self.hashes and change else {}
+        return seen, {piece.name: hashed} if self.hashes and change else {}
 
     def _seen(self, i: int, piece: Piece, reading: Reading, found: Tensor) -> dict[str, Any]:
         """What the i-th of the edits finds in a weight: whether it is its base's, and how much of the edit is in it."""

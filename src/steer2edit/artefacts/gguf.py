@@ -98,6 +98,6 @@ def obstacle(edit: Changes, model_type: str | None = None) -> EditError | ModelE
     return None
 
 
-def _model_type(edit: Changes, told: str | None) -> str:
+def _model_type(edit: Changes, given: str | None) -> str:
     probe: Any = edit.parts[0].provenance.get("probe", {})
-    return told or str(probe.get("model_type"))
+    return given or str(probe.get("model_type"))

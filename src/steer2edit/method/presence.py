@@ -91,7 +91,7 @@ class Presence:
         return self.moved / self.power if self.power else 0.0
 
     def of(self, strength: float) -> bool:
-        # Loaded in bf16 a weight has moved by about 0.001 of its size; an edit below that cannot be told from it.
+        # Loaded in bf16 a weight has moved by about 0.001 of its size; an edit below that cannot be seen beside it.
         if not abs(strength) * self.power**0.5 > 0.01 * self.size:
             return False
         return abs(self.share - strength) < 0.25 * abs(strength)

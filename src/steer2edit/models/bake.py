@@ -111,9 +111,9 @@ def apply(edit: Changes, model: nn.Module) -> Applied:
             after[key] = patched(before[key], change, chosen)
             if not torch.isfinite(after[key]).all():
                 raise not_finite(change, weight.dtype)
-            told = change.delta(columns=chosen.cpu()).to(weight.device)
-            error = (after[key].float() - before[key].float()) - told
-            lost[key] = (float(error.square().sum()), float(told.square().sum()))
+            wanted = change.delta(columns=chosen.cpu()).to(weight.device)
+            error = (after[key].float() - before[key].float()) - wanted
+            lost[key] = (float(error.square().sum()), float(wanted.square().sum()))
         for key in columns:
             weight_of(model, own[key])[:, columns[key]] = after[key]
     worst = max(lost, key=lambda key: _share(*lost[key]), default="")
@@ -130,8 +130,8 @@ def apply(edit: Changes, model: nn.Module) -> Applied:
     return report
 
 
-def _share(error: float, told: float) -> float:
-    return (error / told) ** 0.5 if told else 0.0
+def _share(error: float, wanted: float) -> float:
+    return (error / wanted) ** 0.5 if wanted else 0.0
 
 
 def revert(edit: Changes, model: nn.Module) -> None:

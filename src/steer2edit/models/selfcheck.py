@@ -223,8 +223,8 @@ def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: floa
         weight = read_weight(model, site).float().cpu()
         x = seen.x[site.key]
         if site.expert is not None:  # it cannot be run alone: what it gave is compared
-            told = weight @ x + read_bias(model, site)
-            error = float((seen.out[site.key] - told).norm() / (told.norm() + 1e-30))
+            expected = weight @ x + read_bias(model, site)
+            error = float((seen.out[site.key] - expected).norm() / (expected.norm() + 1e-30))
             if error > tolerance:
                 raise ModelError(
                     f"the output of {site.place} is not its weight times its input",
@@ -242,9 +242,9 @@ def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: floa
             out = module(both).float().cpu()
             both = both.cpu()
             got = out[1] - out[0]
-            told = weight[:, columns] @ (both[1] - both[0]).float()[columns]
-            size = max(float(told.norm()), tolerance * float(out[0].norm()), 1e-30)
-            error = float((got - told).norm()) / size
+            expected = weight[:, columns] @ (both[1] - both[0]).float()[columns]
+            size = max(float(expected.norm()), tolerance * float(out[0].norm()), 1e-30)
+            error = float((got - expected).norm()) / size
             if error > tolerance:
                 raise ModelError(
                     f"component {i} of {site.module} does not act through its own columns",

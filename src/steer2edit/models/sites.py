@@ -159,8 +159,8 @@ def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site], inside: Co
         full = f"{name}.{path}"
         if full in held or (f"{name}.{owner}" in held and leaf.startswith(("weight", "bias"))):
             continue
-        told = owner.rpartition(".")[2] if leaf.startswith(("weight", "bias")) else leaf
-        if parameter.dim() < 2 or told in inside or owner.rpartition(".")[2] in inside:
+        part = owner.rpartition(".")[2] if leaf.startswith(("weight", "bias")) else leaf
+        if parameter.dim() < 2 or part in inside or owner.rpartition(".")[2] in inside:
             continue
         raise ModelError(
             f"{full.removesuffix('.weight')} may write into the residual stream and is no known site",

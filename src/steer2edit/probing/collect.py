@@ -145,7 +145,7 @@ def collect(
     Args:
         positive, negative: the traces; their own labels count, so one mixed list will do.
         plain: no chat template, for base models: a trace's text is prompt + response. Short for Chat(plain=True).
-        chat: what the chat template is told.
+        chat: how messages become text.
         part: of a thinking model's responses the thinking, the answer, or both; a response without that part is counted
             as empty.
         positions: "predicting", the positions whose outputs predict the response's tokens, or "response", its own.
