@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import make_pico, make_tokenizer
-from steer2edit import cli, progress
+from steer2edit import cli
 from steer2edit.behaviours.base import Item
 from steer2edit.edits import Scores
 from steer2edit.engines.base import GREEDY, Answer, Losses, Request, Sampling
@@ -178,7 +178,6 @@ def save_pico(folder: Path, model_type: str = "llama", template: bool = True, **
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     """Runs `steer2edit` in this process and gives its exit code."""
     monkeypatch.setattr(sys, "argv", ["steer2edit", *map(str, arguments)])
-    monkeypatch.setattr(progress, "_quiet", False)
     try:
         cli.main()
     except SystemExit as end:

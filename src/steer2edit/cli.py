@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import Steer2EditError
+from .progress import be_quiet, say
 
 app = typer.Typer(
     name="steer2edit",
@@ -46,6 +47,7 @@ def main() -> None:
     # OpenMP's threads spin while they wait, which makes everything several times slower beside another busy process. It
     # is read when torch is loaded; what the user has set stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    be_quiet(False)
     try:
         app(prog_name="steer2edit")
     except Steer2EditError as error:
@@ -74,7 +76,6 @@ def main() -> None:
 def _open(recipe: str, overrides: list[str] | None, model: str | None, out: Path | None, quiet: bool) -> Any:
     import json
 
-    from .progress import be_quiet
     from .recipe import load_recipe
 
     be_quiet(quiet)
@@ -258,7 +259,6 @@ def apply_edits(
     """Write edit files as a checkpoint, an adapter, a GGUF adapter or one edit file; no recipe is needed."""
     from .errors import EditError
     from .method.site import BLOCKS
-    from .progress import be_quiet, say
 
     be_quiet(quiet)
     chosen = _layers(layers)
@@ -366,7 +366,6 @@ def judge(
 ) -> None:
     """Judge the answers that a run kept once more, without a model: after a detector was improved."""
     from .pipeline.judge import judge as judge_again
-    from .progress import be_quiet
 
     be_quiet(quiet)
     judged = judge_again(run)

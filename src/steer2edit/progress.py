@@ -1,31 +1,48 @@
-"""Progress with an ETA: a bar on a terminal, a plain line now and then elsewhere, nothing when quiet."""
+"""What the work says while it goes on: messages by `logging`, progress with an ETA.
+
+As a library nothing is printed: messages go to the logger "steer2edit", which a program may listen to, and there is no
+bar. The command line shows both on stderr, so that stdout stays with the results.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 Progress = Callable[[int, int], None]
+_LOGGER = logging.getLogger("steer2edit")
 
-_quiet = False
+
+class _Stderr(logging.Handler):
+    """Plain lines, on what stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+_shown = _Stderr()
 
 
 def be_quiet(quiet: bool = True) -> None:
-    global _quiet
-    _quiet = quiet
+    """Shows messages and progress on stderr, or no longer."""
+    if quiet:
+        _LOGGER.removeHandler(_shown)
+    else:
+        _LOGGER.setLevel(logging.INFO)
+        _LOGGER.addHandler(_shown)
 
 
 def say(text: str) -> None:
-    """A line about the work, on stderr, so that stdout stays with the results."""
-    if not _quiet:
-        print(text, file=sys.stderr, flush=True)
+    """A message about the work."""
+    _LOGGER.info(text)
 
 
 def is_quiet() -> bool:
-    return _quiet
+    return _shown not in _LOGGER.handlers
 
 
 def columns() -> tuple[Any, ...]:
@@ -43,7 +60,7 @@ def columns() -> tuple[Any, ...]:
 @contextlib.contextmanager
 def showing(label: str) -> Iterator[Progress]:
     """Gives a function to call with (done, in all)."""
-    if _quiet:
+    if is_quiet():
         yield lambda done, total: None
     elif sys.stderr.isatty():
         from rich.console import Console

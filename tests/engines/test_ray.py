@@ -144,7 +144,6 @@ def test_an_error_of_ours_arrives_from_a_replica_as_it_was_raised(spread: Any) -
 def test_a_run_on_the_cluster_chooses_what_a_run_here_chooses(
     section: Model, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steer2edit.progress._quiet", False)
     be_quiet()
     raw = tiny_recipe(section.name, search__method="tpe", search__trials=6, search__at_once=3).model_dump(mode="json")
     raw["search"]["rho_attn"] = [0.1, 0.5]

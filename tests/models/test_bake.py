@@ -348,10 +348,9 @@ def test_every_noun_is_one_line(pico: Any, make_edit: MakeEdit) -> None:
     assert "neurons, rho_attn=0.2, rho_mlp=None, alpha=0.6, strength=1)" in repr(edit)
 
 
-def test_an_edit_that_touches_nothing_says_so(
-    pico: Any, make_edit: MakeEdit, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_edit_that_touches_nothing_says_so(pico: Any, make_edit: MakeEdit, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="steer2edit")
     model = pico("qwen2", dtype=torch.float32)
     report = make_edit(model, None, None, 0.5).apply(model)
     assert (report.sites, report.columns) == (0, 0)
-    assert "the edit touches no component" in capsys.readouterr().err
+    assert "the edit touches no component" in caplog.text

@@ -67,10 +67,11 @@ def test_what_is_no_trace_is_said_at_once() -> None:
         s2e.collect(make_pico("llama"), make_tokenizer(), pairs)
 
 
-def test_few_traces_are_said_to_be_few(capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_traces_are_said_to_be_few(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="steer2edit")
     positive, negative = make_traces()
     s2e.collect(make_pico("llama"), make_tokenizer(), positive[:1], negative[:1])
-    assert "only 1 positive and 1 negative responses" in capsys.readouterr().err
+    assert "only 1 positive and 1 negative responses" in caplog.text
 
 
 def test_one_message_of_bitsandbytes_is_dropped_and_all_others_stay(caplog: pytest.LogCaptureFixture) -> None:
