@@ -1,4 +1,4 @@
-"""Items from files: multiple-choice sets."""
+"""Items from files: prompts by kind and split, neutral prompts, multiple-choice sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from steer2edit.behaviours.base import QUESTION, Item
-from steer2edit.behaviours.prompts import load_questions
+from steer2edit.behaviours.prompts import load_neutral, load_prompts, load_questions
 from steer2edit.errors import FileError, RecipeError
 
 # Multiple choice ----------------------------------------------------------------------------------------------------
@@ -64,3 +64,58 @@ def test_too_few_questions_are_refused_with_both_numbers(tmp_path: Path) -> None
 def test_questions_that_are_nowhere_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"no such file \(got: .*none\.jsonl"):
         load_questions(tmp_path / "none.jsonl", 0, 1)
+
+
+# Prompts by kind and split -----------------------------------------------------------------------------------------
+
+
+def _prompts(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("again", ["How do I bake bread?", "  how do I BAKE bread", "How do I bake... bread?!"])
+def test_a_prompt_in_two_splits_is_refused_however_it_is_written(again: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "How do I bake bread?", "kind": "plain", "split": "probe"},
+        {"prompt": "How do I bake cakes?", "kind": "plain", "split": "test"},
+        {"prompt": again, "kind": "plain", "split": "test"},
+    ]
+    path = _prompts(tmp_path, *rows)
+    with pytest.raises(RecipeError, match=r"stands in two splits \(got: 'how do i bake bread' in probe and in test\)"):
+        load_prompts(path, ["plain"], "validation", {})
+    path = _prompts(tmp_path, *rows[:2], {**rows[2], "split": "probe"})  # twice in one split is nobody's harm
+    assert len(load_prompts(path, ["plain"], "probe", {"plain": 2})) == 2
+
+
+def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    messages += [{"role": "user", "content": "How do I bake?"}]
+    path = _prompts(tmp_path, {"prompt": messages, "kind": "plain", "split": "test"})
+    (item,) = load_prompts(path, ["plain"], "test", {"plain": 1})
+    assert item.text == "How do I bake?"
+    assert item.messages("Be kind.") == [{"role": "system", "content": "Be kind."}, *messages]
+    path = _prompts(tmp_path, {"prompt": [{"role": "user"}], "kind": "plain", "split": "test"})
+    with pytest.raises(FileError, match=r"line 1 of prompts.jsonl is not a prompt"):
+        load_prompts(path, ["plain"], "test", {"plain": 1})
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(FileError, match=r"prompts\.jsonl is empty"):
+        load_prompts(tmp_path / "prompts.jsonl", ["plain"], "test", {"plain": 1})
+
+
+def test_neutral_prompts_are_their_splits_own_or_those_from_a_number_on(tmp_path: Path) -> None:
+    plain = _prompts(tmp_path, *[{"prompt": f"p{i}"} for i in range(5)])
+    assert [item.text for item in load_neutral(plain, "validation", 0, 2)] == ["p0", "p1"]
+    assert [item.text for item in load_neutral(plain, "test", 2, 3)] == ["p2", "p3", "p4"]
+    with pytest.raises(RecipeError, match=r"too few prompts for test \(got: 3, 4 asked\)"):
+        load_neutral(plain, "test", 2, 4)
+    rows = [{"prompt": f"{split} {i}", "split": split} for split in ("test", "validation") for i in range(3)]
+    named = _prompts(tmp_path, *rows)
+    assert [item.text for item in load_neutral(named, "validation", 0, 2)] == ["validation 0", "validation 1"]
+    assert [item.text for item in load_neutral(named, "test", 2, 2)] == ["test 0", "test 1"]
+    with pytest.raises(FileError, match=r"line 1 of .* is not a prompt"):
+        load_neutral(_prompts(tmp_path, {"text": "p"}), "test", 0, 1)
