@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import steer2edit as s2e
+from steer2edit.progress import be_quiet
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -35,6 +36,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("pico")
+
+
+@pytest.fixture(autouse=True)
+def _messages() -> Iterator[None]:
+    """Each test sees what the work says on stderr, whatever the test before it has set."""
+    be_quiet(False)
+    yield
+    be_quiet()
+
 
 VOCABULARY = 320
 SENTENCES = [

@@ -486,8 +486,6 @@ def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() ->
 @pytest.fixture
 def quiet() -> Any:
     be_quiet()
-    yield
-    be_quiet(False)
 
 
 def test_a_plain_model_is_probed_scored_and_edited(pico: Any, tokenizer: Any, traces: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,13 +35,6 @@ def _study() -> Study:
         ],
         [Discarded(edited(0.05, None, 0.2), "it loops")],
     )
-
-
-@pytest.fixture(autouse=True)
-def _loud() -> Iterator[None]:
-    be_quiet(False)
-    yield
-    be_quiet(False)
 
 
 class Terminal(io.StringIO):

@@ -19,7 +19,8 @@ from ..method.theorems import input_direction
 from ..models.embedded import checkpoint_folder
 from ..models.sites import find_sites
 from ..parallel import in_parallel
-from .checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, Piece, checkpoint_files, pieces_of
+from .checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, checkpoint_files, pieces_of
+from .patching import Piece
 from .places import upright
 
 # Files that an export adds, that only say where the tensors are, or that are for people: a card of its own.

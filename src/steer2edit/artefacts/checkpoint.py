@@ -13,27 +13,21 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..errors import EditError, FileError, ModelError
 from ..files.reading import read_journal
 from ..files.shards import Stored, open_shards
 from ..files.writing import append_jsonl, clear_temporaries, sync
-from ..method.change import Change, Changes, SiteEdit, not_finite, patched
-from ..method.fingerprint import differing, from_reading, signs
+from ..method.change import Changes
 from ..method.presence import Presence, check_weights, decide
-from ..method.scores import Reading, RowSums
-from ..method.site import Site
 from ..models.embedded import checkpoint_folder
 from ..parallel import pool
 from ..progress import say
+from .patching import Finding, Hashes, Piece, Shard
 from .places import site_reader, stored_name, stored_place
 
 JOURNAL = "steer2edit-export.jsonl"
@@ -43,33 +37,7 @@ MANIFEST = "manifest.json"
 # Weights in other formats, which would stay the base's.
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
-# Small, since a file system lets one writer at a time into a file: patches need not wait long for a copy.
-_CHUNK = 4 * 2**20
-
-_FLUSH = getattr(os, "fdatasync", os.fsync)
-
-_SYNC_EVERY = 256 * 2**20
-
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One site's bytes in a file."""
-
-    change: Change | None  # None where a site is only looked at
-    parts: tuple[SiteEdit | None, ...]  # what each of the edits says of it
-    tensor: str
-    name: str  # the tensor's, with the expert's number where it holds several
-    dtype: torch.dtype
-    start: int
-    end: int
-    shape: tuple[int, int]  # as it lies in the file: [d, n·c], or [n·c, d] if `turned`
-    turned: bool
-
-    @property
-    def site(self) -> Site:
-        return next(part.site for part in self.parts if part is not None)
 
 
 def export_checkpoint(
@@ -270,85 +238,43 @@ class _Work:
             presence.size = max(presence.size, found["rms"])
 
     def run(self, shards: Mapping[str, Sequence[Piece]]) -> None:
-        # Threads for the copies, the patches, the syncs of what is half done, the ends of the shards.
+        """Writes all shards. The copies, the patches, the syncs and the ends of shards have threads of their own."""
         with contextlib.ExitStack() as opened:
-            made = (ThreadPoolExecutor(1), pool(), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
-            pools = [opened.enter_context(threads) for threads in made]
-            finished = [self._shard(name, pieces, pools, opened) for name, pieces in shards.items()]
+            copying = opened.enter_context(ThreadPoolExecutor(1))
+            patching = opened.enter_context(pool())
+            syncing = opened.enter_context(ThreadPoolExecutor(1))
+            ending = opened.enter_context(ThreadPoolExecutor(1))
+            finished: list[Future[None]] = []
+            for name, pieces in shards.items():
+                shard = Shard(
+                    name,
+                    pieces,
+                    self.base,
+                    self.partial,
+                    self.edit.parts,
+                    self.hashes,
+                    self._count,
+                    lambda: self.stopped,
+                )
+                opened.callback(shard.close)
+                copied = copying.submit(shard.copy, syncing.submit)
+                patches = [patching.submit(shard.patch, piece) for piece in pieces]
+                finished.append(ending.submit(self._end, shard, copied, patches))
             try:
                 for future in finished:
                     future.result()
             except BaseException:
                 self.stopped = True
-                for threads in pools:
+                for threads in (copying, patching, syncing, ending):
                     threads.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _shard(
-        self, name: str, pieces: Sequence[Piece], pools: Sequence[ThreadPoolExecutor], opened: contextlib.ExitStack
-    ) -> Future[None]:
-        copying, patching, syncing, ending = pools
-        size = (self.base / name).stat().st_size
-        held: list[int] = []
-        opening = threading.Lock()
-        synced: list[Future[None]] = []
-
-        def files() -> tuple[int, int]:
-            # Opened when first needed, and closed when the shard is whole: a checkpoint may have hundreds.
-            with opening:
-                if not held:
-                    held.append(os.open(self.base / name, os.O_RDONLY))
-                    held.append(os.open(self.partial / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
-                return held[0], held[1]
-
-        def close() -> None:
-            while held:
-                os.close(held.pop())
-
-        opened.callback(close)
-
-        def verbatim() -> None:
-            unsynced = 0
-            source, copy = files()
-            for start, end in _gaps([(p.start, p.end) for p in pieces if p.change], size):
-                for at in range(start, end, _CHUNK):
-                    if self.stopped:
-                        return
-                    count = min(_CHUNK, end - at)
-                    _copy(source, copy, at, count)
-                    self._count(count)
-                    unsynced += count
-                    if unsynced >= _SYNC_EVERY:
-                        synced.append(syncing.submit(_FLUSH, copy))
-                        unsynced = 0
-
-        copied = copying.submit(verbatim)
-        patched_all = [patching.submit(self._patch, piece, files) for piece in pieces]
-
-        def end() -> None:
-            copied.result()
-            found = [piece.result() for piece in patched_all]
-            if self.stopped:
-                return
-            for flushed in synced:
-                flushed.result()
-            os.fsync(files()[1])
-            close()
-            parts = [
-                {
-                    "other": [key for piece in column for key in piece["other"]],
-                    "moved": sum(piece["moved"] for piece in column),
-                    "power": sum(piece["power"] for piece in column),
-                    "rms": max((piece["rms"] for piece in column), default=0.0),
-                }
-                for column in [[parts[i] for parts, _ in found] for i in range(len(self.edit.parts))]
-            ]
-            tensors = {k: v for _, tensors in found for k, v in tensors.items()}
-            line = {"file": name, "size": size, "tensors": tensors, "parts": parts}
+    def _end(self, shard: Shard, copied: Future[None], patches: Sequence[Future[tuple[list[Finding], Hashes]]]) -> None:
+        """When a shard is whole, the journal has a line of it."""
+        copied.result()
+        if line := shard.finish([patch.result() for patch in patches]):
             append_jsonl(self.partial / JOURNAL, line)
             self._take(line)
-
-        return ending.submit(end)
 
     def _count(self, count: int) -> None:
         with self.counting:  # the shards are written by several threads
@@ -356,125 +282,6 @@ class _Work:
             done = min(self.bytes, self.total)
         if self.progress:
             self.progress(done, self.total)
-
-    def _patch(
-        self, piece: Piece, files: Callable[[], tuple[int, int]]
-    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
-        """Looks at one site's weight and, where it is edited, writes it patched, a block of rows at a time.
-
-        Returns:
-            What each of the edits finds in it, and its hashes before and after.
-        """
-        site, change, dtype = piece.site, piece.change, piece.dtype
-        source, copy = files()
-        # Far from bf16's and fp32's end, a finite weight stays finite; fp16 is looked at number by number.
-        if change and not float(change.u.abs().max()) * float(change.a.abs().max()) < 1e37:
-            raise not_finite(change, dtype)
-        before, after = hashlib.sha256(), hashlib.sha256()
-        columns = change.columns() if change else torch.empty(0)
-        left, _ = signs(site.d, site.inputs)
-        directions = [torch.zeros(site.d) if part is None else part.u for part in piece.parts]
-        sums = RowSums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
-        buffer = torch.empty_like(sums.scratch)
-        height, width = piece.shape
-        # A weight that lies the other way is taken at once, else a block of rows; in the same memory every time.
-        rows = height if piece.turned else min(sums.rows, height)
-        memory = torch.empty(rows, width, dtype=dtype)
-        for start in range(0, height, rows):
-            stored = memory[: min(rows, height - start)]
-            offset = piece.start + start * width * dtype.itemsize
-            _read(source, offset, _bytes(stored))
-            if self.hashes:
-                before.update(_bytes(stored))
-            part = stored.T.contiguous() if piece.turned else stored  # [rows of the weight, n·c]
-            for at in range(0, len(part), sums.rows):
-                block = part[at : at + sums.rows]
-                sums.add(start + at, buffer[: len(block)].copy_(block))
-                if change is None:
-                    continue
-                span = slice(start + at, start + at + len(block))
-                if len(columns) == part.shape[1]:
-                    block.copy_(buffer[: len(block)].add_(change.delta(span)))  # as `patched`, without its copies
-                else:
-                    block[:, columns] = patched(block[:, columns], change, columns, span)
-            if change is None:
-                continue
-            if dtype is torch.float16 and not torch.isfinite(part).all():
-                raise not_finite(change, dtype)
-            if piece.turned:
-                stored.copy_(part.T)
-            _write(copy, offset, _bytes(stored))
-            self._count(len(_bytes(stored)))
-            if self.hashes:
-                after.update(_bytes(stored))
-        reading = sums.reading()
-        if change and not reading.power < float("inf"):
-            raise not_finite(change, dtype)
-        found = from_reading(reading, site.d, site.inputs)
-        seen = [self._seen(i, piece, reading, found) for i in range(len(piece.parts))]
-        hashed = {"before": before.hexdigest(), "after": after.hexdigest()}
-        return seen, {piece.name: hashed} if self.hashes and change else {}
-
-    def _seen(self, i: int, piece: Piece, reading: Reading, found: Tensor) -> dict[str, Any]:
-        """What the i-th of the edits finds in a weight: whether it is its base's, and how much of the edit is in it."""
-        presence, part, known = Presence(), piece.parts[i], self.edit.parts[i].fingerprint
-        key, other = piece.site.key, []
-        if part is not None:
-            presence.add(part, replace(reading, along=reading.along[i : i + 1]))
-            other = differing({key: known[key]} if key in known else {}, {key: found})
-        return {"other": other, "moved": presence.moved, "power": presence.power, "rms": presence.size}
-
-
-def _gaps(changed: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of a file of `size` bytes that lie between those that are changed."""
-    at = 0
-    for start, end in sorted(changed):
-        if start > at:
-            yield at, start
-        at = end
-    if size > at:
-        yield at, size
-
-
-def _copy(source: int, copy: int, offset: int, count: int) -> None:
-    """Bytes of one file to the same place of another, inside the kernel where it can."""
-    while count:
-        try:
-            copied = os.copy_file_range(source, copy, count, offset, offset)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno == 28:
-                raise
-            copied = 0  # another file system, or none of this kernel's
-        if not copied:
-            memory = memoryview(bytearray(min(count, 2**23)))
-            for at in range(offset, offset + count, len(memory)):
-                part = memory[: min(len(memory), offset + count - at)]
-                _read(source, at, part)
-                _write(copy, at, part)
-            return
-        offset, count = offset + copied, count - copied
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's own memory."""
-    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
-
-
-def _read(file: int, offset: int, into: memoryview) -> None:
-    got = 0
-    while got < len(into):
-        more = os.preadv(file, [into[got:]], offset + got)
-        if not more:
-            raise FileError(
-                "the base became shorter while it was read", got=f"{got} of {len(into)} bytes", fix="Try again."
-            )
-        got += more
-
-
-def _write(file: int, offset: int, data: memoryview) -> None:
-    put = 0
-    while put < len(data):
-        put += os.pwrite(file, data[put:], offset + put)
 
 
 def _manifest(edit: Changes, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:
