@@ -44,9 +44,9 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
-    # Threads of OpenMP that spin while they wait make everything several times slower beside another busy process, and
-    # threads that sleep at once are slower alone: a short spin is good in both (benchmarks/busy.py). These are read when
-    # torch is loaded; what the user has set stands.
+    # OpenMP's threads spin while they wait, which makes everything several times slower beside another busy process;
+    # threads that sleep at once are slower alone. A short spin is good in both cases (benchmarks/busy.py). It is read
+    # when torch is loaded; what the user has set stands.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
