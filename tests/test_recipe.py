@@ -265,7 +265,7 @@ def test_what_is_no_mapping_is_refused(text: str, found: str, tmp_path: Path) ->
     assert caught.value.got == found
 
 
-@pytest.mark.parametrize("key", ["name", "model", "data", "search", "model.name", "data.test", "search.alpha"])
+@pytest.mark.parametrize("key", ["name", "model", "data", "search", "model.name", "data.test"])
 def test_a_missing_key_is_named(key: str) -> None:
     raw: dict[str, Any] = _raw()
     place = raw

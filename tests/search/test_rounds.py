@@ -28,7 +28,7 @@ from steer2edit.search.bench import Bench
 from steer2edit.search.candidates import Candidate, Trial, edited
 from steer2edit.search.choice import require_choice, summary
 from steer2edit.search.front import hypervolume, hypervolume_interval
-from steer2edit.search.grid import grid
+from steer2edit.search.grid import coarse_grid, grid
 from steer2edit.search.rounds import run_study, sanity_prompts
 from steer2edit.search.study import Discarded, Study
 from steer2edit.search.tpe import tpe
@@ -692,7 +692,7 @@ def test_the_summary_of_a_study_without_steering_says_so(tmp_path: Path) -> None
 
 def test_a_grid_is_one_round_without_refine() -> None:
     s = a_recipe().search
-    assert [len(proposed) for proposed in grid(s, AIM, Study())] == [6]
+    assert [len(proposed) for proposed in grid(s, coarse_grid(s), AIM, Study())] == [6]
 
 
 def test_l2_takes_no_alpha_and_is_tried_once_for_all_of_them(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+# How pydantic names the branch of a union, or a check, in an error's path: no key of the recipe.
+_KINDS = ("function-", "constrained-", "list[", "dict[", "literal[")
+
 
 def parse(section: type[S], raw: dict[str, Any], under: str = "") -> S:
     """A recipe, or one of its sections.
@@ -49,7 +52,7 @@ def parse(section: type[S], raw: dict[str, Any], under: str = "") -> S:
         # For a union, the branch that matched deepest is the one that was meant.
         problem = max(error.errors(), key=lambda e: len(e["loc"]))
         parts = [str(part) for part in problem["loc"]]
-        path = [part for part in parts if not part.startswith(("function-", "constrained-", "list[", "dict["))]
+        path = [part for part in parts if not part.startswith(_KINDS)]
         key = ".".join([under, *path] if under else path)
         if problem["type"] == "extra_forbidden":
             raise RecipeError(f"the recipe has an unknown key {key}", got=path[-1], fix=_hint(section, path)) from None

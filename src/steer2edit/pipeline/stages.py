@@ -124,7 +124,8 @@ def _search(run: Run) -> list[str]:
         say(f"  discarded: {row.candidate.id}, {row.why}")
     write_jsonl(run.path(TRIALS), (trial.to_json() for trial in study.trials))
     write_jsonl(run.path(DISCARDED), (row.to_json() for row in study.discarded))
-    write_json(run.path(STUDY), {"evaluations": study.evaluations, "refined": study.refined, "rounds": study.rounds})
+    written = {"evaluations": study.evaluations, "refined": study.refined, "rounds": study.rounds, "scale": study.scale}
+    write_json(run.path(STUDY), written)
     return [TRIALS, DISCARDED, STUDY]
 
 

@@ -29,6 +29,8 @@ from .plan import Evaluation
 
 # Answers whose losses are journalled at once.
 _LOSSES = 8
+# Answers on which a calibration measures KL.
+_CALIBRATION = 4
 Ids = tuple[int, ...]
 
 
@@ -92,6 +94,12 @@ class Bench:
         answers = self._answers(tried, simple, 1, name, progress)
         return [sum(degenerate(row[0].answer) for row in rows) / len(prompts) for rows in answers]
 
+    def kl(self, tried: Sequence[Candidate], name: str) -> list[float | None]:
+        """KL per token of each candidate on a few of the base model's own answers; None where one is not finite."""
+        kl, _ = self._own_losses(tried, name, None, self.own[:_CALIBRATION])
+        columns = [[row[c] for row in kl] for c in range(len(tried))]
+        return [None if None in column else _mean(column) for column in columns]
+
     def run(self, tried: Sequence[Candidate], name: str, progress: Progress | None = None) -> list[Trial]:
         """Every candidate on every item.
 
@@ -102,7 +110,7 @@ class Bench:
         steps = self.steps * len(tried)
         answers_at, losses_at = self.asked, len(self.own)
         answers = self._answers(tried, self.open, self.plan.samples, name, _shifted(progress, 0, steps))
-        kl, rise = self._own_losses(tried, name, _shifted(progress, len(tried) * answers_at, steps))
+        kl, rise = self._own_losses(tried, name, _shifted(progress, len(tried) * answers_at, steps), self.own)
         chosen, base_chosen = self._choices(
             tried, name, _shifted(progress, len(tried) * (answers_at + losses_at), steps)
         )
@@ -172,11 +180,11 @@ class Bench:
     # Losses --------------------------------------------------------------------------------------------------------
 
     def _own_losses(
-        self, tried: Sequence[Candidate], name: str, progress: Progress | None
+        self, tried: Sequence[Candidate], name: str, progress: Progress | None, own: Sequence[tuple[Item, Ids]]
     ) -> tuple[list[list[float | None]], list[list[float | None]]]:
         """KL and rise of the NLL per token of the base model's own answers, [answers][candidates]."""
-        asked = [[self._messages(item), list(answer)] for item, answer in self.own]
-        return self._losses(tried, asked, lambda i: (self._ids(self.own[i][0]), self.own[i][1]), name, progress)
+        asked = [[self._messages(item), list(answer)] for item, answer in own]
+        return self._losses(tried, asked, lambda i: (self._ids(own[i][0]), own[i][1]), name, progress)
 
     def _losses(
         self,
@@ -301,6 +309,10 @@ def _ends(items: Sequence[Item]) -> list[tuple[int, int]]:
 
 def _sum(base: float | None, rise: float | None) -> float:
     return math.inf if base is None or rise is None else base + rise
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return sum(value for value in values if value is not None) / len(values)
 
 
 def _finite(losses: torch.Tensor) -> list[list[float | None]]:

@@ -29,19 +29,23 @@ def _grid(s: Search, axes: Axes) -> list[Candidate]:
     return list({c.id: c for c in kept}.values())
 
 
-def planned_edits(s: Search) -> int:
+def coarse_grid(s: Search) -> list[Candidate]:
+    """Every combination of the recipe's lists."""
+    return _grid(s, axes_of(s))
+
+
+def planned_edits(s: Search, coarse: Sequence[Candidate]) -> int:
     """How many edits a search will try, at most."""
     if s.method == "tpe":
         return s.trials
     refinable = _refinable(s)
     refined = s.refine ** len(refinable) if s.refine and refinable else 0
-    return len(_grid(s, axes_of(s))) + refined
+    return len(coarse) + refined
 
 
-def grid(s: Search, aim: Aim, study: Study) -> Iterator[list[Candidate]]:
+def grid(s: Search, coarse: Sequence[Candidate], aim: Aim, study: Study) -> Iterator[list[Candidate]]:
     """The coarse grid; then, if asked for, a finer one around what the rule takes of it (paper, section 5)."""
-    coarse = _grid(s, axes_of(s))
-    yield coarse
+    yield list(coarse)
     if not s.refine:
         return
     edits = study.of_kind("edit")

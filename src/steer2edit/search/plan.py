@@ -33,6 +33,12 @@ Limit = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=Fal
 Layers = Annotated[str, AfterValidator(_are_layers)]
 
 
+# What a search is to find by itself, see calibrate.py.
+Auto = Literal["auto"]
+
+AUTO: Auto = "auto"
+
+
 class Range(Section):
     """Steering strengths from low to high, as many and as far apart as make its budget the edits'."""
 
@@ -50,27 +56,45 @@ class Search(Section):
     """The configurations that are tried, and the rule that chooses.
 
     `grid` tries every combination. `tpe` draws `trials` from the space that the lists span: from the smallest number to
-    the largest, and off where the list has it.
+    the largest, and off where the list has it. What is `auto` is found first: `points` strengths whose KL per token
+    spans `span`, evenly in log KL, for each α.
     """
 
     method: Literal["grid", "tpe"] = "grid"
-    rho_attn: list[Rho] = Field(min_length=1)
-    rho_mlp: list[Rho] = Field(min_length=1)
-    alpha: list[Alpha] = Field(min_length=1)
+    rho_attn: Annotated[list[Rho], Field(min_length=1)] | Auto = AUTO
+    rho_mlp: Annotated[list[Rho], Field(min_length=1)] | Auto = AUTO
+    alpha: list[Alpha] = Field([0.4], min_length=1)
+    span: tuple[Positive, Positive] = (0.02, 1.0)
+    points: Annotated[Many, Field(ge=2, le=50)] = 4
     layers: list[Layers | None] = Field([None], min_length=1)
     variants: list[Variant] = Field(["full"], min_length=1)
     sanity: Annotated[Count, Field(le=20)] = 0
     refine: Annotated[Count, Field(le=25)] = 0
     trials: Many = 60
     at_once: Many = 12
-    steering: Range | list[Positive] = []
+    steering: Range | list[Positive] | Auto = []
     rule: Rule = "largest"
     tolerance: Share = 0.05
     reference: Positive = 1.0
     limits: dict[str, Limit] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steering_too(cls, raw: Any) -> Any:
+        """Where edits are found by themselves, so is the steering that they are compared with."""
+        if isinstance(raw, dict) and AUTO in (raw.get("rho_attn", AUTO), raw.get("rho_mlp", AUTO)):
+            return {"steering": AUTO} | raw
+        return raw
+
+    @property
+    def automatic(self) -> bool:
+        """Whether anything is to be found by calibration."""
+        return AUTO in (self.rho_attn, self.rho_mlp, self.steering)
+
     @model_validator(mode="after")
     def _edits(self) -> Search:
+        if self.span[0] >= self.span[1]:
+            raise ValueError("span goes from a smaller KL to a larger one")
         if not any(rho is not None for rho in [*self.rho_attn, *self.rho_mlp]):
             raise ValueError("Both block types are off everywhere: give rho_attn or rho_mlp a number")
         if self.refine and self.method == "tpe":

@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
 from ..behaviours.base import DEGENERATE, UTILITY_LOSS
 from ..engines.base import Progress
-from ..errors import RecipeError
+from ..errors import EditError, RecipeError
 from ..files.reading import read_jsonl
+from ..progress import say
 from .bench import Bench
+from .calibrate import Scale, calibrate
 from .candidates import BASE, Candidate, steered
 from .front import Aim
-from .grid import grid, planned_edits, short
-from .plan import Range, Search
+from .grid import coarse_grid, grid, planned_edits, short
+from .plan import AUTO, Range, Search
 from .study import Discarded, Study
 from .tpe import tpe
 
@@ -49,7 +52,49 @@ def run_study(
             got="none on validation",
             fix="Add some to data.validation or give utility.prompts, or use search.method: grid.",
         )
-    return _Rounds(bench, search, aim, seed, progress, on_round).run()
+    study = Study()
+    coarse: list[Candidate] = []
+    if search.automatic:
+        scale = _calibrated(bench, search)
+        study.scale = scale.to_json()
+        search, coarse = resolved(search, scale)
+    coarse = coarse or coarse_grid(search)
+    return _Rounds(bench, search, coarse, aim, seed, study, progress, on_round).run()
+
+
+def _calibrated(bench: Bench, search: Search) -> Scale:
+    """Raises RecipeError without neutral items, EditError if no ladder of edits has a useful point."""
+    if not bench.own:
+        raise RecipeError(
+            f"`auto` finds strengths by {UTILITY_LOSS.title}, which is measured on neutral prompts",
+            got="none on validation",
+            fix="Add some to data.validation or give utility.prompts, or write numbers in place of auto.",
+        )
+    scale = calibrate(search, bench.scores, bench.kl)
+    for line in scale.lines():
+        say(f"  {line}")
+    if AUTO in (search.rho_attn, search.rho_mlp) and not scale.edits:
+        why = "; ".join(f"{name}: {reason}" for name, reason in scale.left_off.items())
+        raise EditError(
+            "nothing moved: no strength of any edit has a useful effect",
+            got=why,
+            fix="Check the traces (`steer2edit inspect`): do the two sides differ in what they show?",
+        )
+    return scale
+
+
+def resolved(search: Search, scale: Scale) -> tuple[Search, list[Candidate]]:
+    """The search with numbers in place of `auto`, and the calibrated edits, if it was edits that were calibrated."""
+    edits = list({c.id: c for points in scale.edits.values() for c, _ in points}.values())
+    changed: dict[str, Any] = {}
+    for name in ("rho_attn", "rho_mlp"):
+        if getattr(search, name) == AUTO:
+            values = {candidate.config[name] for candidate in edits}
+            off = [None] if None in values else []
+            changed[name] = off + sorted(value for value in values if value is not None)
+    if search.steering == AUTO:
+        changed["steering"] = [candidate.config["gamma"] for candidate, _ in scale.steering]
+    return search.model_copy(update=changed), edits
 
 
 class _Rounds:
@@ -59,24 +104,29 @@ class _Rounds:
         self,
         bench: Bench,
         search: Search,
+        coarse: Sequence[Candidate],
         aim: Aim,
         seed: int,
+        study: Study,
         progress: Progress | None,
         on_round: Callable[[Study], None] | None,
     ):
-        self.bench, self.search, self.aim, self.seed = bench, search, aim, seed
+        self.bench, self.search, self.coarse, self.aim, self.seed = bench, search, coarse, aim, seed
         self.progress, self.on_round = progress, on_round
-        self.study = Study()
+        self.study = study
         self.simple = sanity_prompts()[: search.sanity]
-        self.strengths = [] if isinstance(search.steering, Range) else list(dict.fromkeys(search.steering))
-        edits = planned_edits(search)
+        self.strengths = list(dict.fromkeys(search.steering)) if isinstance(search.steering, list) else []
+        edits = planned_edits(search, coarse)
         steering = edits if isinstance(search.steering, Range) else len(self.strengths)
         self.planned = (1 + edits + steering) * bench.steps + edits * len(self.simple)
         self.done = 0
 
     def run(self) -> Study:
         s = self.search
-        rounds = grid(s, self.aim, self.study) if s.method == "grid" else tpe(s, self.aim, self.seed, self.study)
+        if s.method == "grid":
+            rounds = grid(s, self.coarse, self.aim, self.study)
+        else:
+            rounds = tpe(s, self.aim, self.seed, self.study)
         first: list[Candidate] = [BASE, *map(steered, self.strengths)]  # they go with the first round's edits
         for number, proposed in enumerate(rounds):
             sound = self._sound(proposed, f"{number} sanity")

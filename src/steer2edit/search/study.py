@@ -41,6 +41,7 @@ class Study:
         refined: what the second grid was laid around, if there was one.
         evaluations: kind → configurations × prompts.
         rounds: each round's candidates, by their ids, in the order in which the bench had them.
+        scale: what a calibration found, if there was one.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Study:
     refined: dict[str, Any] | None = None
     evaluations: dict[str, int] = field(default_factory=lambda: {"edit": 0, "steering": 0})
     rounds: dict[str, list[str]] = field(default_factory=dict)
+    scale: dict[str, Any] | None = None
 
     def of_kind(self, kind: str) -> list[Trial]:
         return [trial for trial in self.trials if trial.candidate.kind == kind]

@@ -1,0 +1,284 @@
+"""The scale of a search, found and not guessed: which ρ and γ give a KL between hardly any and far too much.
+
+The useful range of ρ moves tenfold from one model to the next, and with the behaviour. A ladder of strengths, measured
+by KL on a few answers of the base model, shows where it lies: its rungs move in on the targets, which are spaced evenly
+in log KL, so that every α, every block type and steering are compared at equal KL.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..edits import Scores
+from ..method.variants import FULL
+from .candidates import Candidate, edited, steered
+from .plan import AUTO, Search
+
+RUNGS = 9
+ROUNDS = 5
+# Between two rungs whose KL differs by no more than this factor a strength is interpolated, not measured.
+_TIGHT = 3.0
+# Strengths that are closer than this factor are not told apart: where the KL differs more there, it jumps.
+_SAME = 1.001
+# What stands in for a KL of 0 in logarithms, in nats.
+_FLOOR = 1e-6
+# How far below and above the first rungs a ladder may be continued, as a factor of the strength.
+_REACH = 1e4
+
+# Candidates → the KL per token of each, in nats; None where it is not finite.
+MeasureKl = Callable[[Sequence[Candidate], str], Sequence[float | None]]
+
+
+@dataclass
+class Ladder:
+    """Candidates of one kind, from weak to strong.
+
+    Attributes:
+        name: for people, like `ρ_attn at α 0.4`.
+        make: strength → candidate, stronger for a larger number.
+        low, high: strengths of the first rungs.
+        floor: no strength below this one has any effect; 0 if every strength has some.
+        targets: KL per token, in nats.
+        kl: strength → KL of every candidate that was measured; infinite where it is not finite.
+    """
+
+    name: str
+    make: Callable[[float], Candidate]
+    low: float
+    high: float
+    floor: float
+    targets: Sequence[float]
+    kl: dict[float, float] = field(default_factory=dict)
+
+    def rungs(self) -> list[float]:
+        """The strengths to measure next; none once every target has its point, or cannot have one."""
+        if not self.kl:
+            return [float(x) for x in np.geomspace(self.low, self.high, RUNGS)]
+        strengths = sorted(self.kl)
+        weakest, strongest = strengths[0], strengths[-1]
+        if self.kl[weakest] > self.targets[0] and weakest > max(self.floor, self.low / _REACH):
+            return [float(x) for x in np.geomspace(max(self.floor, weakest / 30), weakest, RUNGS + 1)[:-1]]
+        if max(self.kl.values()) < self.targets[-1] and strongest < self.high * _REACH:
+            return [float(x) for x in np.geomspace(strongest, strongest * 30, RUNGS + 1)[1:]]
+        proposed = []
+        for target in self.targets:
+            bracket = self._bracket(target)
+            if bracket and not self._tight(bracket) and bracket[1] / bracket[0] > _SAME:
+                proposed.append(self._between(bracket, target))
+        return list(dict.fromkeys(proposed))
+
+    def points(self) -> list[tuple[Candidate, float]]:
+        """For each target the candidate whose KL, interpolated in logarithms, it is; targets in a jump are left out."""
+        found: dict[str, tuple[Candidate, float]] = {}
+        for target in self.targets:
+            bracket = self._bracket(target)
+            if bracket and self._tight(bracket):
+                candidate = self.make(self._between(bracket, target))
+                found.setdefault(candidate.id, (candidate, target))
+        return list(found.values())
+
+    def why_left_off(self) -> str:
+        """Why there are no two points; empty if there are."""
+        if len(self.points()) >= min(2, len(self.targets)):
+            return ""
+        highest = max(self.kl.values(), default=0.0)
+        if highest < self.targets[0]:
+            return f"no strength reaches a KL of {self.targets[0]:g}: the highest is {highest:.2g}"
+        below = max((kl for kl in self.kl.values() if kl < self.targets[0]), default=0.0)
+        above = min((kl for kl in self.kl.values() if kl > self.targets[0]), default=math.inf)
+        above_in_words = "no finite number" if math.isinf(above) else f"{above:.2g}"
+        return f"it jumps from a KL of {below:.2g} to {above_in_words}, from nothing to noise"
+
+    def _bracket(self, target: float) -> tuple[float, float] | None:
+        """The first two neighbouring rungs that have the target between them."""
+        for weak, strong in pairwise(sorted(self.kl)):
+            if self.kl[weak] <= target <= self.kl[strong]:
+                return weak, strong
+        return None
+
+    def _tight(self, bracket: tuple[float, float]) -> bool:
+        weak, strong = bracket
+        return self.kl[strong] <= _TIGHT * self.kl[weak]
+
+    def _between(self, bracket: tuple[float, float], target: float) -> float:
+        """The strength at which the KL should be the target."""
+        weak, strong = bracket
+        low, high = (math.log(max(self.kl[s], _FLOOR)) for s in bracket)
+        if self._tight(bracket):
+            return weak * (strong / weak) ** ((math.log(target) - low) / (high - low) if high > low else 0.0)
+        # Between distant rungs the curve may be far from a line: not too near an end.
+        share = 0.5 if math.isinf(high) else (math.log(target) - low) / (high - low)
+        return weak * (strong / weak) ** min(max(share, 0.2), 0.8)
+
+
+def targets_of(span: Sequence[float], count: int) -> list[float]:
+    """`count` KLs, evenly in log KL from the span's low end to its high end."""
+    return [float(x) for x in np.geomspace(span[0], span[1], count)]
+
+
+def climb(ladders: Sequence[Ladder], measure: MeasureKl, name: str) -> None:
+    """Measures all ladders, a round of rungs of all of them at once, until each target has its point.
+
+    Args:
+        measure: is given the candidates of a round, and the round's name.
+    """
+    for number in range(ROUNDS):
+        rungs = [(ladder, strength) for ladder in ladders for strength in ladder.rungs()]
+        if not rungs:
+            return
+        tried = [ladder.make(strength) for ladder, strength in rungs]
+        for (ladder, strength), kl in zip(rungs, measure(tried, f"{name} {number}"), strict=True):
+            ladder.kl[strength] = math.inf if kl is None else max(0.0, kl)
+
+
+# Which ladders there are -------------------------------------------------------------------------------------------
+
+
+def edit_ladder(
+    scores: Mapping[str, Scores],
+    targets: Sequence[float],
+    alpha: float,
+    weights: Mapping[str, float],
+    fixed: Mapping[str, float | None],
+    layers: str | None = None,
+    variant: str = FULL,
+) -> Ladder:
+    """Edits along which ρ falls: ρ of a block type is its weight / strength, or fixed.
+
+    Args:
+        weights, fixed: the block types "attn" and "mlp" are in one or the other; a fixed None is off.
+    """
+    largest = [_largest(scores, block, variant) / weight for block, weight in weights.items()]
+    reach = max(largest, default=0.0) or 1.0
+    # λ is 0 once ρα exceeds every |g|: no smaller strength has any effect.
+    floor = 0.0 if variant == "l2" else alpha / reach
+    low = floor * 1.02 if floor else 0.1 / reach
+
+    def make(strength: float) -> Candidate:
+        rho = dict(fixed) | {block: _short(weight / strength) for block, weight in weights.items()}
+        return edited(rho["attn"], rho["mlp"], alpha, layers, variant)
+
+    signs = " and ".join(f"ρ_{block}" for block in weights)
+    signs += "".join(f", ρ_{block} {rho:g}," for block, rho in fixed.items() if rho is not None)
+    where = "" if layers is None else f", layers {layers}"
+    how = "" if variant == FULL else f", {variant}"
+    return Ladder(f"{signs} at α {alpha:g}{where}{how}", make, low, 8 / reach, floor, targets)
+
+
+def steering_ladder(targets: Sequence[float]) -> Ladder:
+    return Ladder("steering", lambda gamma: steered(_short(gamma)), 0.03, 3.0, 0.0, targets)
+
+
+def _largest(scores: Mapping[str, Scores], block: str, variant: str) -> float:
+    """The largest |g| of a block type."""
+    sites = [s for s in scores.get(variant, scores[FULL]).sites.values() if s.site.block == block]
+    return max((float(s.g.abs().max()) for s in sites), default=0.0)
+
+
+def _short(x: float) -> float:
+    """Four digits: what is tried is what is printed."""
+    return float(f"{x:.4g}")
+
+
+def ladders_of(search: Search, scores: Mapping[str, Scores]) -> list[Ladder]:
+    """The ladders of a recipe's edits: of each block type alone, for each α, layers and variant."""
+    targets = targets_of(search.span, search.points)
+    given = {"attn": search.rho_attn, "mlp": search.rho_mlp}
+    ladders = []
+    for variant, layers, alpha in itertools.product(search.variants, search.layers, search.alpha):
+        if variant == "l2" and alpha != search.alpha[0]:  # it takes no α
+            continue
+        for block, other in (("attn", "mlp"), ("mlp", "attn")):
+            others = given[other]
+            if given[block] != AUTO:
+                continue
+            for fixed in others if isinstance(others, list) else [None]:
+                ladders.append(edit_ladder(scores, targets, alpha, {block: 1.0}, {other: fixed}, layers, variant))
+    return ladders
+
+
+def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[Ladder]) -> list[Ladder]:
+    """Both block types at once, where both are to be found: each in the proportion at which its KL alone is equal."""
+    if search.rho_attn != AUTO or search.rho_mlp != AUTO:
+        return []
+    targets = targets_of(search.span, search.points)
+    ladders = []
+    for attn, mlp in zip(alone[::2], alone[1::2], strict=True):
+        if attn.why_left_off() or mlp.why_left_off():
+            continue
+        (of_attn, _), (of_mlp, _) = (ladder.points()[len(ladder.points()) // 2] for ladder in (attn, mlp))
+        config = of_attn.config
+        weights = {"attn": config["rho_attn"], "mlp": of_mlp.config["rho_mlp"]}
+        layers, variant = config.get("layers"), config.get("variant", FULL)
+        ladders.append(edit_ladder(scores, targets, config["alpha"], weights, {}, layers, variant))
+    return ladders
+
+
+def calibrate(search: Search, scores: Mapping[str, Scores], measure: MeasureKl) -> Scale:
+    """Finds what a recipe's search leaves to be found: every `auto`; as many steering strengths as edits."""
+    ladders = ladders_of(search, scores)
+    climb(ladders, measure, "calibration")
+    joint = joint_ladders(search, scores, ladders)
+    climb(joint, measure, "calibration of both")
+    ladders += joint
+    if search.steering != AUTO:
+        return scale_of(ladders)
+    edits = search.trials if search.method == "tpe" else sum(len(ladder.points()) for ladder in ladders)
+    steering = steering_ladder(targets_of(search.span, max(2, edits)))
+    climb([steering], measure, "calibration of steering")
+    return scale_of(ladders, steering)
+
+
+# What was found ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a calibration found.
+
+    Attributes:
+        edits, steering: the ladders' points: candidate and its KL per token in nats, from weak to strong.
+        left_off: the ladders without a useful point: name → why.
+    """
+
+    edits: Mapping[str, Sequence[tuple[Candidate, float]]]
+    steering: Sequence[tuple[Candidate, float]]
+    left_off: Mapping[str, str]
+
+    def lines(self) -> Iterator[str]:
+        """One line a ladder, for people."""
+        ladders = dict(self.edits) | ({"steering": self.steering} if self.steering else {})
+        for name, points in ladders.items():
+            ends = [points[0], points[-1]]
+            yield f"{name}: " + " … ".join(f"KL {kl:.2g} at {_strength(candidate)}" for candidate, kl in ends)
+        for name, why in self.left_off.items():
+            yield f"{name} is left off: {why}"
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {name: [[c.id, kl] for c, kl in points] for name, points in self.edits.items()}
+        return {
+            "edits": rows,
+            "steering": [[c.id, kl] for c, kl in self.steering],
+            "left_off": dict(self.left_off),
+        }
+
+
+def _strength(candidate: Candidate) -> str:
+    names = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "gamma": "γ"}
+    shown = [f"{names[key]} {value:g}" for key, value in candidate.config.items() if key in names and value is not None]
+    return ", ".join(shown)
+
+
+def scale_of(ladders: Sequence[Ladder], steering: Ladder | None = None) -> Scale:
+    every = [*ladders, *([steering] if steering else [])]
+    left_off = {ladder.name: why for ladder in every if (why := ladder.why_left_off())}
+    points = {ladder.name: ladder.points() for ladder in every if ladder.name not in left_off}
+    strengths = points.pop(steering.name, []) if steering else []
+    return Scale(points, strengths, left_off)

@@ -1,0 +1,181 @@
+"""The calibration finds the strengths of given KLs on curves that are known, and says so where there are none."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runs import FakeEngine, a_bench, make_scores, tiny_recipe
+from steer2edit.behaviours.base import Item
+from steer2edit.errors import EditError, RecipeError
+from steer2edit.search.calibrate import Ladder, climb, targets_of
+from steer2edit.search.candidates import Candidate, steered
+from steer2edit.search.rounds import run_study
+
+Curve = Callable[[float], float]
+
+
+def ladder(curve: Curve, low: float = 0.01, high: float = 10.0, points: int = 6, floor: float = 0.0) -> Ladder:
+    """A ladder of steering strengths that was climbed along a known curve."""
+    made = Ladder("steering", steered, low, high, floor, targets_of((0.02, 1.0), points))
+
+    def measure(tried: Sequence[Candidate], name: str) -> list[float | None]:
+        values = [curve(candidate.config["gamma"]) for candidate in tried]
+        return [value if math.isfinite(value) else None for value in values]
+
+    climb([made], measure, "calibration")
+    return made
+
+
+CURVES: dict[str, Curve] = {
+    "quadratic": lambda s: s**2,
+    "far to the left": lambda s: 4e4 * s**2,
+    "far to the right": lambda s: 1e-6 * s**2,
+    "steep": lambda s: s**8,
+    "saturates": lambda s: 2 * s**2 / (1 + s**2),
+    "with a threshold": lambda s: max(0.0, s - 0.3) ** 2,
+    "noise beyond": lambda s: s**2 if s < 3 else math.nan,
+    "falls again": lambda s: s**2 if s < 4 else 0.1,
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_points_lie_at_their_targets(name: str) -> None:
+    climbed = ladder(CURVES[name])
+    points = climbed.points()
+    assert climbed.why_left_off() == ""
+    targets = np.geomspace(0.02, 1.0, 6)
+    assert [kl for _, kl in points] == pytest.approx(list(targets))
+    truth = [CURVES[name](candidate.config["gamma"]) for candidate, _ in points]
+    assert truth == pytest.approx(list(targets), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("curve", "why"),
+    [
+        (lambda s: 0.0, "no strength reaches a KL of 0.02: the highest is 0"),
+        (lambda s: 0.001, "no strength reaches a KL of 0.02: the highest is 0.001"),
+        (lambda s: 0.001 if s < 0.5 else 7.0, "it jumps from a KL of 0.001 to 7, from nothing to noise"),
+        (
+            lambda s: 0.001 if s < 0.5 else math.nan,
+            "it jumps from a KL of 0.001 to no finite number, from nothing to noise",
+        ),
+    ],
+)
+def test_a_ladder_without_useful_points_says_why(curve: Curve, why: str) -> None:
+    climbed = ladder(curve)
+    assert climbed.points() == []
+    assert climbed.why_left_off() == why
+
+
+def test_a_jump_in_the_middle_leaves_the_points_on_both_sides() -> None:
+    climbed = ladder(lambda s: s**2 if s < 0.3 else 0.5 * (s + 0.7) ** 2)
+    assert climbed.why_left_off() == ""
+    assert 2 <= len(climbed.points()) < 6
+
+
+def _curved(effect: float) -> Callable[[str, str], tuple[float, float]]:
+    """KL of a candidate from its name, which holds ρ or γ: larger for a smaller ρ."""
+
+    def losses(answer: str, name: str) -> tuple[float, float]:
+        if name == "base":
+            return 0.0, 2.0
+        kind, rest = name.split("-", 1)
+        numbers = [float(x) for x in re.findall(r"[\d.]+(?:e[-+]\d+)?", rest)]
+        if kind == "steering":
+            return effect * numbers[0] ** 2, 2.0
+        return effect * sum(1 / rho**2 for rho in numbers[:-1]), 2.0  # the last one is α
+
+    return losses
+
+
+def _study(tmp_path: Path, effect: float, **search: Any) -> Any:
+    changes = {"search__rho_attn": "auto", "search__rho_mlp": "auto", "search__steering": "auto"} | search
+    recipe = tiny_recipe(**changes)
+    items = [Item("harmful", "bad one"), Item("benign", "good one"), Item("benign", "good two")]
+    engine = FakeEngine(losses=_curved(effect))
+    bench = a_bench(engine, {"full": make_scores()}, items, recipe, tmp_path / "journal.jsonl")
+    return run_study(bench, recipe.search, recipe.aim, recipe.seed), engine, recipe
+
+
+@pytest.mark.parametrize("effect", [0.001, 0.1, 30.0])
+def test_a_search_finds_its_scale_for_both_block_types_and_steering(tmp_path: Path, effect: float) -> None:
+    study, _, _ = _study(tmp_path, effect, search__points=3, search__alpha=[0.0])
+    edits, steering = study.of_kind("edit"), study.of_kind("steering")
+    assert study.evaluations["edit"] == study.evaluations["steering"]  # equal budgets
+    configs = [trial.candidate.config for trial in edits]
+    both = [c for c in configs if c["rho_attn"] and c["rho_mlp"]]
+    assert (len(configs) - len(both), len(both)) == (6, 3)
+    for trial in [*edits, *steering]:
+        assert 0.015 < trial.mean("utility_loss") < 1.3
+    spread = sorted(trial.mean("utility_loss") for trial in steering)
+    assert np.diff(np.log(spread)) == pytest.approx(np.log(50) / (len(spread) - 1), rel=0.3)
+    assert set(study.scale) == {"edits", "steering", "left_off"}
+    assert len(study.scale["edits"]) == 3
+
+
+def test_one_axis_is_found_and_the_other_is_as_written(tmp_path: Path) -> None:
+    study, _, _ = _study(tmp_path, 0.1, search__rho_mlp=[None, 2.0], search__steering=[0.3], search__points=3)
+    configs = [trial.candidate.config for trial in study.of_kind("edit")]
+    assert {c["rho_mlp"] for c in configs} == {None, 2.0}
+    assert all(c["rho_attn"] for c in configs)
+    assert [t.candidate.config["gamma"] for t in study.of_kind("steering")] == [0.3]
+
+
+def test_tpe_draws_from_the_range_that_was_found(tmp_path: Path) -> None:
+    search = {"search__method": "tpe", "search__trials": 6, "search__at_once": 3}
+    study, _, _ = _study(tmp_path, 0.1, **search)
+    assert len(study.of_kind("edit")) == 6
+    assert len(study.of_kind("steering")) == 6
+
+
+def test_a_study_that_was_stopped_does_not_calibrate_again(tmp_path: Path) -> None:
+    first, _, _ = _study(tmp_path, 0.1)
+    again, engine, _ = _study(tmp_path, 0.1)
+    assert engine.scored == []
+    assert again.scale == first.scale
+    assert [t.candidate.id for t in again.trials] == [t.candidate.id for t in first.trials]
+
+
+def test_where_no_edit_has_an_effect_one_sentence_says_so(tmp_path: Path) -> None:
+    with pytest.raises(EditError, match="nothing moved: no strength of any edit has a useful effect"):
+        _study(tmp_path, 0.0)
+
+
+def test_auto_needs_neutral_prompts(tmp_path: Path) -> None:
+    recipe = tiny_recipe(search__rho_attn="auto", search__steering="auto")
+    bench = a_bench(FakeEngine(), {"full": make_scores()}, [Item("harmful", "x")], recipe, tmp_path / "j.jsonl")
+    with pytest.raises(RecipeError, match="`auto` finds strengths by KL per token"):
+        run_study(bench, recipe.search, recipe.aim, recipe.seed)
+
+
+def test_auto_is_what_a_recipe_without_numbers_has() -> None:
+    recipe = tiny_recipe()
+    assert (recipe.search.rho_attn, recipe.search.steering) == ([0.1, 0.3], [0.1, 0.4])
+    assert not recipe.search.automatic
+    raw = recipe.model_dump(mode="json")
+    raw["search"] = {}
+    from steer2edit.recipe import parse_recipe
+
+    search = parse_recipe(raw).search
+    assert (search.rho_attn, search.rho_mlp, search.steering) == ("auto", "auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("search__rho_attn", "automatic", "the recipe's search.rho_attn cannot be used"),
+        ("search__rho_attn", 0.2, "the recipe's search.rho_attn cannot be used.*valid list"),
+        ("search__span", [1.0, 0.5], "span goes from a smaller KL to a larger one"),
+        ("search__points", 1, "search.points cannot be used"),
+    ],
+)
+def test_a_mistake_is_one_sentence(key: str, value: Any, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        tiny_recipe(**{key: value})
