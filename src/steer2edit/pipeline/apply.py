@@ -41,15 +41,18 @@ def gather(
         )
     if any(strength == 0 for strength in strengths):
         raise EditError("a strength of 0 changes nothing", got=list(strengths), fix="Leave that edit out.")
-    scales = [*strengths] * (len(files) if len(strengths) == 1 else 1) or [1.0] * len(files)
-    found: list[Edit] = []
+    scales = list(strengths) or [1.0]
+    if len(scales) == 1:
+        scales = scales * len(files)
+    edits: list[Edit] = []
     for file, scale in zip(files, scales, strict=True):
         parts = load_any(file).parts
-        if layers is not None and (there := max(part.layers for part in parts)) and layers[-1] >= there:
+        depth = max(part.layers for part in parts)
+        if layers is not None and depth and layers[-1] >= depth:
             raise EditError(
                 f"{file} is of a model with fewer layers",
                 got=f"layers {layers[0]}-{layers[-1]}",
-                fix=f"It has layers 0-{there - 1}.",
+                fix=f"It has layers 0-{depth - 1}.",
             )
         taken = [part.only(layers, blocks).with_strength(scale * part.strength) for part in parts]
         taken = [part for part in taken if part.edited()]
@@ -60,8 +63,8 @@ def gather(
                 got=f"{elsewhere} edited sites, all of them elsewhere" if elsewhere else "λ = 0 everywhere",
                 fix="`steer2edit inspect` shows where it does." if elsewhere else "Lower ρ or α.",
             )
-        found += taken
-    return found[0] if len(found) == 1 else combine(*found)
+        edits += taken
+    return edits[0] if len(edits) == 1 else combine(*edits)
 
 
 def write(edit: Edit | Combination, kind: str, out: Path, base: str) -> None:
