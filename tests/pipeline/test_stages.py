@@ -31,7 +31,7 @@ from steer2edit.files.writing import write_text
 from steer2edit.models.load import load_model
 from steer2edit.pipeline import stages as pipeline
 from steer2edit.pipeline.run import Run
-from steer2edit.pipeline.stages import STAGES, Stage, run_all, run_stage
+from steer2edit.pipeline.stages import STAGES, Stage, read_study, run_all, run_stage
 from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.search.candidates import edit_of
@@ -877,3 +877,17 @@ def test_own_answers_of_several_calls_and_samplings_are_kept_apart(tmp_path: Pat
         return len(engine.asked)
 
     assert [ask(0.0), ask(0.0), ask(0.9), ask(0.9)] == [2, 0, 2, 0]
+
+
+def test_a_whole_run_finds_its_scale_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"search__rho_attn": "auto", "search__rho_mlp": "auto", "search__steering": "auto", "search__points": 2}
+    recipe = tiny_recipe(save_pico(tmp_path / "model"), **changes)
+    run = Run(tmp_path / "run", recipe)
+    run_all(run)
+    study = read_study(run)
+    assert study.scale is not None
+    assert study.scale["edits"]
+    assert "ρ_attn at α 0.2: KL 0.02 at" in capsys.readouterr().err
+    assert read_json(run.path("choice.json"))["edit"]["id"] in {t.candidate.id for t in study.of_kind("edit")}
+    for trial in [*study.of_kind("edit"), *study.of_kind("steering")]:
+        assert trial.mean("utility_loss") < 3.0  # never noise
