@@ -879,15 +879,16 @@ def test_own_answers_of_several_calls_and_samplings_are_kept_apart(tmp_path: Pat
     assert [ask(0.0), ask(0.0), ask(0.9), ask(0.9)] == [2, 0, 2, 0]
 
 
-def test_a_whole_run_finds_its_scale_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run_finds_its_scale_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     changes = {"search__rho_attn": "auto", "search__rho_mlp": "auto", "search__steering": "auto", "search__points": 2}
     recipe = tiny_recipe(save_pico(tmp_path / "model"), **changes)
     run = Run(tmp_path / "run", recipe)
-    run_all(run)
+    with caplog.at_level("INFO", "steer2edit"):
+        run_all(run)
     study = read_study(run)
     assert study.scale is not None
     assert study.scale["edits"]
-    assert "ρ_attn at α 0.2: KL 0.02 at" in capsys.readouterr().err
+    assert "ρ_attn at α 0.2: KL 0.02 at" in caplog.text
     assert read_json(run.path("choice.json"))["edit"]["id"] in {t.candidate.id for t in study.of_kind("edit")}
     for trial in [*study.of_kind("edit"), *study.of_kind("steering")]:
         assert trial.mean("utility_loss") < 3.0  # never noise
