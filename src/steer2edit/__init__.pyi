@@ -15,6 +15,7 @@ from .probing.collect import collect
 from .probing.probe import Probe
 from .probing.score import score
 from .probing.traces import Trace, read_traces, write_traces
+from .search.calibrate import Scale, calibrate
 
 __version__: str
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "Intervention",
     "Interventions",
     "Probe",
+    "Scale",
     "Scores",
     "Site",
     "Steer2EditError",
     "Trace",
+    "calibrate",
     "collect",
     "combine",
     "describe_as",

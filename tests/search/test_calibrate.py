@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import steer2edit as s2e
 from runs import FakeEngine, a_bench, make_scores, tiny_recipe
 from steer2edit.behaviours.base import Item
+from steer2edit.engines.base import Request
+from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, RecipeError
+from steer2edit.method.intervention import NOTHING
 from steer2edit.search.calibrate import Ladder, climb, targets_of
-from steer2edit.search.candidates import Candidate, steered
+from steer2edit.search.candidates import Candidate, intervention_of, steered
 from steer2edit.search.rounds import run_study
 
 Curve = Callable[[float], float]
@@ -179,3 +183,30 @@ def test_auto_is_what_a_recipe_without_numbers_has() -> None:
 def test_a_mistake_is_one_sentence(key: str, value: Any, sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
         tiny_recipe(**{key: value})
+
+
+def test_in_python_a_model_is_calibrated_without_a_recipe(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    positive, negative = traces
+    scores = s2e.score(model, s2e.collect(model, tokenizer, positive, negative))
+    texts = ["What is the capital of France?", "Please ask me something else!"]
+    scale = s2e.calibrate(model, scores, texts, tokenizer=tokenizer, points=3, new_tokens=6)
+    points = [point for ladder in scale.edits.values() for point in ladder]
+    assert len(scale.steering) == len(points) > 3
+    engine = TransformersEngine(model, tokenizer)
+    ids = [engine.tokens(Item("text", text).messages(None)) for text in texts]
+    answers = engine.generate([Request(prompt) for prompt in ids], [NOTHING], 6)
+    pairs = [(prompt, answer.ids) for prompt, answer in zip(ids, answers, strict=True) if answer.ids]
+    for candidate, kl in [*points, *scale.steering]:
+        measured = engine.losses(pairs, [intervention_of(candidate, {"full": scores})]).kl.mean().item()
+        assert measured == pytest.approx(kl, rel=0.3)
+
+
+def test_in_python_mistakes_are_one_sentence(pico: Any, tokenizer: Any) -> None:
+    scores = make_scores()
+    with pytest.raises(EditError, match="a model needs its tokenizer"):
+        s2e.calibrate(pico(), scores, ["x"])
+    with pytest.raises(EditError, match="no answer to measure KL on"):
+        s2e.calibrate(pico(), scores, [], tokenizer=tokenizer)
+    with pytest.raises(RecipeError, match="Both block types are off"):
+        s2e.calibrate(pico(), scores, ["x"], tokenizer=tokenizer, rho_attn=None, rho_mlp=None)

@@ -12,13 +12,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from torch import nn
 
+from ..behaviours.base import Item, Prompt
 from ..edits import Scores
+from ..engines.base import Engine, Request
+from ..errors import EditError
+from ..files.schema import parse
+from ..method.intervention import NOTHING
 from ..method.variants import FULL
-from .candidates import Candidate, edited, steered
+from .candidates import Candidate, edited, intervention_of, steered
 from .plan import AUTO, Search
 
 RUNGS = 9
@@ -221,7 +227,7 @@ def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[
     return ladders
 
 
-def calibrate(search: Search, scores: Mapping[str, Scores], measure: MeasureKl) -> Scale:
+def find_scale(search: Search, scores: Mapping[str, Scores], measure: MeasureKl) -> Scale:
     """Finds what a recipe's search leaves to be found: every `auto`; as many steering strengths as edits."""
     ladders = ladders_of(search, scores)
     climb(ladders, measure, "calibration")
@@ -282,3 +288,58 @@ def scale_of(ladders: Sequence[Ladder], steering: Ladder | None = None) -> Scale
     points = {ladder.name: ladder.points() for ladder in every if ladder.name not in left_off}
     strengths = points.pop(steering.name, []) if steering else []
     return Scale(points, strengths, left_off)
+
+
+# In Python, without a recipe ---------------------------------------------------------------------------------------
+
+
+def calibrate(
+    model: Engine | nn.Module,
+    scores: Scores,
+    texts: Sequence[Prompt],
+    *,
+    tokenizer: Any = None,
+    rho_attn: Literal["auto"] | None = AUTO,
+    rho_mlp: Literal["auto"] | None = AUTO,
+    alpha: Sequence[float] = (0.4,),
+    span: tuple[float, float] = (0.02, 1.0),
+    points: int = 4,
+    new_tokens: int = 48,
+) -> Scale:
+    """The strengths of edits, for each α, and of steering whose KL per token spans a range, evenly in log KL.
+
+    Args:
+        model: an engine, or a transformers model with its tokenizer.
+        scores: what the edits are made from.
+        texts: a few prompts (texts, or chat messages); the KL is measured on the base model's own greedy answers.
+        rho_attn, rho_mlp: "auto", or None to switch the block type off.
+        span: KL per token of the weakest and of the strongest point, in nats.
+        points: how many strengths of each kind of edit; steering gets as many as all edits together.
+        new_tokens: at most so many tokens an answer.
+
+    Raises:
+        RecipeError: a value is out of its range, or both block types are off.
+        EditError: no text is given, or the model answers none.
+    """
+    raw = {"rho_attn": rho_attn or [None], "rho_mlp": rho_mlp or [None], "alpha": list(alpha)}
+    search = parse(Search, raw | {"span": span, "points": points, "steering": AUTO}, under="search")
+    if isinstance(model, Engine):
+        engine = model
+    else:
+        from ..engines.transformers import TransformersEngine
+
+        if tokenizer is None:
+            raise EditError("a model needs its tokenizer here", got="none", fix="Give tokenizer=…, or an engine.")
+        engine = TransformersEngine(model, tokenizer)
+    ids = [engine.tokens(Item("text", text).messages(None)) for text in texts]
+    answers = engine.generate([Request(prompt) for prompt in ids], [NOTHING], new_tokens) if ids else []
+    pairs = [(prompt, answer.ids) for prompt, answer in zip(ids, answers, strict=True) if answer.ids]
+    if not pairs:
+        raise EditError("there is no answer to measure KL on", got=f"{len(ids)} texts", fix="Give other prompts.")
+    named: dict[str, Scores] = {FULL: scores}
+
+    def measure(tried: Sequence[Candidate], name: str) -> list[float | None]:
+        kl = engine.losses(pairs, [intervention_of(candidate, named) for candidate in tried]).kl.mean(0).tolist()
+        return [value if math.isfinite(value) else None for value in kl]
+
+    return find_scale(search, named, measure)

@@ -20,7 +20,7 @@ from ..errors import EditError, RecipeError
 from ..files.reading import read_jsonl
 from ..progress import say
 from .bench import Bench
-from .calibrate import Scale, calibrate
+from .calibrate import Scale, find_scale
 from .candidates import BASE, Candidate, steered
 from .front import Aim
 from .grid import coarse_grid, grid, planned_edits, short
@@ -70,7 +70,7 @@ def _calibrated(bench: Bench, search: Search) -> Scale:
             got="none on validation",
             fix="Add some to data.validation or give utility.prompts, or write numbers in place of auto.",
         )
-    scale = calibrate(search, bench.scores, bench.kl)
+    scale = find_scale(search, bench.scores, bench.kl)
     for line in scale.lines():
         say(f"  {line}")
     if AUTO in (search.rho_attn, search.rho_mlp) and not scale.edits:
