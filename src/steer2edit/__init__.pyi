@@ -16,6 +16,7 @@ from .probing.probe import Probe
 from .probing.score import score
 from .probing.traces import Trace, read_traces, write_traces
 from .search.calibrate import Scale, calibrate
+from .search.damage import kl
 
 __version__: str
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "find_sites",
     "interference",
     "intervening",
+    "kl",
     "load_model",
     "read_traces",
     "save_adapter",

@@ -164,7 +164,7 @@ def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroke
     assert choice["tried"] == {"steering": 2, "edit": 2}
     study = read_json(unbroken / "search/study.json")
     ids = ["base", "steering-0.1", "steering-0.4", "edit-0.1-off-0.2", "edit-0.3-off-0.2"]
-    assert study == {"evaluations": {"edit": 10, "steering": 10}, "refined": None, "rounds": {"0": ids}}
+    assert study == {"evaluations": {"edit": 10, "steering": 10}, "refined": None, "rounds": {"0": ids}, "scale": None}
     assert {name: choice[name] for name in ("evaluations", "refined")} == {
         n: study[n] for n in ("evaluations", "refined")
     }

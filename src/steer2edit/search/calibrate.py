@@ -17,14 +17,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from ..behaviours.base import Item, Prompt
+from ..behaviours.base import Prompt
 from ..edits import Scores
-from ..engines.base import Engine, Request
-from ..errors import EditError
+from ..engines.base import Engine
 from ..files.schema import parse
-from ..method.intervention import NOTHING
 from ..method.variants import FULL
 from .candidates import Candidate, edited, intervention_of, steered
+from .damage import base_answers, engine_of
 from .plan import AUTO, Search
 
 RUNGS = 9
@@ -323,19 +322,8 @@ def calibrate(
     """
     raw = {"rho_attn": rho_attn or [None], "rho_mlp": rho_mlp or [None], "alpha": list(alpha)}
     search = parse(Search, raw | {"span": span, "points": points, "steering": AUTO}, under="search")
-    if isinstance(model, Engine):
-        engine = model
-    else:
-        from ..engines.transformers import TransformersEngine
-
-        if tokenizer is None:
-            raise EditError("a model needs its tokenizer here", got="none", fix="Give tokenizer=…, or an engine.")
-        engine = TransformersEngine(model, tokenizer)
-    ids = [engine.tokens(Item("text", text).messages(None)) for text in texts]
-    answers = engine.generate([Request(prompt) for prompt in ids], [NOTHING], new_tokens) if ids else []
-    pairs = [(prompt, answer.ids) for prompt, answer in zip(ids, answers, strict=True) if answer.ids]
-    if not pairs:
-        raise EditError("there is no answer to measure KL on", got=f"{len(ids)} texts", fix="Give other prompts.")
+    engine = engine_of(model, tokenizer)
+    pairs = base_answers(engine, texts, new_tokens)
     named: dict[str, Scores] = {FULL: scores}
 
     def measure(tried: Sequence[Candidate], name: str) -> list[float | None]:

@@ -1,0 +1,70 @@
+"""How far an edit moves a model on ordinary text, in Python and without a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..behaviours.base import Item, Prompt
+from ..edits import Combination, Edit
+from ..engines.base import Engine, Request
+from ..errors import EditError
+from ..method.intervention import NOTHING
+from .statistics import interval
+
+Ids = tuple[int, ...]
+
+
+def kl(
+    model: Engine | nn.Module,
+    tokenizer: Any,
+    edit: Edit | Combination,
+    texts: Sequence[Prompt],
+    *,
+    new_tokens: int = 64,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """KL(base ‖ edited) per token on the base model's own greedy answers: the utility loss of a recipe.
+
+    Args:
+        model: without the edit: a transformers model, or an engine (its own tokenizer counts).
+        texts: prompts, as texts or as chat messages, on which the model is to stay as it is.
+        new_tokens: at most so many tokens an answer.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        mean, low and high in nats (a 95 % interval over prompts), n, and `empty`: prompts without any answer, left out.
+
+    Raises:
+        EditError: the model answers no text.
+    """
+    engine = engine_of(model, tokenizer)
+    pairs = base_answers(engine, texts, new_tokens)
+    losses = engine.losses(pairs, [edit.intervention("edit")]).kl[:, 0].tolist()
+    values = [value if math.isfinite(value) else None for value in losses]
+    return interval(values, False, resamples, seed) | {"empty": len(texts) - len(pairs)}
+
+
+def engine_of(model: Engine | nn.Module, tokenizer: Any) -> Engine:
+    """Raises EditError for a model without a tokenizer."""
+    if isinstance(model, Engine):
+        return model
+    if tokenizer is None:
+        raise EditError("a model needs its tokenizer here", got="none", fix="Give the tokenizer, or an engine.")
+    from ..engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, tokenizer)
+
+
+def base_answers(engine: Engine, texts: Sequence[Prompt], new_tokens: int) -> list[tuple[Ids, Ids]]:
+    """Prompt and greedy answer of the base model, of each text that it answers. Raises EditError if it answers none."""
+    ids = [engine.tokens(Item("text", text).messages(None)) for text in texts]
+    answers = engine.generate([Request(prompt) for prompt in ids], [NOTHING], new_tokens) if ids else []
+    pairs = [(prompt, answer.ids) for prompt, answer in zip(ids, answers, strict=True) if answer.ids]
+    if not pairs:
+        raise EditError("there is no answer to measure KL on", got=f"{len(ids)} texts", fix="Give other prompts.")
+    return pairs
