@@ -2,7 +2,7 @@
 
 OpenMP's threads spin while they wait for each other. On a machine whose cores are taken by others, a spinning thread
 holds the core that the slow one needs; threads that go to sleep at once take long to wake. `steer2edit` lets them spin
-shortly, unless the user has set OMP_WAIT_POLICY. Each time is that of a process of its own, and the settings take
+briefly, unless the user has set OMP_WAIT_POLICY. Each time is that of a process of its own, and the settings take
 turns, so that a drift of the machine falls on all of them.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -339,6 +340,28 @@ def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stderr == "0 []\n"
     assert done.stdout.lstrip().startswith("Usage: steer2edit")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "becomes"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_has_set_how_they_wait(
+    chosen: dict[str, str], becomes: dict[str, str]
+) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = (
+        "import os, sys; from steer2edit import cli\n"
+        "try: cli.main()\n"
+        f"except SystemExit: print([os.environ.get(name) for name in {names}], file=sys.stderr)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in names} | chosen
+    done = subprocess.run([sys.executable, "-c", code, "--help"], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == str([becomes.get(name) for name in names])
 
 
 def test_the_installed_command_answers_and_fails_as_it_should(tmp_path: Path) -> None:

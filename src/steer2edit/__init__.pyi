@@ -16,7 +16,7 @@ from .probing.probe import Probe
 from .probing.score import score
 from .probing.traces import Trace, read_traces, write_traces
 from .search.calibrate import Scale, calibrate
-from .search.damage import kl
+from .search.utility import kl
 
 __version__: str
 __all__ = [

@@ -16,18 +16,18 @@ from runs import FakeEngine, a_bench, make_scores, tiny_recipe
 from steer2edit.behaviours.base import Item
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
-from steer2edit.errors import EditError, RecipeError
+from steer2edit.errors import EditError, ModelError, RecipeError
 from steer2edit.method.intervention import NOTHING
-from steer2edit.search.calibrate import Ladder, climb, targets_of
+from steer2edit.search.calibrate import Ladder, climb, joint_ladders, ladders_of, scale_of, targets_of
 from steer2edit.search.candidates import Candidate, intervention_of, steered
 from steer2edit.search.rounds import run_study
 
 Curve = Callable[[float], float]
 
 
-def ladder(curve: Curve, low: float = 0.01, high: float = 10.0, points: int = 6, floor: float = 0.0) -> Ladder:
+def ladder(curve: Curve) -> Ladder:
     """A ladder of steering strengths that was climbed along a known curve."""
-    made = Ladder("steering", steered, low, high, floor, targets_of((0.02, 1.0), points))
+    made = Ladder("steering", steered, 0.01, 10.0, 0.0, targets_of((0.02, 1.0), 6))
 
     def measure(tried: Sequence[Candidate], name: str) -> list[float | None]:
         values = [curve(candidate.config["gamma"]) for candidate in tried]
@@ -65,6 +65,7 @@ def test_points_lie_at_their_targets(name: str) -> None:
     [
         (lambda s: 0.0, "no strength reaches a KL of 0.02: the highest is 0"),
         (lambda s: 0.001, "no strength reaches a KL of 0.02: the highest is 0.001"),
+        (lambda s: 3.0 + s, "the weakest strength has a KL of 3 already"),
         (lambda s: 0.001 if s < 0.5 else 7.0, "it jumps from a KL of 0.001 to 7, from nothing to noise"),
         (
             lambda s: 0.001 if s < 0.5 else math.nan,
@@ -82,10 +83,20 @@ def test_a_jump_in_the_middle_leaves_the_points_on_both_sides() -> None:
     climbed = ladder(lambda s: s**2 if s < 0.3 else 0.5 * (s + 0.7) ** 2)
     assert climbed.why_left_off() == ""
     assert 2 <= len(climbed.points()) < 6
+    assert sorted([*climbed.missing(), *(kl for _, kl in climbed.points())]) == list(climbed.targets)
+    (line,) = scale_of([], climbed).lines()
+    assert line.endswith(f"no strength for KL {', '.join(f'{kl:.2g}' for kl in climbed.missing())}")
+
+
+def test_a_curve_that_ends_below_the_span_keeps_its_lower_points() -> None:
+    climbed = ladder(lambda s: 0.5 * s**3 / (1 + s**3))
+    assert [kl for _, kl in climbed.points()] == pytest.approx(list(np.geomspace(0.02, 1.0, 6)[:5]))
+    truth = [0.5 * g**3 / (1 + g**3) for g in (c.config["gamma"] for c, _ in climbed.points())]
+    assert truth == pytest.approx([kl for _, kl in climbed.points()], rel=0.15)
 
 
 def _curved(effect: float) -> Callable[[str, str], tuple[float, float]]:
-    """KL of a candidate from its name, which holds ρ or γ: larger for a smaller ρ."""
+    """KL of a candidate from its name, which holds ρ and α, or γ: larger for a smaller ρ and for a larger α."""
 
     def losses(answer: str, name: str) -> tuple[float, float]:
         if name == "base":
@@ -94,7 +105,8 @@ def _curved(effect: float) -> Callable[[str, str], tuple[float, float]]:
         numbers = [float(x) for x in re.findall(r"[\d.]+(?:e[-+]\d+)?", rest)]
         if kind == "steering":
             return effect * numbers[0] ** 2, 2.0
-        return effect * sum(1 / rho**2 for rho in numbers[:-1]), 2.0  # the last one is α
+        *rhos, alpha = numbers
+        return effect * (1 + 10 * alpha) * sum(1 / rho**2 for rho in rhos), 2.0
 
     return losses
 
@@ -120,8 +132,31 @@ def test_a_search_finds_its_scale_for_both_block_types_and_steering(tmp_path: Pa
         assert 0.015 < trial.mean("utility_loss") < 1.3
     spread = sorted(trial.mean("utility_loss") for trial in steering)
     assert np.diff(np.log(spread)) == pytest.approx(np.log(50) / (len(spread) - 1), rel=0.3)
-    assert set(study.scale) == {"edits", "steering", "left_off"}
+    assert set(study.scale) == {"edits", "steering", "missing", "left_off"}
     assert len(study.scale["edits"]) == 3
+
+
+def test_both_block_types_are_joined_where_their_kl_alone_is_equal() -> None:
+    search = tiny_recipe(search__rho_attn="auto", search__rho_mlp="auto", search__alpha=[0.0], search__points=6).search
+    scores = {"full": make_scores()}
+    attn, mlp = ladders_of(search, scores)
+    # The KL of attention rises from 0; that of the MLP jumps to 0.3 and goes on from there.
+    curves = {
+        "rho_attn": lambda strength: strength**2,
+        "rho_mlp": lambda strength: 0.3 * strength if strength > 1 else 0.0,
+    }
+
+    def measure(tried: Sequence[Candidate], name: str) -> list[float | None]:
+        (axis,) = {key for c in tried for key in curves if c.config[key] is not None}
+        return [curves[axis](1 / candidate.config[axis]) for candidate in tried]
+
+    climb([attn], measure, "calibration")
+    climb([mlp], measure, "calibration")
+    assert (len(attn.missing()), len(mlp.missing())) == (0, 4)
+    (joint,) = joint_ladders(search, scores, [attn, mlp])
+    config = joint.make(1.0).config
+    kl = curves["rho_attn"](1 / config["rho_attn"])
+    assert kl == pytest.approx(curves["rho_mlp"](1 / config["rho_mlp"]), rel=0.1)
 
 
 def test_one_axis_is_found_and_the_other_is_as_written(tmp_path: Path) -> None:
@@ -130,6 +165,18 @@ def test_one_axis_is_found_and_the_other_is_as_written(tmp_path: Path) -> None:
     assert {c["rho_mlp"] for c in configs} == {None, 2.0}
     assert all(c["rho_attn"] for c in configs)
     assert [t.candidate.config["gamma"] for t in study.of_kind("steering")] == [0.3]
+
+
+def test_the_second_grid_lies_between_neighbours_of_the_same_alpha(tmp_path: Path) -> None:
+    search = {"search__refine": 3, "search__rho_mlp": [None], "search__alpha": [0.0, 0.2], "search__points": 4}
+    study, _, _ = _study(tmp_path, 0.1, **search)
+    best = next(t.candidate.config for t in study.trials if t.candidate.id == study.refined["around"])
+    first = [t.candidate.config for t in study.of_kind("edit") if t.round == "0"]
+    same = sorted(c["rho_attn"] for c in first if c["alpha"] == best["alpha"])
+    at = same.index(best["rho_attn"])
+    low = (same[max(at - 1, 0)] + same[at]) / 2
+    high = (same[min(at + 1, len(same) - 1)] + same[at]) / 2
+    assert study.refined["rho_attn"] == pytest.approx(list(np.linspace(low, high, 3)), rel=1e-4)
 
 
 def test_tpe_draws_from_the_range_that_was_found(tmp_path: Path) -> None:
@@ -193,6 +240,8 @@ def test_in_python_a_model_is_calibrated_without_a_recipe(pico: Any, tokenizer: 
     scale = s2e.calibrate(model, scores, texts, tokenizer=tokenizer, points=3, new_tokens=6)
     points = [point for ladder in scale.edits.values() for point in ladder]
     assert len(scale.steering) == len(points) > 3
+    assert repr(scale) == f"Scale({len(points)} edits on {len(scale.edits)} ladders, {len(points)} steering strengths)"
+    assert scores.edit(**points[0][0].config).edited()
     engine = TransformersEngine(model, tokenizer)
     ids = [engine.tokens(Item("text", text).messages(None)) for text in texts]
     answers = engine.generate([Request(prompt) for prompt in ids], [NOTHING], 6)
@@ -202,8 +251,10 @@ def test_in_python_a_model_is_calibrated_without_a_recipe(pico: Any, tokenizer: 
         assert measured == pytest.approx(kl, rel=0.3)
 
 
-def test_in_python_mistakes_are_one_sentence(pico: Any, tokenizer: Any) -> None:
-    scores = make_scores()
+def test_in_python_mistakes_are_one_sentence(pico: Any, tokenizer: Any, traces: Any) -> None:
+    scores = s2e.score(pico(), s2e.collect(pico(), tokenizer, *traces))
+    with pytest.raises(ModelError, match="made on another model"):
+        s2e.calibrate(pico(), make_scores(), ["x"], tokenizer=tokenizer)
     with pytest.raises(EditError, match="a model needs its tokenizer"):
         s2e.calibrate(pico(), scores, ["x"])
     with pytest.raises(EditError, match="no answer to measure KL on"):

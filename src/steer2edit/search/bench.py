@@ -23,9 +23,11 @@ from ..errors import RecipeError
 from ..method.intervention import NOTHING
 from ..probing.spans import response_span
 from ..probing.traces import Trace
+from ..progress import say
 from .candidates import Candidate, Trial, Values, intervention_of
 from .journal import Journal
 from .plan import Evaluation
+from .statistics import finite
 
 # Answers whose losses are journalled at once.
 _LOSSES = 8
@@ -96,7 +98,9 @@ class Bench:
 
     def kl(self, tried: Sequence[Candidate], name: str) -> list[float | None]:
         """KL per token of each candidate on a few of the base model's own answers; None where one is not finite."""
-        kl, _ = self._own_losses(tried, name, None, self.own[:_CALIBRATION])
+        own = self.own[:_CALIBRATION]
+        say(f"  {name}: {len(tried)} strengths on {len(own)} answers")
+        kl, _ = self._own_losses(tried, name, None, own)
         columns = [[row[c] for row in kl] for c in range(len(tried))]
         return [None if None in column else _mean(column) for column in columns]
 
@@ -316,7 +320,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _finite(losses: torch.Tensor) -> list[list[float | None]]:
-    return [[value if math.isfinite(value) else None for value in row] for row in losses.tolist()]
+    return [finite(row) for row in losses.tolist()]
 
 
 def _shifted(progress: Progress | None, start: int, steps: int) -> Progress | None:

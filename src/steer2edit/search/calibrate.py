@@ -22,20 +22,25 @@ from ..edits import Scores
 from ..engines.base import Engine
 from ..files.schema import parse
 from ..method.variants import FULL
+from ..probing.chat import CHAT, Chat
 from .candidates import Candidate, edited, intervention_of, steered
-from .damage import base_answers, engine_of
+from .grid import short
 from .plan import AUTO, Search
+from .statistics import finite
+from .utility import base_answers, engine_of, refuse_other_base
 
 RUNGS = 9
 ROUNDS = 5
 # Between two rungs whose KL differs by no more than this factor a strength is interpolated, not measured.
-_TIGHT = 3.0
+_TIGHT = 2.0
 # Strengths that are closer than this factor are not told apart: where the KL differs more there, it jumps.
 _SAME = 1.001
+# Many targets between the same two rungs need no rung each: those of one round are at least this factor apart.
+_SPACED = 1.1
 # What stands in for a KL of 0 in logarithms, in nats.
 _FLOOR = 1e-6
-# How far below and above the first rungs a ladder may be continued, as a factor of the strength.
-_REACH = 1e4
+# How far below and above the first rungs a ladder may be continued, and how far at once, as factors of the strength.
+_REACH, _STEP = 1e4, 30
 
 # Candidates → the KL per token of each, in nats; None where it is not finite.
 MeasureKl = Callable[[Sequence[Candidate], str], Sequence[float | None]]
@@ -66,18 +71,21 @@ class Ladder:
         """The strengths to measure next; none once every target has its point, or cannot have one."""
         if not self.kl:
             return [float(x) for x in np.geomspace(self.low, self.high, RUNGS)]
-        strengths = sorted(self.kl)
-        weakest, strongest = strengths[0], strengths[-1]
+        weakest, strongest = min(self.kl), max(self.kl)
+        proposed: list[float] = []
         if self.kl[weakest] > self.targets[0] and weakest > max(self.floor, self.low / _REACH):
-            return [float(x) for x in np.geomspace(max(self.floor, weakest / 30), weakest, RUNGS + 1)[:-1]]
+            proposed += np.geomspace(max(self.floor, weakest / _STEP), weakest, RUNGS + 1)[:-1].tolist()
         if max(self.kl.values()) < self.targets[-1] and strongest < self.high * _REACH:
-            return [float(x) for x in np.geomspace(strongest, strongest * 30, RUNGS + 1)[1:]]
-        proposed = []
+            proposed += np.geomspace(strongest, strongest * _STEP, RUNGS + 1)[1:].tolist()
         for target in self.targets:
             bracket = self._bracket(target)
             if bracket and not self._tight(bracket) and bracket[1] / bracket[0] > _SAME:
                 proposed.append(self._between(bracket, target))
-        return list(dict.fromkeys(proposed))
+        spaced: list[float] = []
+        for strength in sorted(proposed):
+            if not spaced or strength > _SPACED * spaced[-1]:
+                spaced.append(strength)
+        return spaced
 
     def points(self) -> list[tuple[Candidate, float]]:
         """For each target the candidate whose KL, interpolated in logarithms, it is; targets in a jump are left out."""
@@ -89,10 +97,18 @@ class Ladder:
                 found.setdefault(candidate.id, (candidate, target))
         return list(found.values())
 
+    def missing(self) -> list[float]:
+        """The targets that have no point."""
+        reached = {kl for _, kl in self.points()}
+        return [target for target in self.targets if target not in reached]
+
     def why_left_off(self) -> str:
         """Why there are no two points; empty if there are."""
-        if len(self.points()) >= min(2, len(self.targets)):
+        if len(self.points()) >= 2:
             return ""
+        lowest = min(self.kl.values(), default=0.0)
+        if lowest > self.targets[-1]:
+            return f"the weakest strength has a KL of {lowest:.2g} already"
         highest = max(self.kl.values(), default=0.0)
         if highest < self.targets[0]:
             return f"no strength reaches a KL of {self.targets[0]:g}: the highest is {highest:.2g}"
@@ -139,7 +155,7 @@ def climb(ladders: Sequence[Ladder], measure: MeasureKl, name: str) -> None:
         if not rungs:
             return
         tried = [ladder.make(strength) for ladder, strength in rungs]
-        for (ladder, strength), kl in zip(rungs, measure(tried, f"{name} {number}"), strict=True):
+        for (ladder, strength), kl in zip(rungs, measure(tried, f"{name}, round {number + 1}"), strict=True):
             ladder.kl[strength] = math.inf if kl is None else max(0.0, kl)
 
 
@@ -167,7 +183,7 @@ def edit_ladder(
     low = floor * 1.02 if floor else 0.1 / reach
 
     def make(strength: float) -> Candidate:
-        rho = dict(fixed) | {block: _short(weight / strength) for block, weight in weights.items()}
+        rho = dict(fixed) | {block: short(weight / strength, 4) for block, weight in weights.items()}
         return edited(rho["attn"], rho["mlp"], alpha, layers, variant)
 
     signs = " and ".join(f"ρ_{block}" for block in weights)
@@ -178,18 +194,13 @@ def edit_ladder(
 
 
 def steering_ladder(targets: Sequence[float]) -> Ladder:
-    return Ladder("steering", lambda gamma: steered(_short(gamma)), 0.03, 3.0, 0.0, targets)
+    return Ladder("steering", lambda gamma: steered(short(gamma, 4)), 0.03, 3.0, 0.0, targets)
 
 
 def _largest(scores: Mapping[str, Scores], block: str, variant: str) -> float:
     """The largest |g| of a block type."""
     sites = [s for s in scores.get(variant, scores[FULL]).sites.values() if s.site.block == block]
     return max((float(s.g.abs().max()) for s in sites), default=0.0)
-
-
-def _short(x: float) -> float:
-    """Four digits: what is tried is what is printed."""
-    return float(f"{x:.4g}")
 
 
 def ladders_of(search: Search, scores: Mapping[str, Scores]) -> list[Ladder]:
@@ -218,9 +229,13 @@ def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[
     for attn, mlp in zip(alone[::2], alone[1::2], strict=True):
         if attn.why_left_off() or mlp.why_left_off():
             continue
-        (of_attn, _), (of_mlp, _) = (ladder.points()[len(ladder.points()) // 2] for ladder in (attn, mlp))
-        config = of_attn.config
-        weights = {"attn": config["rho_attn"], "mlp": of_mlp.config["rho_mlp"]}
+        of_attn, of_mlp = ({kl: candidate for candidate, kl in ladder.points()} for ladder in (attn, mlp))
+        equal = [kl for kl in of_attn if kl in of_mlp]
+        if not equal:
+            continue
+        middle = equal[len(equal) // 2]
+        config = of_attn[middle].config
+        weights = {"attn": config["rho_attn"], "mlp": of_mlp[middle].config["rho_mlp"]}
         layers, variant = config.get("layers"), config.get("variant", FULL)
         ladders.append(edit_ladder(scores, targets, config["alpha"], weights, {}, layers, variant))
     return ladders
@@ -250,19 +265,33 @@ class Scale:
 
     Attributes:
         edits, steering: the ladders' points: candidate and its KL per token in nats, from weak to strong.
-        left_off: the ladders without a useful point: name → why.
+        missing: ladders that have a point for some KLs alone: name → the KLs without one.
+        left_off: the ladders without two points: name → why.
+
+    >>> scale = Scale({"ρ_attn at α 0.4": [(edited(0.5, None, 0.4), 0.02)]}, [], {}, {})
+    >>> candidate, kl = scale.edits["ρ_attn at α 0.4"][0]
+    >>> dict(candidate.config)  # what `Scores.edit` takes
+    {'rho_attn': 0.5, 'rho_mlp': None, 'alpha': 0.4}
     """
 
     edits: Mapping[str, Sequence[tuple[Candidate, float]]]
     steering: Sequence[tuple[Candidate, float]]
+    missing: Mapping[str, Sequence[float]]
     left_off: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        edits = sum(len(points) for points in self.edits.values())
+        return f"Scale({edits} edits on {len(self.edits)} ladders, {len(self.steering)} steering strengths)"
 
     def lines(self) -> Iterator[str]:
         """One line a ladder, for people."""
         ladders = dict(self.edits) | ({"steering": self.steering} if self.steering else {})
         for name, points in ladders.items():
             ends = [points[0], points[-1]]
-            yield f"{name}: " + " … ".join(f"KL {kl:.2g} at {_strength(candidate)}" for candidate, kl in ends)
+            line = f"{name}: " + " … ".join(f"KL {kl:.2g} at {_strength(candidate)}" for candidate, kl in ends)
+            if name in self.missing:
+                line += f"; no strength for KL {', '.join(f'{kl:.2g}' for kl in self.missing[name])}"
+            yield line
         for name, why in self.left_off.items():
             yield f"{name} is left off: {why}"
 
@@ -271,6 +300,7 @@ class Scale:
         return {
             "edits": rows,
             "steering": [[c.id, kl] for c, kl in self.steering],
+            "missing": {name: list(targets) for name, targets in self.missing.items()},
             "left_off": dict(self.left_off),
         }
 
@@ -284,9 +314,11 @@ def _strength(candidate: Candidate) -> str:
 def scale_of(ladders: Sequence[Ladder], steering: Ladder | None = None) -> Scale:
     every = [*ladders, *([steering] if steering else [])]
     left_off = {ladder.name: why for ladder in every if (why := ladder.why_left_off())}
-    points = {ladder.name: ladder.points() for ladder in every if ladder.name not in left_off}
+    kept = [ladder for ladder in every if ladder.name not in left_off]
+    points = {ladder.name: ladder.points() for ladder in kept}
+    missing = {ladder.name: targets for ladder in kept if (targets := ladder.missing())}
     strengths = points.pop(steering.name, []) if steering else []
-    return Scale(points, strengths, left_off)
+    return Scale(points, strengths, missing, left_off)
 
 
 # In Python, without a recipe ---------------------------------------------------------------------------------------
@@ -304,6 +336,7 @@ def calibrate(
     span: tuple[float, float] = (0.02, 1.0),
     points: int = 4,
     new_tokens: int = 48,
+    chat: Chat = CHAT,
 ) -> Scale:
     """The strengths of edits, for each α, and of steering whose KL per token spans a range, evenly in log KL.
 
@@ -315,19 +348,25 @@ def calibrate(
         span: KL per token of the weakest and of the strongest point, in nats.
         points: how many strengths of each kind of edit; steering gets as many as all edits together.
         new_tokens: at most so many tokens an answer.
+        chat: how a model's prompts are written; an engine has its own.
+
+    Returns:
+        The points, with the KL that is interpolated for each. `scores.edit(**candidate.config)` is the edit of a point.
 
     Raises:
         RecipeError: a value is out of its range, or both block types are off.
-        EditError: no text is given, or the model answers none.
+        EditError: no text is given, the model answers none, or it is edited already. ModelError: the scores are of
+            another model.
     """
     raw = {"rho_attn": rho_attn or [None], "rho_mlp": rho_mlp or [None], "alpha": list(alpha)}
     search = parse(Search, raw | {"span": span, "points": points, "steering": AUTO}, under="search")
-    engine = engine_of(model, tokenizer)
+    engine = engine_of(model, tokenizer, chat)
+    refuse_other_base(engine, scores.edit(rho_attn=1.0, rho_mlp=1.0, alpha=0.0))
     pairs = base_answers(engine, texts, new_tokens)
     named: dict[str, Scores] = {FULL: scores}
 
     def measure(tried: Sequence[Candidate], name: str) -> list[float | None]:
-        kl = engine.losses(pairs, [intervention_of(candidate, named) for candidate in tried]).kl.mean(0).tolist()
-        return [value if math.isfinite(value) else None for value in kl]
+        table = [intervention_of(candidate, named) for candidate in tried]
+        return finite(engine.losses(pairs, table).kl.mean(0).tolist())
 
     return find_scale(search, named, measure)

@@ -57,11 +57,19 @@ def grid(s: Search, coarse: Sequence[Candidate], aim: Aim, study: Study) -> Iter
     axes: dict[str, Sequence[Any]] = {
         name: [config.get(name, FULL if name == "variant" else None)] for name in axes_of(s)
     }
+    alike = [candidate.config for candidate in coarse if _shape(candidate.config) == _shape(config)]
     for name in _refinable(s):
-        axes[name] = _around(config[name], getattr(s, name), s.refine)
+        # The strengths that were found for each α are others.
+        neighbours = [c for c in alike if name == "alpha" or c["alpha"] == config["alpha"]]
+        axes[name] = _around(config[name], [c[name] for c in neighbours], s.refine)
     tried = {candidate.id for candidate in coarse}
     study.refined = {"around": best.candidate.id, **{name: list(values) for name, values in axes.items()}}
     yield [candidate for candidate in _grid(s, axes) if candidate.id not in tried]
+
+
+def _shape(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What must be the same for two configurations to lie on one grid: all but the numbers."""
+    return config["rho_attn"] is None, config["rho_mlp"] is None, config.get("layers"), config.get("variant")
 
 
 def short(x: float, digits: int) -> float:

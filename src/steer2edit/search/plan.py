@@ -95,7 +95,7 @@ class Search(Section):
     def _edits(self) -> Search:
         if self.span[0] >= self.span[1]:
             raise ValueError("span goes from a smaller KL to a larger one")
-        if not any(rho is not None for rho in [*self.rho_attn, *self.rho_mlp]):
+        if all(rhos != AUTO and not any(rhos) for rhos in (self.rho_attn, self.rho_mlp)):
             raise ValueError("Both block types are off everywhere: give rho_attn or rho_mlp a number")
         if self.refine and self.method == "tpe":
             raise ValueError("refine is the grid's second stage: leave it out with method tpe")

@@ -37,6 +37,11 @@ def interval(values: Sequence[float | None], rate: bool, resamples: int, seed: i
     return {"mean": mean, "low": low, "high": high, "n": len(x), "method": "bootstrap"}
 
 
+def finite(values: Sequence[float]) -> list[float | None]:
+    """None in place of what is not finite, as a journal and `interval` have it."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share of n (E. B. Wilson, 1927).
 

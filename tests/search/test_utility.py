@@ -54,3 +54,17 @@ def test_without_an_answer_there_is_no_kl(pico: Any, tokenizer: Any, make_edit: 
         s2e.kl(model, tokenizer, make_edit(model), [])
     with pytest.raises(EditError, match="needs its tokenizer"):
         s2e.kl(model, None, make_edit(model), TEXTS)
+
+
+def test_an_edited_model_is_refused(pico: Any, tokenizer: Any, make_edit: Any) -> None:
+    model = pico()
+    edit = make_edit(model)
+    edit.apply(model)
+    with pytest.raises(EditError, match="already"):
+        s2e.kl(model, tokenizer, edit, TEXTS)
+
+
+def test_one_text_is_no_list_of_prompts(pico: Any, tokenizer: Any, make_edit: Any) -> None:
+    model = pico()
+    with pytest.raises(EditError, match="the prompts are one text"):
+        s2e.kl(model, tokenizer, make_edit(model), TEXTS[0])
