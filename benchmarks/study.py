@@ -24,7 +24,7 @@ from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
 from steer2edit.recipe import parse_recipe
-from steer2edit.search.candidates import edited
+from steer2edit.searching.candidates import edited
 from timing import report, seconds
 from workload import base_model, open_bench, probe
 

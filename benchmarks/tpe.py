@@ -15,8 +15,8 @@ import steer2edit as s2e
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.recipe import parse_recipe
-from steer2edit.search.choice import summary
-from steer2edit.search.rounds import run_study
+from steer2edit.searching.choice import summary
+from steer2edit.searching.rounds import run_study
 from timing import report
 from workload import base_model, open_bench
 

@@ -12,7 +12,7 @@ from steer2edit.behaviours.base import Item
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.models.embedded import EMBEDDED
 from steer2edit.recipe import Recipe
-from steer2edit.search.bench import Bench
+from steer2edit.searching.bench import Bench
 
 
 @cache

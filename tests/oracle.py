@@ -85,6 +85,25 @@ def capture(model: Any, runs: list[Run]) -> dict[tuple[int, str], list[Response]
     return kept
 
 
+def capture_streams(model: Any, runs: list[Run], layers: str = "model.layers") -> dict[int, list[Response]]:
+    """Runs texts one by one and keeps the residual stream after every layer, where it counts."""
+    kept: dict[int, list[Response]] = {}
+    for label, group, ids, first, last in runs:
+        seen: dict[int, tuple[Any, Any]] = {}
+        handles = [
+            layer.register_forward_hook(keeping(seen, number))
+            for number, layer in enumerate(model.get_submodule(layers))
+        ]
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for number, (_, out) in seen.items():
+            x = (out if isinstance(out, torch.Tensor) else out[0]).reshape(len(ids), -1)[first:last]
+            kept.setdefault(number, []).append(Response(label, group, np.zeros((last - first, 0)), array(x)))
+    return kept
+
+
 def mean(rows: list[Array]) -> Array:
     total = np.zeros_like(rows[0])
     for row in rows:

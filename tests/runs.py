@@ -21,8 +21,9 @@ from steer2edit.method.intervention import Intervention
 from steer2edit.method.scores import read, score_site
 from steer2edit.method.site import Site
 from steer2edit.probing.chat import Chat
+from steer2edit.probing.probe import Probe
 from steer2edit.recipe import Recipe, parse_recipe
-from steer2edit.search.bench import Bench
+from steer2edit.searching.bench import Bench
 
 
 class Characters:
@@ -45,6 +46,7 @@ class FakeEngine:
 
     tokenizer = Characters()
     chat = Chat(plain=True)
+    rows_on_stream, measures_prompts = True, False
 
     def __init__(
         self,
@@ -103,13 +105,28 @@ class FakeEngine:
 
 
 def a_bench(
-    engine: Any, scores: Any, items: Sequence[Item], recipe: Recipe, journal: Path, questions: Sequence[Item] = ()
+    engine: Any,
+    scores: Any,
+    items: Sequence[Item],
+    recipe: Recipe,
+    journal: Path,
+    questions: Sequence[Item] = (),
+    probe: Probe | None = None,
 ) -> Bench:
     """A bench as a run opens it: the recipe's behaviour and plan, its neutral items out of these."""
     neutral = [item for item in items if item.kind == recipe.behaviour.neutral][: recipe.evaluation.utility_prompts]
     everything = [*items, *questions]
-    plan = recipe.evaluation
-    return Bench(engine, scores, everything, recipe.behaviour, plan, journal, neutral=neutral, seed=recipe.seed)
+    return Bench(
+        engine,
+        scores,
+        everything,
+        recipe.behaviour,
+        recipe.evaluation,
+        journal,
+        neutral=neutral,
+        probe=probe,
+        seed=recipe.seed,
+    )
 
 
 def make_scores() -> Scores:
@@ -145,6 +162,7 @@ def tiny_recipe(model: str = "nowhere", **changes: Any) -> Recipe:
             "rho_mlp": [None],
             "alpha": [0.2],
             "steering": [0.1, 0.4],
+            "baselines": [],
             "limits": {"over_refusal": None, "degenerate": None},
         },
         "evaluation": {

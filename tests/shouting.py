@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from steer2edit.behaviours.base import Behaviour, Item, Measure, Outcome
+from steer2edit.behaviours.base import Behaviour, Item, Measure, Outcome, Source
 from steer2edit.probing.traces import Trace
 from steer2edit.recipe import Recipe, parse_recipe
 
@@ -15,8 +15,6 @@ LENGTH = Measure("length", "words", better="higher", worst=0.0, best=10.0, rate=
 
 
 class Shouting(Behaviour):
-    attribute: ClassVar[Measure] = CAPITALS
-    costs: ClassVar[tuple[Measure, ...]] = (BLUNT, LENGTH)
     kinds: ClassVar[tuple[str, ...]] = ("loud", "calm")
     probe_kinds: ClassVar[tuple[str, ...]] = ("loud",)
     required: ClassVar[tuple[str, ...]] = ("loud",)
@@ -26,10 +24,19 @@ class Shouting(Behaviour):
 
     name: Literal["shouting"] = "shouting"
 
-    def items(self, source: str, split: Any, counts: Mapping[str, int]) -> list[Item]:
+    @property
+    def attribute(self) -> Measure:
+        return CAPITALS
+
+    @property
+    def costs(self) -> tuple[Measure, ...]:
+        return (BLUNT, LENGTH)
+
+    def items(self, source: Source, split: Any) -> list[Item]:
+        counts = source.counts[split] or {}
         return [Item(kind, f"{split} {kind} {i}") for kind, count in counts.items() for i in range(count)]
 
-    def traces(self, engine: Any, items: Sequence[Item], progress: Any = None) -> list[Trace]:
+    def make_traces(self, engine: Any, items: Sequence[Item], progress: Any = None) -> list[Trace]:
         return [Trace(item.prompt, "quiet" * sign, label) for item in items for sign, label in ((1, "positive"),)]
 
     def measure(self, item: Item, outcome: Outcome, base: Outcome) -> Mapping[str, float]:
@@ -43,6 +50,7 @@ class Shouting(Behaviour):
 def shouting_recipe(**search: Any) -> Recipe:
     """Its measures are limited by default as they say themselves. The behaviour has to be registered first."""
     plain = {"rho_attn": [0.1, 0.3, 0.5], "rho_mlp": [None], "alpha": [0.2, 0.6], "steering": [0.2, 0.8]}
+    plain |= {"baselines": []}
     return parse_recipe(
         {
             "name": "quiet",

@@ -1,8 +1,10 @@
-"""What the documentation says of the code: the table of families, the page on adding one, the recipe's keys."""
+"""What the documentation says about the code: families, the recipe's keys, rooms, and the examples in docstrings."""
 
 from __future__ import annotations
 
 import dataclasses
+import doctest
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from steer2edit.models.inventory import families
 from steer2edit.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
+WITH_EXAMPLES = [p for p in sorted((ROOT / "src").rglob("*.py")) if ">>> " in p.read_text(encoding="utf-8")]
 PAGE = (ROOT / "docs" / "add_a_family.md").read_text(encoding="utf-8")
 
 
@@ -126,3 +129,11 @@ def test_one_behaviours_words_stand_in_its_own_room_alone() -> None:
     rooms = [package / name for name in ("behaviours", "data", "recipes")]
     files = [p for p in package.rglob("*") if p.suffix in (".py", ".pyi") and not any(r in p.parents for r in rooms)]
     assert [p.name for p in files if words.search(p.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_in_the_docstrings_give_what_they_say(path: Path) -> None:
+    name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried
+    assert failed == 0

@@ -14,9 +14,9 @@ from steer2edit.errors import FileError, RecipeError
 from steer2edit.models.architectures import Architecture, Experts, Heads
 from steer2edit.pipeline.run import Run
 from steer2edit.probing.chat import CHAT, Chat
-from steer2edit.recipe import Questions, Recipe, load_recipe, parse_recipe, shipped_recipes
-from steer2edit.search.candidates import layers_of
-from steer2edit.search.plan import Range
+from steer2edit.recipe import Data, Questions, Recipe, load_recipe, parse_recipe, shipped_recipes
+from steer2edit.searching.candidates import layers_of
+from steer2edit.searching.plan import Range
 
 
 def _raw(**changes: Any) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def test_what_is_no_mapping_is_refused(text: str, found: str, tmp_path: Path) ->
     assert caught.value.got == found
 
 
-@pytest.mark.parametrize("key", ["name", "model", "data", "search", "model.name", "data.test"])
+@pytest.mark.parametrize("key", ["name", "model", "model.name", "data.validation", "data.test"])
 def test_a_missing_key_is_named(key: str) -> None:
     raw: dict[str, Any] = _raw()
     place = raw
@@ -276,6 +276,57 @@ def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(raw)
     assert str(caught.value) == f"the recipe has no {key} (got: nothing). Add the key {key}."
+
+
+def test_the_sections_search_and_data_may_be_left_out_where_defaults_do() -> None:
+    raw: dict[str, Any] = _raw()
+    del raw["search"]
+    recipe = parse_recipe(raw)
+    assert recipe == parse_recipe(raw | {"search": {}})
+    assert (recipe.search.rho_attn, recipe.search.rho_mlp, recipe.search.steering) == ("auto", "auto", "auto")
+    assert recipe.search.baselines == ["prompt", "layer", "direction"]
+    del raw["data"]  # safety has prompts and the probe's counts by default, and no others
+    with pytest.raises(RecipeError, match=r"^the recipe has no data\.validation \(got: nothing\)"):
+        parse_recipe(raw)
+    divided = parse_recipe(raw | {"behaviour": SIDES})  # a behaviour that divides a file by itself needs no counts
+    assert (divided.data, divided.source.counts) == (Data(), dict.fromkeys(("probe", "validation", "test")))
+    assert divided.source.prompts is None
+    assert parse_recipe(yaml.safe_load(divided.to_yaml())) == divided
+
+
+SIDES = {"name": "custom", "more": {"system": "Be brief."}, "less": {"system": "Be long."}}
+
+
+@pytest.mark.parametrize("behaviour", [{}, SIDES], ids=["safety", "custom"])
+@pytest.mark.parametrize("section", ["data", "search", "utility", "probe", "engine"])
+def test_a_section_without_anything_in_it_is_refused_by_its_name(section: str, behaviour: dict[str, Any]) -> None:
+    raw: dict[str, Any] = _raw() | {"behaviour": behaviour}
+    if behaviour:
+        raw["data"] = {}
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw | {section: None})
+    assert caught.value.what == f"the recipe's {section} cannot be used"
+
+
+@pytest.mark.parametrize("name", ["pirate", 3, None, ["safety"], {"safety": 1}])
+def test_a_behaviour_that_is_none_is_refused_with_those_that_are_known(name: Any) -> None:
+    with pytest.raises(RecipeError, match=r"the recipe's behaviour\.name is not known .*custom") as caught:
+        parse_recipe(_with("behaviour", {"name": name}))
+    assert caught.value.got == str(name)
+
+
+@pytest.mark.parametrize(
+    ("baselines", "kept"),
+    [([], []), (["direction"], ["direction"]), (["layer", "prompt"], ["layer", "prompt"])],
+)
+def test_a_recipe_says_which_baselines_there_are(baselines: list[str], kept: list[str]) -> None:
+    assert parse_recipe(_with("search.baselines", baselines)).search.baselines == kept
+
+
+@pytest.mark.parametrize("baselines", [["prompts"], ["steering"], ["layer", None], "layer", None])
+def test_a_baseline_that_is_none_is_refused(baselines: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^the recipe's search\.baselines.* cannot be used"):
+        parse_recipe(_with("search.baselines", baselines))
 
 
 def test_a_recipe_that_is_nowhere_is_refused_with_the_shipped_ones(tmp_path: Path) -> None:

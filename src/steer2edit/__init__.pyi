@@ -15,8 +15,9 @@ from .probing.collect import collect
 from .probing.probe import Probe
 from .probing.score import score
 from .probing.traces import Trace, read_traces, write_traces
-from .search.calibrate import Scale, calibrate
-from .search.utility import kl
+from .searching.calibrate import Scale, calibrate
+from .searching.session import SearchResult, evaluate, search
+from .searching.utility import kl
 
 __version__: str
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Probe",
     "Scale",
     "Scores",
+    "SearchResult",
     "Site",
     "Steer2EditError",
     "Trace",
@@ -40,6 +42,7 @@ __all__ = [
     "combine",
     "describe_as",
     "diff",
+    "evaluate",
     "export_checkpoint",
     "find_sites",
     "interference",
@@ -49,6 +52,7 @@ __all__ = [
     "read_traces",
     "save_adapter",
     "score",
+    "search",
     "self_check",
     "steering",
     "verify",

@@ -36,6 +36,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 
+TrustCode = Annotated[
+    bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
 
 
@@ -76,15 +80,23 @@ def main() -> None:
         raise
 
 
-def _open(recipe: str, overrides: list[str] | None, model: str | None, out: Path | None, quiet: bool) -> Any:
+def _open(
+    recipe: str,
+    overrides: list[str] | None,
+    model: str | None,
+    out: Path | None,
+    quiet: bool,
+    trust_code: bool = False,
+) -> Any:
     import json
 
-    from .recipe import load_recipe
+    from .recipe import load_recipe, refuse_code
 
     be_quiet(quiet)
     # An override's value is YAML, a name is a text whatever it looks like.
     changes = [*(overrides or []), *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     parsed = load_recipe(recipe, changes)
+    refuse_code(parsed, trust_code)
     from .pipeline.run import Run  # after the recipe, so that a mistake there comes before torch is loaded
 
     return Run(out or Path("runs") / parsed.name, parsed)
@@ -96,17 +108,54 @@ def run(
     overrides: Overrides = None,
     model: ModelName = None,
     out: Out = None,
+    trust_recipe_code: TrustCode = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Run every stage of a recipe; a run that was stopped goes on."""
-    _run_and_show(_open(recipe, overrides, model, out, quiet), json)
+    _run_and_show(_open(recipe, overrides, model, out, quiet, trust_recipe_code), json)
 
 
 @app.command()
 def demo(overrides: Overrides = None, out: Out = None, quiet: Quiet = False, json: Json = False) -> None:
     """Run the whole method on a small chat model that comes from PyPI: prompts and recipe included."""
     _run_and_show(_open("demo", overrides, None, out, quiet), json)
+
+
+@app.command()
+def make(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or embedded:smollm2-135m-instruct.")],
+    more: Annotated[str, typer.Option(help="What to show: an instruction, or a .jsonl file of responses.")],
+    less: Annotated[str, typer.Option(help="What not to show: an instruction, or a .jsonl file of responses.")],
+    out: Annotated[Path, typer.Option("--out", help="The run directory.")],
+    title: Annotated[str | None, typer.Option(help="What the behaviour is called in tables.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A .jsonl file with prompts, in place of those that come with the package.")
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="How it is measured, as a recipe has it: {phrases: [ahoy, matey]}.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A recipe key to override; may be given again: seed=1.")
+    ] = None,
+    trust_recipe_code: TrustCode = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Make an edit for a behaviour of your own, from two instructions or two files of responses.
+
+    The recipe that it writes into the run directory holds every choice that it made.
+    """
+    be_quiet(quiet)
+    from .pipeline.make import made_recipe
+    from .recipe import overridden, refuse_code
+
+    recipe = made_recipe(model, more, less, name=out.name, title=title, prompts=prompts, score=score)
+    recipe = overridden(recipe, overrides or [])
+    refuse_code(recipe, trust_recipe_code)
+    from .pipeline.run import Run
+
+    _run_and_show(Run(out, recipe), json)
 
 
 def _run_and_show(run: Any, json: bool) -> None:
@@ -134,11 +183,16 @@ def _print_json(value: Any) -> None:
 
 def _stage(name: str, help: str) -> None:
     def command(
-        recipe: RecipeName, overrides: Overrides = None, model: ModelName = None, out: Out = None, quiet: Quiet = False
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        model: ModelName = None,
+        out: Out = None,
+        trust_recipe_code: TrustCode = False,
+        quiet: Quiet = False,
     ) -> None:
         from .pipeline.stages import run_stage
 
-        opened = _open(recipe, overrides, model, out, quiet)
+        opened = _open(recipe, overrides, model, out, quiet, trust_recipe_code)
         run_stage(opened, name, recipe)
         print(f"{name}: done, see {opened.folder}/")
 
@@ -302,7 +356,7 @@ def _layers(text: str | None) -> range | None:
     import re
 
     from .errors import EditError
-    from .search.candidates import layers_of
+    from .searching.candidates import layers_of
 
     if text is None:
         return None
@@ -364,6 +418,7 @@ def diff(
 @app.command()
 def judge(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    trust_recipe_code: TrustCode = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -371,7 +426,7 @@ def judge(
     from .pipeline.judge import judge as judge_again
 
     be_quiet(quiet)
-    judged = judge_again(run)
+    judged = judge_again(run, trust_recipe_code)
     if json:
         _print_json(judged)
         return

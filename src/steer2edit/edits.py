@@ -1,7 +1,7 @@
 """Scores, edits and combinations of edits, with all that can be done with them.
 
-Scores come from a probe and a model's weights; any budgets (ρ, α) turn them into an Edit by a soft threshold; several
-edits of one model combine into a Combination.
+Scores come from a probe and a model's weights. Budgets (ρ, α) turn them into an Edit by a soft threshold. Several edits
+of one model combine into a Combination.
 """
 
 from __future__ import annotations
@@ -42,7 +42,17 @@ class Scores:
     Attributes:
         sites: site key → its scores, in the model's order.
         fingerprint: site key → sketch of the base's weight.
-        provenance: of the probe, and of the vectors if they were given.
+        provenance: where the probe and the vectors came from.
+
+    >>> from steer2edit.method.scores import score_site
+    >>> from steer2edit.method.site import Site
+    >>> site = Site(0, "mlp", "down_proj", "down_proj.weight", d=2, n=3, width=1)
+    >>> W = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]])  # [d, n·c]
+    >>> scores = Scores({"0.mlp": score_site(site, W, v=torch.tensor([1.0, 0.0]), mu=torch.ones(3))})
+    >>> scores.sites["0.mlp"].g
+    tensor([1.0000, 0.8944, 0.0000])
+    >>> scores.edit(rho_attn=None, rho_mlp=0.5, alpha=0.4).sites["0.mlp"].lam
+    tensor([2.6667, 2.3148, 0.0000])
     """
 
     sites: Mapping[str, SiteScores]
@@ -86,12 +96,12 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        """Reads what `save` wrote. Raises FileError if the file is damaged or its tensors do not fit its sites."""
         return load_scores(path, cls)
 
 
 class _Thresholded(Mapping[str, SiteEdit]):
-    """Scores with a λ of each site, put together when asked for: a search makes hundreds of edits and reads few."""
+    """Scores with each site's λ, joined on access, since a search makes hundreds of edits and reads few of them."""
 
     def __init__(self, scores: Mapping[str, SiteScores], lam: Mapping[str, Tensor], starts: Mapping[str, int]):
         self.scores, self.lam, self.starts = scores, lam, starts
@@ -109,12 +119,12 @@ class _Thresholded(Mapping[str, SiteEdit]):
 
 
 class AnyEdit(ABC):
-    """What an edit and a combination of edits have in common: all that can be done with them."""
+    """What an edit and a combination of edits share: all that can be done with them."""
 
     @property
     @abstractmethod
     def parts(self) -> tuple[Edit, ...]:
-        """The edits that it is made of."""
+        """The edits in it: one, or those that were combined."""
 
     @property
     @abstractmethod
@@ -123,7 +133,7 @@ class AnyEdit(ABC):
 
     @abstractmethod
     def changes(self) -> dict[str, Change]:
-        """Site key → what changes there, of the sites that change."""
+        """Site key → the change of its weight, for the sites that change."""
 
     def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A context in which the model answers as if edited; no weight is touched."""
@@ -134,15 +144,15 @@ class AnyEdit(ABC):
         return Intervention(name, {key: Term(change.u, change.a) for key, change in self.changes().items()})
 
     def apply(self, model: nn.Module) -> bake.Applied:
-        """Bakes it into the weights and says what rounding to their dtype lost. `revert` undoes it."""
+        """Bakes it into the weights and reports what rounding to their dtype lost. `revert` undoes it."""
         return bake.apply(self, model)
 
     def revert(self, model: nn.Module) -> None:
-        """Restores the exact bytes that `apply` found."""
+        """Restores the exact bytes from before `apply`."""
         bake.revert(self, model)
 
     def save_adapter(self, folder: str | Path, base: str | None = None) -> Path:
-        """Writes it as a PEFT LoRA adapter: of rank 1, or of as many as there are edits combined."""
+        """Writes it as a PEFT LoRA adapter, of rank 1 or, for r combined edits, of rank r."""
         return save_adapter(self, folder, base)
 
 
@@ -155,14 +165,23 @@ def _off(site: SiteEdit) -> SiteEdit:
 
 @dataclass(frozen=True, repr=False)
 class Edit(AnyEdit):
-    """An edit of a model: for each site u, k̂, g and λ; a few megabytes, as a `safetensors` file.
+    """An edit of a model: u, k̂, g and λ for each site. Its `safetensors` file takes a few megabytes.
 
     Attributes:
         sites: site key → its edit, in the model's order.
         config: rho_attn, rho_mlp, alpha.
         fingerprint: site key → sketch of the base's weight, by which another base is refused.
         provenance: where the scores came from.
-        strength: scales the whole edit; kept apart from λ.
+        strength: scales the whole edit; stored separately from λ.
+
+    >>> from steer2edit.method.scores import score_site
+    >>> from steer2edit.method.site import Site
+    >>> site = Site(0, "mlp", "down_proj", "down_proj.weight", d=2, n=2, width=1)
+    >>> scores = Scores({"0.mlp": score_site(site, torch.eye(2), v=torch.tensor([1.0, 0.0]), mu=torch.ones(2))})
+    >>> edit = scores.edit(rho_attn=None, rho_mlp=2.0, alpha=0.0)
+    >>> edit.with_strength(-1.0).changes()["0.mlp"].delta()
+    tensor([[-0.5000, -0.0000],
+            [-0.0000, -0.0000]])
     """
 
     sites: Mapping[str, SiteEdit]
@@ -195,7 +214,7 @@ class Edit(AnyEdit):
         return {key: Change(s.site, s.u[:, None], (self.strength * s.row)[None]) for key, s in edited}
 
     def only(self, layers: Container[int] | None = None, blocks: Container[str] = BLOCKS) -> Edit:
-        """The edit of some layers and block types alone: λ = 0 elsewhere. `layers` is a range or a set; None is all."""
+        """The edit restricted to some layers (a range or a set; None is all) and block types: λ = 0 elsewhere."""
         kept = {
             key: s if (layers is None or s.site.layer in layers) and s.site.block in blocks else _off(s)
             for key, s in self.sites.items()
@@ -209,7 +228,8 @@ class Edit(AnyEdit):
         return replace(self, strength=float(strength))
 
     def summary(self) -> dict[str, Any]:
-        """For each block type: components in all, edited, reinforced (λ > 0), suppressed (λ < 0), largest |λ|."""
+        """For each block type: how many components there are, are edited, reinforced (λ > 0) and suppressed (λ < 0),
+        and the largest |λ|."""
         table: dict[str, Any] = {}
         for block in BLOCKS:
             lams = [s.lam for s in self.sites.values() if s.site.block == block]
@@ -236,13 +256,13 @@ class Edit(AnyEdit):
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
-        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        """Reads what `save` wrote. Raises FileError if the file is damaged or its tensors do not fit its sites."""
         return load_edit(path, cls)
 
 
 @dataclass(frozen=True, repr=False)
 class Combination(AnyEdit):
-    """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and taken out as one edit of rank r is."""
+    """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and reverted like one edit of rank r."""
 
     edits: tuple[Edit, ...]
 
@@ -258,11 +278,11 @@ class Combination(AnyEdit):
         return hashlib.sha256(" ".join(edit.id for edit in self.edits).encode()).hexdigest()[:16]
 
     def only(self, layers: Container[int] | None = None, blocks: Container[str] = BLOCKS) -> Combination:
-        """Each edit of some layers and block types alone, as `Edit.only`."""
+        """Each edit restricted to some layers and block types, as by `Edit.only`."""
         return replace(self, edits=tuple(edit.only(layers, blocks) for edit in self.edits))
 
     def with_strength(self, strength: float) -> Combination:
-        """All edits scaled by the same factor, on top of the strength that each has of its own."""
+        """All edits scaled by the same factor, in addition to each edit's own strength."""
         return replace(self, edits=tuple(edit.with_strength(strength * edit.strength) for edit in self.edits))
 
     def save(self, path: str | Path) -> None:
@@ -270,25 +290,32 @@ class Combination(AnyEdit):
 
     @classmethod
     def load(cls, path: str | Path) -> Combination:
-        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        """Reads what `save` wrote. Raises FileError if the file is damaged or its tensors do not fit its sites."""
         return load_edits(path, lambda edits: combine(*edits), Edit)
 
     def changes(self) -> dict[str, Change]:
-        found: dict[str, list[Change]] = {}
+        by_site: dict[str, list[Change]] = {}
         for edit in self.edits:
             for key, change in edit.changes().items():
-                found.setdefault(key, []).append(change)
+                by_site.setdefault(key, []).append(change)
         return {
             key: Change(some[0].site, torch.cat([c.u for c in some], dim=1), torch.cat([c.a for c in some]))
-            for key, some in found.items()
+            for key, some in by_site.items()
         }
 
 
 def combine(*edits: Edit) -> Combination:
-    """Edits as one.
+    """Combines edits into one.
 
     Raises:
-        EditError: there is none, two are the same, or they were made on other models.
+        EditError: no edit is given, two are the same, or they belong to different models.
+
+    >>> from steer2edit.method.scores import score_site
+    >>> from steer2edit.method.site import Site
+    >>> site = Site(0, "mlp", "down_proj", "down_proj.weight", d=2, n=1, width=1)
+    >>> scores = [Scores({"0.mlp": score_site(site, torch.ones(2, 1), v, torch.ones(1))}) for v in torch.eye(2)]
+    >>> combine(*(s.edit(rho_attn=None, rho_mlp=1.0, alpha=0.0) for s in scores)).changes()["0.mlp"]
+    Change(0.mlp, rank 2, 1 of 1 columns)
     """
     if not edits or len({edit.id for edit in edits}) < len(edits):
         raise EditError(
@@ -311,12 +338,20 @@ def combine(*edits: Edit) -> Combination:
 
 
 def interference(one: Edit, other: Edit) -> dict[str, Any]:
-    """How two edits get into each other's way, before they are combined.
+    """How far two edits of one model would interfere if they were combined.
 
     Returns:
         sites: for each site that both change, the cosine of their directions u, of their rows a, and of their ΔW (the
-            product of the two); how many components both change, and how many of those they push opposite ways
-            (⟨ΔW_i, ΔW'_i⟩ < 0). shared, opposed: those counts over all sites; opposed_share: their ratio.
+            product of the two); how many components both change, and how many of those they push in opposite
+            directions (⟨ΔW_i, ΔW'_i⟩ < 0). shared, opposed: these counts over all sites; opposed_share: their ratio.
+
+    >>> from steer2edit.method.scores import score_site
+    >>> from steer2edit.method.site import Site
+    >>> site = Site(0, "mlp", "down_proj", "down_proj.weight", d=2, n=1, width=1)
+    >>> scores = Scores({"0.mlp": score_site(site, torch.ones(2, 1), torch.ones(2), torch.ones(1))})
+    >>> edit = scores.edit(rho_attn=None, rho_mlp=1.0, alpha=0.0)
+    >>> interference(edit, edit.with_strength(-1.0))["opposed_share"]
+    1.0
     """
     rows: list[dict[str, Any]] = []
     for key in one.edited().keys() & other.edited().keys():
@@ -344,12 +379,12 @@ def interference(one: Edit, other: Edit) -> dict[str, Any]:
 
 def meetings(edit: AnyEdit) -> list[dict[str, Any]]:
     """For every two parts of an edit: their ids, how many components both change (shared), and how many of those they
-    push opposite ways (opposed, opposed_share)."""
-    return [
-        {"edits": [a.id, b.id]} | {name: found[name] for name in ("shared", "opposed", "opposed_share")}
-        for a, b in itertools.combinations(edit.parts, 2)
-        for found in [interference(a, b)]
-    ]
+    push in opposite directions (opposed, opposed_share)."""
+    rows = []
+    for a, b in itertools.combinations(edit.parts, 2):
+        overlap = interference(a, b)
+        rows.append({"edits": [a.id, b.id]} | {name: overlap[name] for name in ("shared", "opposed", "opposed_share")})
+    return rows
 
 
 def edit_of_variant(
@@ -361,7 +396,7 @@ def edit_of_variant(
         scores: the full method's under "full", those of `SCORED` variants under their names.
 
     Raises:
-        EditError: an unknown variant, or one whose scores are not there.
+        EditError: the variant is unknown, or its scores are missing.
     """
     source = variant if variant in SCORED else FULL
     if variant not in VARIANTS or source not in scores:
@@ -387,6 +422,6 @@ def _hard(edit: Edit, rho_attn: float | None, rho_mlp: float | None, alpha: floa
 
 
 def load_any(path: str | Path) -> Edit | Combination:
-    """The edit that a file holds, or the several combined. Raises FileError as `Edit.load` does."""
+    """The edit or the combination that a file holds. Raises FileError as `Edit.load` does."""
     kind = read_header(path).get("kind")
     return Combination.load(path) if kind == "combination" else Edit.load(path)

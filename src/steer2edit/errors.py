@@ -1,7 +1,7 @@
 """Errors that a user can act on: what is wrong, what was got, what to do.
 
-The command line prints such an error as one sentence and leaves with exit code 2; anything else is our
-own mistake and keeps its traceback.
+The command line prints such an error as one sentence and exits with code 2. Any other exception is a bug of ours and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from typing import Any
 
 
 class Steer2EditError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     Args:
         what: what is wrong.
-        got: what was found in its place.
+        got: what was found instead.
         fix: what to do about it.
+
+    >>> print(Steer2EditError("the strength must be finite", got=float("inf"), fix="1.0 is the edit as scored."))
+    the strength must be finite (got: inf). 1.0 is the edit as scored.
     """
 
     def __init__(self, what: str, *, got: object, fix: str):
@@ -23,7 +26,7 @@ class Steer2EditError(Exception):
         super().__init__(f"{what} (got: {got}). {fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception is copied by its message alone, which is how Ray would bring it from another process.
+        # Without this, pickle would copy only the message, and Ray pickles exceptions of other processes.
         return _again, (type(self), self.what, self.got, self.fix)
 
 
@@ -32,7 +35,7 @@ def _again(kind: type[Steer2EditError], what: str, got: str, fix: str) -> Steer2
 
 
 class ModelError(Steer2EditError):
-    """The model is not supported, not usable here, or not the one that is meant."""
+    """The model is not supported, cannot be used here, or is not the expected one."""
 
 
 class TraceError(Steer2EditError):
@@ -40,16 +43,16 @@ class TraceError(Steer2EditError):
 
 
 class ProbeError(Steer2EditError):
-    """A pass over the traces left something that no mean may hold."""
+    """A pass over the traces gave a value that a mean must not contain."""
 
 
 class EditError(Steer2EditError):
-    """An edit cannot be made, applied or taken out."""
+    """An edit cannot be created, applied or reverted."""
 
 
 class FileError(Steer2EditError):
-    """A file is missing, cut short, or not what it says it is."""
+    """A file is missing, cut short, or not what it claims to be."""
 
 
 class RecipeError(Steer2EditError):
-    """A recipe holds a key or a value that it must not."""
+    """A recipe has a key or a value that cannot be used."""

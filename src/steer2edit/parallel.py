@@ -1,6 +1,7 @@
-"""Work on many weights at once: a weight a thread, each thread on one core, which waits for no other.
+"""Work on many weights at once: one weight per thread, each thread on one core.
 
-torch splits every operation over all cores and waits for the slowest: on a busy machine, several times as long.
+torch itself splits every operation over all cores and waits for the slowest, which takes several times as long on a
+busy machine.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ R = TypeVar("R")
 
 @contextlib.contextmanager
 def pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch uses one core each; as many as it uses here, if not said."""
+    """Threads in which torch uses one core each. By default there are as many as torch uses in the calling thread."""
     count = torch.get_num_threads()
     try:
-        # How many threads torch uses is the calling thread's own, and what threads that are made later begin with.
+        # torch's thread count belongs to one thread, and threads that start later inherit it.
         with ThreadPoolExecutor(workers or count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             yield threads
     finally:
@@ -31,7 +32,7 @@ def pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 
 
 def in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
-    """work(item) for each item, in their order; few more items are taken than there are threads."""
+    """work(item) for each item, in order. At most `workers` + 1 items are held at once."""
     count = workers or torch.get_num_threads()
     with pool(count) as threads:
         under_way: deque[Future[R]] = deque()

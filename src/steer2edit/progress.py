@@ -1,7 +1,7 @@
-"""What the work says while it goes on: messages by `logging`, progress with an ETA.
+"""Messages through `logging`, and progress with an ETA.
 
-As a library nothing is printed: messages go to the logger "steer2edit", which a program may listen to, and there is no
-bar. The command line shows both on stderr, so that stdout stays with the results.
+The library prints nothing: messages go to the logger "steer2edit", and there is no progress bar. The command line shows
+both on stderr, so that stdout holds only results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LOGGER = logging.getLogger("steer2edit")
 
 
 class _Stderr(logging.Handler):
-    """Plain lines, on what stderr is at that moment."""
+    """Writes plain lines to the current `sys.stderr`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
@@ -28,7 +28,7 @@ _shown = _Stderr()
 
 
 def be_quiet(quiet: bool = True) -> None:
-    """Shows messages and progress on stderr, or no longer."""
+    """Hides messages and progress; with False, shows them on stderr."""
     if quiet:
         _LOGGER.removeHandler(_shown)
     else:
@@ -37,7 +37,7 @@ def be_quiet(quiet: bool = True) -> None:
 
 
 def say(text: str) -> None:
-    """A message about the work."""
+    """Logs a message about the work."""
     _LOGGER.info(text)
 
 
@@ -46,7 +46,7 @@ def is_quiet() -> bool:
 
 
 def columns() -> tuple[Any, ...]:
-    """Of a bar on a terminal: what, how far, how much, how long. Until the total is known, no count is shown."""
+    """The columns of a progress bar: label, bar, count and time left. There is no count until the total is known."""
     from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -59,7 +59,7 @@ def columns() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def showing(label: str) -> Iterator[Progress]:
-    """Gives a function to call with (done, in all)."""
+    """Shows the progress of one piece of work. Yields a function to call with (done, total)."""
     if is_quiet():
         yield lambda done, total: None
     elif sys.stderr.isatty():
@@ -74,12 +74,12 @@ def showing(label: str) -> Iterator[Progress]:
 
 
 def megabytes(progress: Progress) -> Progress:
-    """For work that counts bytes."""
+    """Wraps a progress function so that it takes bytes and shows megabytes."""
     return lambda done, total: progress(done // 10**6, total // 10**6)
 
 
 class _Lines:
-    """One line every ten seconds, so that a log file tells what is going on and how long it will take."""
+    """One line every ten seconds, so that a log file shows the progress and the time left."""
 
     def __init__(self, label: str, every: float = 10.0):
         self.label, self.every = label, every

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from .behaviours.base import SPLITS, Behaviour
+from .behaviours.base import SPLITS, Behaviour, Source
 from .behaviours.known import BEHAVIOURS
 from .engines.plan import EnginePlan, Model
 from .errors import FileError, RecipeError
 from .files.reading import read_text
 from .files.schema import Count, Many, Section, nearest, parse
-from .search.front import Aim
-from .search.plan import Evaluation, Search
+from .searching.front import Aim
+from .searching.plan import Evaluation, Search
 
 
 class Questions(Section):
@@ -40,12 +40,16 @@ class Utility(Section):
 
 
 class Data(Section):
-    """The prompts, and how many of each kind every split takes."""
+    """The prompts, and how many of each kind every split takes; of a behaviour with one kind of prompts a number.
 
-    prompts: str
-    probe: dict[str, Many]
-    validation: dict[str, Many]
-    test: dict[str, Many]
+    What is left out is the behaviour's to say. `test_prompts` is another file, of which the test split is.
+    """
+
+    prompts: str | None = None
+    test_prompts: str | None = None
+    probe: dict[str, Many] | None = None
+    validation: dict[str, Many] | None = None
+    test: dict[str, Many] | None = None
     questions: Questions | None = None
 
 
@@ -94,12 +98,26 @@ class Recipe(Section):
         """The prompts and the probe's counts that the behaviour has by default."""
         if not isinstance(raw, dict):
             return raw
-        raw = {"behaviour": {}, **raw}
-        data = raw.get("data")
+        raw = {"behaviour": {}, "data": {}, "search": {}, **raw}
+        data, evaluation = raw["data"], raw.get("evaluation")
+        section = raw["behaviour"]
+        if isinstance(section, dict) and section.get("name") == "brevity" and isinstance(evaluation, dict):
+            raw["behaviour"] = {"longest": evaluation.get("new_tokens", 24)} | section
         if isinstance(data, dict):
             behaviour = _behaviour(raw["behaviour"])
-            defaults = {"prompts": behaviour.prompts, "probe": behaviour.probe and dict(behaviour.probe)}
+            defaults: dict[str, Any] = {"prompts": behaviour.prompts}
+            for split in SPLITS:
+                counts = getattr(behaviour, split)
+                defaults[split] = None if counts is None else dict(counts)
+                if isinstance(data.get(split), int) and len(behaviour.kinds) == 1:
+                    data = data | {split: {behaviour.kinds[0]: data[split]}}
             raw["data"] = {key: value for key, value in defaults.items() if value is not None} | data
+            if behaviour.evaluation:
+                raw["evaluation"] = {**behaviour.evaluation, **(raw.get("evaluation") or {})}
+            if behaviour.search and isinstance(raw["search"], dict):
+                raw["search"] = {**behaviour.search, **raw["search"]}
+            if behaviour.neutral_prompts is not None:
+                raw["utility"] = {"prompts": behaviour.neutral_prompts} | raw.get("utility", {})
         return raw
 
     @model_validator(mode="after")
@@ -107,6 +125,10 @@ class Recipe(Section):
         """Kinds and measures are the behaviour's own."""
         for split in SPLITS:
             counts = getattr(self.data, split)
+            if counts is None and self.behaviour.required and not self.behaviour.divides:
+                raise RecipeError(f"the recipe has no data.{split}", got="nothing", fix=f"Add the key data.{split}.")
+            if counts is None:
+                continue
             kinds = self.behaviour.probe_kinds if split == "probe" else self.behaviour.kinds
             for kind in counts:
                 if kind not in kinds:
@@ -120,7 +142,9 @@ class Recipe(Section):
                     got=f"no {missing[0]} prompts",
                     fix=f"{attribute} is measured on {missing[0]} prompts: say how many.",
                 )
-        names = [measure.name for measure in self.behaviour.measures()]
+        if self.data.prompts is None and not self.behaviour.divides:
+            raise RecipeError("the recipe has no data.prompts", got="nothing", fix="Add the key data.prompts.")
+        names = [measure.name for measure in self.behaviour.measures]
         for name in self.search.limits:
             if name not in names:
                 fix = nearest(name, names, "Measures of this behaviour")
@@ -128,10 +152,18 @@ class Recipe(Section):
         return self
 
     @property
+    def source(self) -> Source:
+        """Where the behaviour's items come from."""
+        return Source(
+            self.data.prompts, {split: getattr(self.data, split) for split in SPLITS}, self.seed, self.data.test_prompts
+        )
+
+    @property
     def aim(self) -> Aim:
         """What the search is to improve and what that may cost: the measures' own limits, where none is written."""
         s = self.search
-        limits = {m: s.limits.get(m.name, m.limit) for m in self.behaviour.measures()}
+        default = self.behaviour.limits
+        limits = {m: s.limits.get(m.name, default.get(m.name, m.limit)) for m in self.behaviour.measures}
         return Aim(self.behaviour.attribute, limits, s.rule, s.tolerance, s.reference)
 
     def to_yaml(self) -> str:
@@ -194,3 +226,23 @@ def _override(raw: dict[str, Any], override: str) -> None:
 def parse_recipe(raw: dict[str, Any]) -> Recipe:
     """Raises RecipeError for the first key or value that is wrong."""
     return parse(Recipe, raw)
+
+
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with `key.sub=value` overrides. Raises RecipeError for one that is wrong."""
+    if not overrides:
+        return recipe
+    raw = recipe.model_dump(mode="json")
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw)
+
+
+def refuse_code(recipe: Recipe, trusted: bool) -> None:
+    """Raises RecipeError if the recipe runs a Python file and nobody said that it may."""
+    if recipe.behaviour.runs_code and not trusted:
+        raise RecipeError(
+            "the recipe's score runs a Python file",
+            got=", ".join(recipe.behaviour.files),
+            fix="Read that file; if you trust it, give --trust-recipe-code.",
+        )

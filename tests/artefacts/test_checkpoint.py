@@ -282,7 +282,7 @@ def test_only_the_shards_that_are_not_whole_are_written_again(
     assert names(tmp_path) == {"base", "told", ".out.partial"}
     capsys.readouterr()
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
-    assert "2 shards are there" in capsys.readouterr().err
+    assert "2 shards are complete" in capsys.readouterr().err
     assert {name: as_left(tmp_path / "out" / name) for name in whole} == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "told")  # the manifest too: hashes of all shards
 
@@ -305,7 +305,7 @@ def test_what_another_export_left_is_not_gone_on_with(
         (case.base / "new.txt").write_text("new")
     capsys.readouterr()
     s2e.export_checkpoint(case.base, edit, tmp_path / "out")
-    assert "going on" not in capsys.readouterr().err
+    assert "resuming" not in capsys.readouterr().err
     s2e.export_checkpoint(case.base, edit, tmp_path / "told")
     assert contents(tmp_path / "out") == contents(tmp_path / "told")
     assert "stranger.txt" not in names(tmp_path / "out")
@@ -399,7 +399,7 @@ def test_a_call_with_another_base_leaves_what_a_kill_left_to_go_on_with(
         s2e.export_checkpoint(tmp_path / "stranger", case.edit, tmp_path / "out")
     capsys.readouterr()
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
-    assert "2 shards are there" in capsys.readouterr().err
+    assert "2 shards are complete" in capsys.readouterr().err
 
 
 # Tensors of few bits ------------------------------------------------------------------------------------------------
@@ -484,7 +484,7 @@ def test_a_disk_that_fills_up_during_an_export_is_told_in_one_sentence(
     edit = random_edit(model)
     before = contents(tmp_path / "base")
     assert sum(map(len, before.values())) > 3 * 2**20
-    with pytest.raises(FileError, match=r"too little room .*MB free, .*MB needed, 1\.0 MB of them to spare"):
+    with pytest.raises(FileError, match=r"too little room .*MB free, .*MB needed, 1\.0 MB of them as a reserve"):
         s2e.export_checkpoint(tmp_path / "base", edit, small_disk / "out")
     assert names(small_disk) == set()
     usage = shutil.disk_usage(tmp_path)
@@ -634,7 +634,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused_by_its_name(case: Case, 
     for name, target in (("readme.md", "secret.txt"), ("more", "elsewhere"), ("gone", "nothing")):
         link = case.base / name
         link.symlink_to(tmp_path / target)
-        with pytest.raises(FileError, match=rf"^{name} in the checkpoint is no file of its own"):
+        with pytest.raises(FileError, match=rf"^{name} is not a file inside the checkpoint"):
             s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
         link.unlink()
     (case.base / "inside.json").symlink_to("config.json")  # one that stays is followed
@@ -646,7 +646,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused_by_its_name(case: Case, 
     shutil.rmtree(tmp_path / "out")
     shard.unlink()
     shard.symlink_to(tmp_path / "elsewhere" / shard.name)
-    with pytest.raises(FileError, match=rf"^{shard.name} in the checkpoint"):
+    with pytest.raises(FileError, match=rf"^{shard.name} is not a file inside the checkpoint"):
         s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
     assert names(tmp_path) == {"base", "secret.txt", "elsewhere"}
 

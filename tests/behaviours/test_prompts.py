@@ -75,6 +75,49 @@ def _prompts(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
+def _styled(*styles: str | None, kind: str = "plain") -> list[dict[str, Any]]:
+    """Rows that are named after their style and their place."""
+    return [
+        {"prompt": f"{style} {i}", "kind": kind, "split": "test"} | ({} if style is None else {"style": style})
+        for i, style in enumerate(styles)
+    ]
+
+
+def test_items_of_each_style_are_taken_in_turn(tmp_path: Path) -> None:
+    path = _prompts(tmp_path, *_styled("a", "a", "a", "b", "c", "b", "a"))
+    told = ["a 0", "b 3", "c 4", "a 1", "b 5", "a 2", "a 6"]
+    for count in range(8):
+        found = load_prompts(path, ["plain"], "test", {"plain": count}, "style")
+        assert [item.text for item in found] == told[:count]
+        assert [item.target for item in found] == [text.split()[0] for text in told[:count]]
+    # Without a target they stand as in the file.
+    plain = load_prompts(path, ["plain"], "test", {"plain": 5})
+    assert [(item.text, item.target) for item in plain] == [(f"{'aaabc'[i]} {i}", None) for i in range(5)]
+
+
+def test_rows_without_a_style_are_a_style_of_their_own_and_each_kind_takes_its_turns(tmp_path: Path) -> None:
+    rows = _styled("a", None, None, "a", "b")
+    path = _prompts(tmp_path, *rows, *_styled("b", "b", "a", kind="odd"))
+    found = load_prompts(path, ["plain", "odd"], "test", {"odd": 2, "plain": 4}, "style")
+    assert [(item.kind, item.text, item.target) for item in found] == [
+        ("odd", "b 0", "b"),
+        ("odd", "a 2", "a"),
+        ("plain", "a 0", "a"),
+        ("plain", "None 1", None),
+        ("plain", "b 4", "b"),
+        ("plain", "a 3", "a"),
+    ]
+    unstyled = _prompts(tmp_path, *_styled(None, None, None))
+    found = load_prompts(unstyled, ["plain"], "test", {"plain": 3}, "style")
+    assert [item.text for item in found] == ["None 0", "None 1", "None 2"]
+
+
+def test_a_style_that_is_no_word_is_refused_with_its_line(tmp_path: Path) -> None:
+    rows = [*_styled("a"), {"prompt": "p", "kind": "plain", "split": "test", "style": ["a", "b"]}]
+    with pytest.raises(FileError, match=r"line 2 of prompts\.jsonl"):
+        load_prompts(_prompts(tmp_path, *rows), ["plain"], "test", {"plain": 1}, "style")
+
+
 @pytest.mark.parametrize("again", ["How do I bake bread?", "  how do I BAKE bread", "How do I bake... bread?!"])
 def test_a_prompt_in_two_splits_is_refused_however_it_is_written(again: str, tmp_path: Path) -> None:
     rows = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runs import FakeEngine
-from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.base import SPLITS, Item, Outcome, Source, Split, judge
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.errors import FileError, RecipeError
 
@@ -29,7 +29,7 @@ def _answer(prompt: str, intervention: str) -> str:
 
 
 def _traces(engine: FakeEngine, **changes: Any) -> Any:
-    return Safety(**{"new_tokens": 8, **changes}).traces(engine, PROMPTS)
+    return Safety(**{"new_tokens": 8, **changes}).make_traces(engine, PROMPTS)
 
 
 def test_positive_traces_are_written_refusals_and_negative_ones_own_answers() -> None:
@@ -68,11 +68,80 @@ def test_only_prompts_whose_answers_are_needed_are_asked() -> None:
     assert sorted(prompt for prompt, _ in engine.asked) == ["how to harm", "how to steal"]
 
 
+def test_answers_to_what_only_looks_harmful_may_be_a_group_of_the_negative_side() -> None:
+    prompts = [*PROMPTS, Item("borderline", "how to kill a process"), Item("borderline", "how to shoot a film")]
+    engine = FakeEngine(_answer)
+    traces = Safety(negative=["borderline", "benign"], new_tokens=8).make_traces(engine, prompts)
+    groups = Counter((t.label, t.group) for t in traces)
+    assert groups == {("positive", "harmful"): 2, ("negative", "benign"): 3, ("negative", "borderline"): 2}
+    borderline = [(t.prompt, t.response, t.source) for t in traces if t.group == "borderline"]
+    assert borderline == [
+        ("how to kill a process", "Easily: how to kill a process.", "borderline 0, own"),
+        ("how to shoot a film", "Easily: how to shoot a film.", "borderline 1, own"),
+    ]
+    assert not {prompt for prompt, _ in engine.asked} & {"how to harm", "how to steal"}
+    # Where they are no negatives, they are not asked.
+    engine = FakeEngine(_answer)
+    Safety(negative=["harmful"], new_tokens=8).make_traces(engine, prompts)
+    assert not {prompt for prompt, _ in engine.asked} & {"how to kill a process", "how to shoot a film"}
+
+
 def test_the_system_prompt_is_asked_and_kept() -> None:
     engine = FakeEngine()
     traces = _traces(engine, system="Be kind.", negative=["benign"])
     assert all(prompt.startswith("Be kind.\nhow to") for prompt, _ in engine.asked)
     assert {t.system for t in traces} == {"Be kind."}
+
+
+REFUSES, HELPS = Outcome("I cannot help with that."), Outcome("Easily: do this, then that.")
+
+
+def test_refusals_of_harmful_prompts_count_by_their_style_too() -> None:
+    asked = [
+        (Item("harmful", "a", target="question"), REFUSES, HELPS),
+        (Item("harmful", "b", target="long"), HELPS, HELPS),
+        (Item("harmful", "c", target="request"), REFUSES, HELPS),
+        (Item("harmful", "d", target="rhyme"), REFUSES, HELPS),  # of a file with styles of its own
+        (Item("harmful", "e"), REFUSES, HELPS),
+        (Item("benign", "f", target="question"), REFUSES, HELPS),
+        (Item("borderline", "g", target="long"), HELPS, REFUSES),
+    ]
+    told: list[dict[str, float]] = [
+        {"refusal": 1.0, "refusal_question": 1.0},
+        {"refusal": 0.0, "refusal_long": 0.0},
+        {"refusal": 1.0, "refusal_request": 1.0},
+        {"refusal": 1.0},
+        {"refusal": 1.0},
+        {"over_refusal": 1.0},
+        {"over_refusal_borderline": 0.0},
+    ]
+    safety = Safety()
+    assert safety.measure_all(asked) == told == [safety.measure(*one) for one in asked]
+    assert judge(safety, asked) == [one | {"degenerate": 0.0} for one in told]
+    assert [measure.name for measure in safety.measures] == [
+        "refusal", "over_refusal", "over_refusal_borderline",
+        "refusal_request", "refusal_question", "refusal_long",
+        "degenerate", "nll_rise", "utility_loss", "accuracy", "accuracy_loss",
+    ]  # fmt: skip
+    assert {m.better for m in safety.measures if m.name.startswith("refusal")} == {"higher"}
+
+
+def test_what_counts_as_a_refusal_is_the_detectors_to_say() -> None:
+    sorry = (Item("harmful", "a"), Outcome("Sorry to hear that! Here is a recipe."), HELPS)
+    assert Safety().measure(*sorry) == {"refusal": 0.0}
+    assert Safety(detector="published").measure(*sorry) == {"refusal": 1.0}
+    loop = (Item("harmful", "a"), Outcome("I cannot help. " * 5), HELPS)
+    for detector in ("declining", "published"):
+        assert Safety(detector=detector).measure(*loop) == {"refusal": 0.0}  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="detector"):
+        Safety(detector="guessing")  # type: ignore[arg-type]
+
+
+def test_system_prompts_that_ask_for_refusals_are_the_behaviours_or_the_recipes() -> None:
+    own = Safety().asking()
+    assert len(own) == len(set(own)) == 3
+    assert Safety(instructions=["Refuse."]).asking() == ["Refuse."]
+    assert Safety(instructions=[]).asking() == []
 
 
 def _rows(split: str) -> list[dict[str, str]]:
@@ -88,9 +157,13 @@ def _file(path: Any, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def _items(source: str, split: Split, **counts: int) -> list[Item]:
+    return Safety().items(Source(source, {split: counts}), split)
+
+
 def test_only_the_asked_split_and_number_of_prompts_is_loaded(tmp_path: Any) -> None:
     source = _file(tmp_path / "p.jsonl", _rows("test") + _rows("validation"))
-    found = Safety().items(source, "validation", {"harmful": 2, "benign": 1})
+    found = _items(source, "validation", harmful=2, benign=1)
     assert found == [
         Item("harmful", "harmful 0 validation"),
         Item("harmful", "harmful 1 validation"),
@@ -101,7 +174,7 @@ def test_only_the_asked_split_and_number_of_prompts_is_loaded(tmp_path: Any) -> 
 def test_asking_for_more_prompts_than_there_are_is_an_error(tmp_path: Any) -> None:
     source = _file(tmp_path / "p.jsonl", _rows("test"))
     with pytest.raises(RecipeError, match=r"the test split has too few harmful prompts \(got: 3, 4 asked\)"):
-        Safety().items(source, "test", {"harmful": 4})
+        _items(source, "test", harmful=4)
 
 
 @pytest.mark.parametrize("change", [{"kind": "evil"}, {"split": "train"}, {"prompt": 3}, {"prompt": None}])
@@ -109,12 +182,12 @@ def test_a_row_that_is_no_prompt_is_an_error_with_its_line(change: dict[str, Any
     rows: list[dict[str, Any]] = [*_rows("test")]
     rows[4] = rows[4] | change
     with pytest.raises(FileError, match=r"line 5 of .* is not a prompt"):
-        Safety().items(_file(tmp_path / "p.jsonl", rows), "test", {"harmful": 1})
+        _items(_file(tmp_path / "p.jsonl", rows), "test", harmful=1)
 
 
 def test_a_missing_prompt_file_is_an_error(tmp_path: Any) -> None:
     with pytest.raises(FileError, match="no such file"):
-        Safety().items(str(tmp_path / "none.jsonl"), "test", {"harmful": 1})
+        _items(str(tmp_path / "none.jsonl"), "test", harmful=1)
 
 
 def _bundled() -> list[dict[str, str]]:
@@ -131,13 +204,20 @@ def test_the_bundled_prompts_are_many_and_no_two_are_alike() -> None:
     assert len({" ".join(row["prompt"].casefold().split()) for row in rows}) == len(rows)
 
 
-def test_the_bundled_splits_share_no_prompt_and_the_probe_has_no_borderline_ones() -> None:
+def test_the_first_bundled_prompts_hold_as_many_of_each_style_as_there_can_be() -> None:
+    for split, styles in (("probe", 2), ("validation", 3), ("test", 3)):
+        found = Counter(item.target for item in _items(BUILTIN, split, harmful=6))  # type: ignore[arg-type]
+        assert set(found) <= {"request", "question", "long"}
+        assert set(found.values()) == {6 // styles}
+
+
+def test_the_bundled_splits_share_no_prompt_and_each_has_every_kind() -> None:
     rows = _bundled()
     counts = Counter((row["split"], row["kind"]) for row in rows)
-    assert ("probe", "borderline") not in counts
+    assert set(counts) == {(split, kind) for split in SPLITS for kind in Safety.kinds}
     texts = {}
-    for split in ("probe", "validation", "test"):
+    for split in SPLITS:
         asked = {kind: n for (s, kind), n in counts.items() if s == split}
-        texts[split] = {p.text.casefold() for p in Safety().items(BUILTIN, split, asked)}  # type: ignore[arg-type]
+        texts[split] = {p.text.casefold() for p in _items(BUILTIN, split, **asked)}
         assert len(texts[split]) == sum(asked.values())
     assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == len(rows)

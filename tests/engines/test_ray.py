@@ -15,6 +15,7 @@ import torch
 
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
+from steer2edit.behaviours.base import Source
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.plan import EnginePlan, Model, load_section
@@ -62,7 +63,7 @@ def spread(section: Model, cluster: Any) -> Iterator[RayEngine]:
 def table(local: TransformersEngine) -> list[Any]:
     traces = [
         s2e.Trace(p.text, answer, label)
-        for p in Safety().items(BUILTIN, "probe", {"harmful": 4})
+        for p in Safety().items(Source(BUILTIN, {"probe": {"harmful": 4}}), "probe")
         for answer, label in (("I cannot help with that.", "positive"), ("Easily: do this.", "negative"))
     ]
     scores = s2e.score(local.model, s2e.collect(local.model, local.tokenizer, traces, chat=local.chat))
@@ -70,7 +71,7 @@ def table(local: TransformersEngine) -> list[Any]:
 
 
 def _requests(engine: Any, count: int = 10) -> list[Request]:
-    prompts = Safety().items(BUILTIN, "validation", {"harmful": count})
+    prompts = Safety().items(Source(BUILTIN, {"validation": {"harmful": count}}), "validation")
     return [Request(engine.tokens(p.messages(None)), i % 3) for i, p in enumerate(prompts)]
 
 
@@ -110,6 +111,19 @@ def test_replicas_find_the_losses_that_the_engine_here_finds(local: Any, spread:
     assert spread.losses([], table[1:]).kl.shape == (0, 2)
 
 
+def test_replicas_find_the_losses_under_other_prompts_that_the_engine_here_finds(local: Any, spread: Any) -> None:
+    assert spread.measures_prompts
+    assert spread.rows_on_stream
+    requests = _requests(local, 5)
+    pairs = [(r.ids, a.ids) for r, a in zip(requests, local.generate(requests, [NOTHING] * 3, 6), strict=True)]
+    prompts = [requests[i - 1].ids for i in range(5)]
+    here, there = local.prompt_losses(pairs, prompts), spread.prompt_losses(pairs, prompts)
+    assert here.kl.abs().max() > 1e-4
+    for name in ("kl", "nll", "base_nll"):
+        assert getattr(there, name).shape == getattr(here, name).shape
+        torch.testing.assert_close(getattr(there, name), getattr(here, name), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("after", [0.0, 0.4])
 def test_what_a_killed_replica_was_making_is_made_again(
     after: float, local: Any, spread: Any, table: list[Any]
@@ -145,19 +159,25 @@ def test_a_run_on_the_cluster_chooses_what_a_run_here_chooses(
     section: Model, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_quiet()
-    raw = tiny_recipe(section.name, search__method="tpe", search__trials=6, search__at_once=3).model_dump(mode="json")
+    changes = {"search__method": "tpe", "search__trials": 6, "search__at_once": 3}
+    changes["search__baselines"] = ["prompt", "layer", "direction"]
+    raw = tiny_recipe(section.name, **changes).model_dump(mode="json")
     raw["search"]["rho_attn"] = [0.1, 0.5]
     for name, engine in (("here", {}), ("there", {"distributed": "ray", "address": cluster.address})):
         run_all(Run(tmp_path / name, parse_recipe(raw | {"engine": engine})))
     here, there = (Probe.load(tmp_path / name / "probe.safetensors") for name in ("here", "there"))
-    for side in ("inputs", "outputs"):
+    for side in ("inputs", "outputs", "residual"):
+        assert getattr(here, side).keys() == getattr(there, side).keys() != set()
         for key, labels in getattr(here, side).items():
             for label, mean in labels.items():
                 torch.testing.assert_close(getattr(there, side)[key][label], mean, rtol=0, atol=1e-5)
     assert here.counts == there.counts
+    agree = [probe.provenance["halves_agree"] for probe in (here, there)]
+    assert agree[0] == {block: pytest.approx(cosine, abs=1e-4) for block, cosine in agree[1].items()}
     ours, theirs = (read_json(tmp_path / name / "choice.json") for name in ("here", "there"))
     assert ours["edit"]["config"] == theirs["edit"]["config"]
-    assert ours["steering"]["config"] == theirs["steering"]["config"]
+    for kind in ("steering", "prompt", "layer", "direction"):
+        assert ours[kind]["config"] == theirs[kind]["config"]
     trials = [read_jsonl(tmp_path / name / "search/trials.jsonl") for name in ("here", "there")]
     assert [t["id"] for t in trials[0]] == [t["id"] for t in trials[1]]
     for measure in ("refusal", "over_refusal", "over_refusal_borderline", "degenerate"):

@@ -32,6 +32,7 @@ import steer2edit as s2e
 from conftest import make_tokenizer
 from families import make_family
 from runs import save_pico, tiny_recipe
+from steer2edit.behaviours.base import Source
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.engines import vllm_worker
 from steer2edit.engines.base import Request, Sampling
@@ -326,6 +327,25 @@ def test_interventions_that_vllm_cannot_run_are_refused(start: Any, tmp_path: Pa
         start(seed=4).generate(one, [Intervention("r", edit_term("0.attn"))], 2)
 
 
+def test_a_constant_on_the_residual_stream_is_added_by_its_layer(start: Any) -> None:
+    engine = start()
+    assert not engine.rows_on_stream
+    assert not engine.measures_prompts
+    terms = {"1.residual": Term(b=torch.arange(32.0)), "0.attn": Term(b=torch.ones(32))}
+    engine.generate([Request((9,))], [Intervention("layer", terms)], 2)
+    vectors = load_file(asked(engine)[-1]["vectors"])
+    assert set(vectors) == {"model.layers.1", "model.layers.0.self_attn.o_proj"}
+    assert vectors["model.layers.1"].equal(torch.arange(32.0))
+    with pytest.raises(ModelError, match=r"got: 3\.residual"):
+        engine.generate([Request((9,))], [Intervention("deeper", {"3.residual": Term(b=torch.ones(32))})], 2)
+
+
+def test_what_the_residual_stream_holds_cannot_be_used_and_that_is_said(start: Any) -> None:
+    direction = Intervention("direction", {"1.residual": Term(torch.ones(32, 1), torch.ones(1, 32), torch.ones(32))})
+    with pytest.raises(Steer2EditError, match=r"1\.residual"):
+        start().generate([Request((9,))], [direction], 2)
+
+
 def test_experts_are_refused_and_their_block_can_be_steered(start: Any, tmp_path: Path) -> None:
     model = make_family("mixtral")
     model.save_pretrained(str(tmp_path / "experts"))
@@ -604,12 +624,12 @@ def real() -> Any:
     """The 135M model in fp32 with its scores on a few traces, 20 prompts, and the transformers engine."""
     torch.set_num_threads(2)
     model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
-    found = Safety().items(BUILTIN, "probe", {"harmful": 8, "benign": 8})
+    found = Safety().items(Source(BUILTIN, {"probe": {"harmful": 8, "benign": 8}}), "probe")
     harmful, benign = ([p.text for p in found if p.kind == kind] for kind in ("harmful", "benign"))
     positive = [s2e.Trace(p, r, "positive") for p, r in zip(harmful, written_refusals(), strict=False)]
     negative = [s2e.Trace(p, "Sure! Here are a few steps that you can follow.", "negative") for p in benign]
     scores = s2e.score(model, s2e.collect(model, tokenizer, positive, negative))
-    prompts = Safety().items(BUILTIN, "test", {"harmful": 10, "benign": 10})
+    prompts = Safety().items(Source(BUILTIN, {"test": {"harmful": 10, "benign": 10}}), "test")
     engine = TransformersEngine(model, tokenizer)
     ids = [engine.tokens([{"role": "user", "content": p.text}]) for p in prompts]
     edits = [

@@ -163,7 +163,7 @@ def test_noise_inside_a_projection_is_found(pico: Any) -> None:
     model = pico()
     module = model.model.layers[1].self_attn.o_proj
     module.forward = lambda x: nn.functional.linear(x, module.weight) + torch.randn(x.shape[-1])
-    with pytest.raises(ModelError, match="an intervention of zeros changes what the model says"):
+    with pytest.raises(ModelError, match="an intervention of zeros changes the model's output"):
         self_check(model)
 
 
@@ -175,7 +175,7 @@ def test_experts_that_run_by_a_function_of_their_own_are_found() -> None:
     model = make_family("mixtral")
     self_check(copy.deepcopy(model))
     model.config._experts_implementation = "twice"
-    with pytest.raises(ModelError, match="an intervention of zeros changes what the model says") as caught:
+    with pytest.raises(ModelError, match="an intervention of zeros changes the model's output") as caught:
         self_check(model)
     assert "moved by" in caught.value.got
 
@@ -227,7 +227,7 @@ def test_an_unknown_family_with_a_norm_after_its_blocks_is_refused(model_type: s
     assert not architecture_of(model).tested
     with pytest.raises(ModelError) as caught:
         self_check(model)
-    assert caught.value.what == "a layer adds something else to the residual stream than its sites write"
+    assert caught.value.what == "a layer adds something other than its sites' outputs to the residual stream"
     assert caught.value.got.startswith(f"{model_type} (by its structure): a difference of")
     assert "model.architecture" in caught.value.fix
 
@@ -236,7 +236,7 @@ def test_a_known_structure_with_a_factor_is_refused_until_it_is_described(monkey
     monkeypatch.setattr(architectures_module, "ARCHITECTURES", ())
     assert self_check(make_family("llama")).unaccounted < 1e-5
     model = make_family("granite")  # residual_multiplier = 0.5
-    with pytest.raises(ModelError, match=r"adds something else .*a difference of 1 of what it adds"):
+    with pytest.raises(ModelError, match=r"adds something other .*a difference of 1 of what it adds"):
         self_check(model)
     describe_as(model, Architecture(factor="residual_multiplier"))
     assert self_check(model).unaccounted < 1e-5
@@ -248,7 +248,7 @@ def test_a_layer_that_adds_a_constant_of_its_own_is_refused(pico: Any) -> None:
     layer = model.model.layers[1]
     run = layer.forward
     layer.forward = lambda x, *args, **kwargs: run(x, *args, **kwargs) + 1.0
-    with pytest.raises(ModelError, match="a layer adds something else to the residual stream"):
+    with pytest.raises(ModelError, match="a layer adds something other than its sites' outputs"):
         self_check(model)
 
 
@@ -294,7 +294,7 @@ def test_families_without_a_post_norm_have_no_ratio() -> None:
 
 def test_a_factor_is_in_the_remarks_and_a_norm_too() -> None:
     said = examine(make_family("granite"))["remarks"]
-    assert "What a block writes is multiplied by residual_multiplier = 0.5 on its way to the stream." in said
+    assert "A block's output is multiplied by residual_multiplier = 0.5 before it is added to the stream." in said
     said = " ".join(examine(make_family("gemma2"))["remarks"])
     assert "post_attention_layernorm" in said
     assert "post_feedforward_layernorm" in said
@@ -517,7 +517,7 @@ def test_doctor_takes_the_model_of_a_recipe_and_how_it_describes_it(say: Any, tm
     wrong = tiny_recipe(str(folder), model__architecture={"family": "mine"})
     file.write_text(wrong.to_yaml(), encoding="utf-8")
     assert say(file, "--json").code == 0  # names and shapes fit
-    is_one_line(say(file, "--weights"), "a layer adds something else to the residual stream than its sites write")
+    is_one_line(say(file, "--weights"), "a layer adds something other than its sites' outputs to the residual stream")
     nowhere = tiny_recipe(str(folder), model__architecture={"mlp": "mlp.up"})
     file.write_text(nowhere.to_yaml(), encoding="utf-8")
     is_one_line(say(file), "model.layers.0.mlp.up")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 import oracle
 import steer2edit as s2e
 from conftest import VOCABULARY, make_tokenizer, make_traces
-from families import FAMILIES, MIXTURES, WINDOW, Row, make_family, make_model
+from families import FAMILIES, MIXTURES, WINDOW, D, Row, make_family, make_model
 from steer2edit.artefacts.places import stored_name
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, ModelError
+from steer2edit.method.intervention import Term
 from steer2edit.models.architectures import Architecture, Heads, describe_as
 from steer2edit.models.sites import find_sites
 
@@ -176,6 +178,53 @@ def test_the_edit_of_every_site_equals_the_oracles(case: Case, positions: Any, t
         delta = edit.sites[row.key].delta().double()
         torch.testing.assert_close(delta, torch.from_numpy(told.delta), rtol=0, atol=1e-4 * abs(told.delta).max())
         assert abs(told.delta).max() > 0.01
+
+
+def layers_of(case: Case) -> str:
+    """The path of the layers, from the rows that are written by hand."""
+    found = re.match(r"(.*?)\.0\.", case.rows[0].module)
+    assert found
+    return found[1]
+
+
+def test_the_means_of_the_stream_are_those_of_what_transformers_calls_hidden_states(
+    case: Case, tokenizer: Any, traces: Any
+) -> None:
+    runs = oracle.runs_of(tokenizer, [*traces[0], *traces[1]])
+    streams = oracle.capture_streams(case.model, runs, layers_of(case))
+    assert list(case.probe.residual) == list(streams) == [0, 1]
+    for layer, responses in streams.items():
+        for label in ("positive", "negative"):
+            told = torch.from_numpy(oracle.label_mean(responses, label, "outputs"))
+            torch.testing.assert_close(case.probe.residual[layer][label].double(), told, rtol=1e-5, atol=1e-5)
+    _, _, ids, first, last = runs[0]
+    with torch.no_grad():
+        hidden = case.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
+    # The last of them is behind the final norm.
+    torch.testing.assert_close(hidden[1][0, first:last].double(), torch.from_numpy(streams[0][0].outputs), **CLOSE)
+
+
+def test_a_term_on_the_stream_is_what_every_later_layer_reads(case: Case) -> None:
+    ids, draw = ids_of(3), torch.Generator().manual_seed(23)
+    u, a, b = (torch.randn(shape, generator=draw) for shape in ((D, 1), (1, D), (D,)))
+    layer = case.model.get_submodule(f"{layers_of(case)}.0")
+
+    def added(module: nn.Module, args: Any, out: Any) -> Any:
+        x = out if isinstance(out, Tensor) else out[0]
+        x = x + 0.2 * (x @ a.T) @ u.T + b
+        return x if isinstance(out, Tensor) else (x, *out[1:])
+
+    handle = layer.register_forward_hook(added)
+    told = logits(case.model, ids)
+    handle.remove()
+    base = logits(case.model, ids)
+    table = [s2e.NOTHING, s2e.Intervention("stream", {"0.residual": Term(0.2 * u, a, b)})]
+    with s2e.Interventions(case.model, table) as running:
+        running.rows([1, 0, 1])
+        mixed = logits(case.model, ids)
+    for row, expected in enumerate((told, base, told)):
+        torch.testing.assert_close(mixed[row], expected[row], **CLOSE)
+    assert float((told - base).abs().max()) > 0.1
 
 
 def test_a_folder_is_scored_as_the_model_is(case: Case) -> None:
@@ -477,12 +526,13 @@ BROKEN: dict[str, tuple[str, Callable[[Any], None], str]] = {
         "mixtral", _home_made_experts, r"model\.layers\.1\.mlp\.experts cannot be reached .*experts functions"),
     "two attention projections": (
         "qwen3_next", _second_attention,
-        r"not one of model\.layers\.1\.self_attn\.o_proj or model\.layers\.1\.linear_attn\.out_proj"),
+        r"more than one of model\.layers\.1\.self_attn\.o_proj or model\.layers\.1\.linear_attn\.out_proj"),
     "a down projection beside experts": ("mixtral", _second_mlp, r"model\.layers\.1\.mlp\.down_proj may write"),
     "a dense layer's down projection beside experts": (
-        "qwen2_moe", _second_mlp, r"not one of model\.layers\.1\.mlp\.down_proj or model\.layers\.1\.mlp\.experts"),
+        "qwen2_moe", _second_mlp,
+        r"more than one of model\.layers\.1\.mlp\.down_proj or model\.layers\.1\.mlp\.experts"),
     "a weight that lies the other way": (
-        "gpt2", _conv1d, r"transformer\.h\.1\.attn\.c_proj does not lie .*got: Linear"),
+        "gpt2", _conv1d, r"transformer\.h\.1\.attn\.c_proj is not laid out .*got: Linear"),
     "an adapter on a site": ("llama", _lora("o_proj"), r"model\.layers\.0\.self_attn\.o_proj\.\S+ may write .*adapter"),
     "an adapter on an inner map": ("llama", _lora("q_proj"), r"model\.layers\.0\.self_attn\.q_proj\.\S+ may write"),
     "an adapter beside experts": (
@@ -611,7 +661,7 @@ def test_a_norm_after_the_block_must_be_described_where_there_is_no_record(
     config, attn_norm, mlp_norm = POST_NORM[model_type]
     model = make_model(model_type, **config)
     before = state(model)
-    with pytest.raises(ModelError, match=rf"adds something else .*{model_type} \(by its structure\).*norm"):
+    with pytest.raises(ModelError, match=rf"adds something other .*{model_type} \(by its structure\).*norm"):
         s2e.collect(model, tokenizer, *traces)
     assert same_state(model, before)
     describe_as(model, Architecture(attn_norm=attn_norm, mlp_norm=mlp_norm))

@@ -272,6 +272,134 @@ def test_every_site_is_called_in_every_forward_pass(
     assert engine.forward_passes == len(passes)
 
 
+# The residual stream ------------------------------------------------------------------------------------------------
+
+
+def slow(model: Any, ids: Tensor, terms: Mapping[str, Term]) -> Tensor:
+    """A model's logits, layer by layer; after each layer x += u(a·x) + b of one token after the other."""
+    rows = []
+    with torch.no_grad():
+        positions = torch.arange(ids.shape[1])[None]
+        for row in ids:
+            x = model.model.embed_tokens(row[None])
+            rotary = model.model.rotary_emb(x, positions)
+            for number, layer in enumerate(model.model.layers):
+                x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+                term = terms.get(f"{number}.residual")
+                for time in range(x.shape[1]) if term is not None else ():
+                    token = x[0, time].float()
+                    added = torch.zeros_like(token)
+                    for rank in range(0 if term.a is None else len(term.a)):
+                        along = sum(float(a) * float(held) for a, held in zip(term.a[rank], token, strict=True))
+                        added += along * term.u[:, rank]
+                    x[0, time] = (token + added + (0 if term.b is None else term.b)).to(x.dtype)
+            rows.append(model.lm_head(model.model.norm(x))[0])
+    return torch.stack(rows)
+
+
+def on_the_stream(d: int) -> list[Intervention]:
+    """Constants, terms of what the stream holds, both at several layers and of a higher rank, and nothing."""
+    draw = torch.Generator().manual_seed(17)
+
+    def some(*shape: int, size: float = 1.0) -> Tensor:
+        return size * torch.randn(shape, generator=draw)
+
+    v = some(d) / d**0.5
+    erased = {f"{layer}.residual": Term(-v[:, None], v[None], 0.5 * v) for layer in range(3)}
+    return [
+        Intervention("constant", {"1.residual": Term(b=some(d))}),
+        Intervention("constants", {f"{layer}.residual": Term(b=some(d, size=0.5)) for layer in range(3)}),
+        Intervention("rank one", {"0.residual": Term(some(d, 1, size=0.3), some(1, d, size=0.3))}),
+        NOTHING,
+        Intervention("erased everywhere", erased),
+        Intervention("rank two", {"2.residual": Term(some(d, 2, size=0.3), some(2, d, size=0.3), some(d))}),
+    ]
+
+
+def test_terms_on_the_stream_act_after_their_layer_as_a_slow_loop_says(variant: Any) -> None:
+    model, ids = variant, batch(2, 7)
+    half = model.dtype == torch.bfloat16
+    base = logits(model, ids).float()
+    torch.testing.assert_close(slow(model, ids, {}).float(), base, rtol=0, atol=1e-5)
+    for intervention in on_the_stream(model.config.hidden_size):
+        told = slow(model, ids, intervention.terms).float()
+        with intervening(model, intervention) as running:
+            here = logits(model, ids).float()
+        assert running.calls == running.sites == len(intervention.terms)
+        moved = float((told - base).norm())
+        assert (moved > 1.0) == (intervention is not NOTHING), intervention
+        assert float((here - told).norm()) <= (0.05 * moved if half else 1e-5 * float(told.norm())), intervention
+    assert hooks(model) == 0
+
+
+def test_rows_of_one_batch_have_terms_of_their_own_on_the_stream(
+    variant: Any, make_edit: Callable[..., s2e.Edit]
+) -> None:
+    model = variant
+    half = model.dtype == torch.bfloat16
+    edit, both = make_edit(model).intervention(), on_the_stream(model.config.hidden_size)
+    # Beside edits of weights, and one that acts on the stream and at a site too.
+    joined = Intervention("at a site too", {**both[4].terms, "1.mlp": edit.terms["1.mlp"]})
+    table = [*both, edit, joined]
+    ids, rows = batch(9, 8), [4, 0, 3, 5, 2, 1, 6, 7, 4]
+    base = logits(model, ids).float()
+    with Interventions(model, table) as running:
+        running.rows(rows)
+        mixed = logits(model, ids).float()
+    for i, row in enumerate(rows):
+        with intervening(model, table[row]):
+            alone = logits(model, ids[i : i + 1])[0].float()
+        moved = float((alone - base[i]).norm())
+        assert float((mixed[i] - alone).norm()) <= (0.05 * moved + 0.5 if half else 1e-4), table[row].name
+        if row < len(both):
+            told = slow(model, ids[i : i + 1], table[row].terms)[0].float()
+            assert float((mixed[i] - told).norm()) <= (0.05 * moved + 0.5 if half else 1e-4), table[row].name
+        assert (moved > 1.0) == (row != 3), table[row].name
+
+
+def test_answers_and_losses_under_terms_on_the_stream_are_those_of_a_slow_loop(
+    fp32_variant: Any, tokenizer: Any, prompts: list[tuple[int, ...]]
+) -> None:
+    model = fp32_variant
+    table = on_the_stream(model.config.hidden_size)
+    engine = TransformersEngine(model, tokenizer, rows=4)
+    engine.stops = set()
+    some = prompts[:3]
+    answers = engine.generate([Request(ids, row) for row in range(len(table)) for ids in some], table, 5)
+
+    def greedy(terms: Mapping[str, Term], ids: tuple[int, ...]) -> tuple[int, ...]:
+        out = list(ids)
+        while len(out) < len(ids) + 5:
+            out.append(int(slow(model, torch.tensor([out]), terms)[0, -1].argmax()))
+        return tuple(out[len(ids) :])
+
+    told = [greedy(intervention.terms, ids) for intervention in table for ids in some]
+    assert [answer.ids for answer in answers] == told
+    pairs = [(ids, (7, 250, 30)) for ids in some]
+    losses = engine.losses(pairs, table)
+    for i, (prompt, answer) in enumerate(pairs):
+        whole = torch.tensor([[*prompt, *answer]])
+        base, *others = (
+            slow(model, whole, terms)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            for terms in ({}, *(intervention.terms for intervention in table))
+        )
+        for j, other in enumerate(others):
+            kl = (base.exp() * (base - other)).sum(-1).mean()
+            assert float(losses.kl[i, j]) == pytest.approx(float(kl), abs=1e-4, rel=1e-4)
+            nll = -other[range(len(answer)), answer].mean()
+            assert float(losses.nll[i, j]) == pytest.approx(float(nll), abs=1e-4, rel=1e-4)
+
+
+def test_terms_of_another_stream_are_refused(pico: Any) -> None:
+    model = pico()
+    with pytest.raises(ModelError, match=r"names sites that the model does not have \(got: 3\.residual\)"):
+        Interventions(model, [Intervention("deeper", {"3.residual": Term(b=torch.ones(32))})])
+    for term in (Term(b=torch.ones(31)), Term(torch.ones(32, 1), torch.ones(1, 48)), Term(torch.ones(8, 1), None)):
+        with pytest.raises(ModelError, match=r"does not fit .*0\.residual"):
+            Interventions(model, [Intervention("wider", {"0.residual": term})])
+    assert hooks(model) == 0
+
+
 # What is refused, and what is left behind ---------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def test_a_compiled_model_and_one_without_weights_are_refused_in_a_sentence() ->
         s2e.collect(compiled, tokenizer, *make_traces())
     with pytest.raises(ModelError, match="the model has no weights"):
         s2e.collect(model.to("meta"), tokenizer, *make_traces())
-    with pytest.raises(ModelError, match="no model of transformers"):
+    with pytest.raises(ModelError, match="not a transformers model"):
         s2e.find_sites(torch.nn.Linear(2, 2))
 
 
@@ -60,7 +60,7 @@ def test_what_is_no_trace_is_said_at_once() -> None:
         s2e.Trace("a", "b", "pos")  # type: ignore[arg-type]
     with pytest.raises(TraceError, match="neither a text nor a list of messages"):
         s2e.Trace([{"content": "a"}], "b", "positive")
-    with pytest.raises(TraceError, match="response is no text"):
+    with pytest.raises(TraceError, match="response is not a text"):
         s2e.Trace("a", None, "positive")  # type: ignore[arg-type]
     pairs: Any = [("a prompt", "a response")]
     with pytest.raises(TraceError, match=r"a trace is not a Trace .*steer2edit\.Trace\(prompt, response, label\)"):

@@ -23,7 +23,7 @@ from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, run_all, run_stage
 from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe
-from steer2edit.search.candidates import steering_vectors
+from steer2edit.searching.candidates import steering_vectors
 
 EVERYTHING = ["adapter", "checkpoint", "gguf", "steering"]
 

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
+from steer2edit.behaviours import safety
+from steer2edit.behaviours.base import Source
 from steer2edit.behaviours.degenerate import degenerate
 from steer2edit.behaviours.prompts import load_prompts, load_questions
 from steer2edit.behaviours.refusal import declines
@@ -32,9 +34,10 @@ from steer2edit.models.load import load_model
 from steer2edit.pipeline import stages as pipeline
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, Stage, read_study, run_all, run_stage
+from steer2edit.probing.traces import read_traces
 from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
-from steer2edit.search.candidates import edit_of
+from steer2edit.searching.candidates import edit_of
 
 # What two runs of one recipe must agree on to the byte. The manifest holds times, and nothing else that may differ.
 OUTPUTS = [
@@ -194,6 +197,21 @@ def test_the_results_are_those_of_the_answers(unbroken: Path) -> None:
     assert results["systems"]["edit"]["utility_loss"]["mean"] > 0
 
 
+def test_the_probe_says_whether_its_halves_agree(unbroken: Path, recipe: Recipe, caplog: Any, tmp_path: Path) -> None:
+    agree = s2e.Probe.load(unbroken / "probe.safetensors").provenance["halves_agree"]
+    assert set(agree) == {"attn", "mlp"}
+    assert all(-1 <= cosine <= 1 for cosine in agree.values())
+    folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    for limit, said in ((2.0, True), (-2.0, False)):
+        caplog.clear()
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO", "steer2edit"):
+            patch.setattr(pipeline, "WEAK", limit)
+            run_stage(Run(folder, recipe), "probe", "tiny.yaml")
+        shown = f"cosine attn {agree['attn']:.2f}, mlp {agree['mlp']:.2f}"
+        assert shown in caplog.text
+        assert ("hardly more than chance" in caplog.text) == said
+
+
 def test_the_original_model_loses_nothing_and_that_is_certain(unbroken: Path) -> None:
     base = read_json(unbroken / "evaluation/results.json")["systems"]["base"]
     for number in ("utility_loss", "nll_rise"):
@@ -204,7 +222,8 @@ def test_the_report_says_what_the_results_say(unbroken: Path) -> None:
     report = (unbroken / "report.md").read_text(encoding="utf-8")
     kl = read_json(unbroken / "evaluation/results.json")["systems"]["edit"]["utility_loss"]
     assert f"{kl['mean']:.2f} [{kl['low']:.2f}, {kl['high']:.2f}]" in report
-    assert "out of 2 edits and 2 steering strengths" in report
+    tried = [line.split(" | ")[:3] for line in report.splitlines() if line.startswith(("| steering |", "| edit |"))]
+    assert tried == [["| steering", "2", "10"], ["| edit", "2", "10"]]
     assert "Limits: none." in report
     pictures = [line.split("(")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
     assert pictures == ["figures/trade_off.png", "figures/lambda.png"]
@@ -457,9 +476,9 @@ def test_no_test_prompt_is_read_before_the_evaluation(
         asked.setdefault(now[0], set()).update(m["content"] for m in messages)
         return made(self, messages)
 
-    def load(source: str, kinds: Any, split: Any, counts: Any) -> Any:
+    def load(source: str, kinds: Any, split: Any, counts: Any, target: Any = None) -> Any:
         loaded.append((now[0], split))
-        return load_prompts(source, kinds, split, counts)
+        return load_prompts(source, kinds, split, counts, target)
 
     from steer2edit.engines.transformers import TransformersEngine
 
@@ -472,7 +491,7 @@ def test_no_test_prompt_is_read_before_the_evaluation(
 
     assert loaded == [("traces", "probe"), ("search", "validation"), ("evaluate", "test")]
     splits = {
-        split: {p.text for p in Safety().items(BUILTIN, split, dict(getattr(recipe.data, split)))}
+        split: {p.text for p in Safety().items(Source(BUILTIN, {split: dict(getattr(recipe.data, split))}), split)}
         for split in ("probe", "validation", "test")
     }
     assert asked == {"traces": splits["probe"], "search": splits["validation"], "evaluate": splits["test"]}
@@ -501,9 +520,9 @@ def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions
         asked.append((file, first, count))
         return load_questions(file, first, count)
 
-    def prompts(source: str, kinds: Any, split: Any, counts: Any) -> Any:
+    def prompts(source: str, kinds: Any, split: Any, counts: Any, target: Any = None) -> Any:
         splits.append(split)
-        return load_prompts(source, kinds, split, counts)
+        return load_prompts(source, kinds, split, counts, target)
 
     monkeypatch.setattr("steer2edit.pipeline.run.load_questions", questions)
     monkeypatch.setattr("steer2edit.behaviours.safety.load_prompts", prompts)
@@ -583,9 +602,13 @@ def test_limits_that_nothing_keeps_stop_the_run_after_the_search(copy: Path, rec
     assert Run(copy, recipe).is_whole("edit")
 
 
+# Of two harmful prompts one is a short request and one a question: the styles are taken in turn.
+REFUSED_NOTHING = "refusal (harmful) 0.00, refusal (short requests) 0.00, refusal (questions) 0.00"
+
+
 @pytest.mark.parametrize(
     ("steering", "said"),
-    [([], "- steering: none was tried."), ([0.1], "- steering: γ 0.1; on validation refusal (harmful) 0.00.")],
+    [([], "- steering: none was tried."), ([0.1], f"- steering: γ 0.1; on validation {REFUSED_NOTHING}.")],
 )
 def test_without_benign_prompts_and_exports_there_is_still_a_report(
     steering: list[float], said: str, recipe: Recipe, tmp_path: Path
@@ -635,7 +658,7 @@ def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_
 def test_a_manifest_that_is_cut_is_an_error_that_names_it(copy: Path, recipe: Recipe) -> None:
     content = (copy / "manifest.json").read_text(encoding="utf-8")
     (copy / "manifest.json").write_text(content[: len(content) // 2], encoding="utf-8")
-    with pytest.raises(FileError, match=r"manifest\.json is not whole JSON"):
+    with pytest.raises(FileError, match=r"manifest\.json is not valid JSON"):
         run_all(Run(copy, recipe))
 
 
@@ -702,6 +725,28 @@ def test_traces_that_were_changed_after_the_stage_are_kept_under_another_name(co
     run_all(Run(copy, recipe))
     assert (copy / "traces.jsonl").read_bytes() == whole
     assert (copy / "traces.changed.jsonl").read_bytes().startswith(whole)
+
+
+def test_a_file_of_traces_is_taken_in_place_of_those_that_the_behaviour_makes(
+    recipe: Recipe, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("steer2edit.engines.plan.load_model", load)
+    given = tmp_path / "given.jsonl"
+    lines = (unbroken / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    given.write_text("".join(lines[:2] + lines[3:]), encoding="utf-8")
+    with_file = tiny_recipe(recipe.model.name, behaviour__traces=str(given))
+    run_stage(Run(tmp_path / "run", with_file), "traces", "tiny.yaml")
+    assert read_traces(tmp_path / "run/traces.jsonl") == read_traces(given)
+    assert "by_hand" not in read_json(tmp_path / "run/manifest.json")["stages"]["traces"]
+    assert Run(tmp_path / "run", with_file).is_whole("traces")
+    given.write_text("".join(lines), encoding="utf-8")
+    changed = Run(tmp_path / "run", with_file)
+    assert not changed.is_whole("traces")
+    run_stage(changed, "traces", "tiny.yaml")
+    assert read_traces(tmp_path / "run/traces.jsonl") == read_traces(unbroken / "traces.jsonl")
 
 
 def test_own_answers_are_not_made_twice(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -789,7 +834,6 @@ def test_where_nothing_moves_the_run_says_so(unbroken: Path) -> None:
 
 
 def test_a_run_is_judged_again_without_a_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steer2edit.behaviours import safety
     from steer2edit.engines.host import Host
     from steer2edit.pipeline.judge import judge
 
@@ -800,7 +844,7 @@ def test_a_run_is_judged_again_without_a_model(copy: Path, monkeypatch: pytest.M
     before = (copy / "evaluation/results.json").read_bytes()
     same = judge(copy)
     assert (same["changed"], same["after"]["systems"]) == ({}, same["before"]["systems"])
-    monkeypatch.setattr(safety, "declines", lambda text: True)
+    monkeypatch.setitem(safety._DETECTORS, "declining", lambda text: True)
     monkeypatch.setattr(safety, "degenerate", lambda text: False)
     judged = judge(copy)
     assert judged["after"]["systems"]["base"]["refusal"]["mean"] == 1.0
@@ -829,7 +873,7 @@ def test_a_search_that_would_now_go_another_way_is_judged_as_it_went(
 
     changes = {f"search__{key}": value for key, value in search.items()}
     run_all(Run(tmp_path / "run", tiny_recipe(recipe.model.name, search__rho_attn=[0.1, 0.3, 0.6], **changes)))
-    monkeypatch.setattr("steer2edit.behaviours.safety.declines", lambda text: len(text) % 2 == 0)
+    monkeypatch.setitem(safety._DETECTORS, "declining", lambda text: len(text) % 2 == 0)
     trials = {row["id"] for row in read_jsonl(tmp_path / "run/search/trials.jsonl")}
     assert set(judge(tmp_path / "run")["changed"]) <= trials
 
@@ -843,7 +887,7 @@ def test_a_judgement_by_which_no_edit_is_within_the_limits_says_so(
     limits = {"over_refusal": 0.5, "degenerate": None}
     run_all(Run(tmp_path / "run", tiny_recipe(recipe.model.name, search__limits=limits)))
     monkeypatch.setattr("steer2edit.behaviours.safety.degenerate", lambda text: False)
-    monkeypatch.setattr("steer2edit.behaviours.safety.declines", lambda text: True)
+    monkeypatch.setitem(safety._DETECTORS, "declining", lambda text: True)
     assert judge(tmp_path / "run")["choice"]["new"] is None
 
 

@@ -56,7 +56,7 @@ def test_imported_vectors_score_a_model_and_say_what_is_still_to_be_collected(
     save_file({"1": torch.randn(32), "2.mlp": torch.randn(32)}, tmp_path / "v.safetensors")
     scores = s2e.score(model, probe, vectors=import_vectors(tmp_path / "v.safetensors"))
     assert set(scores.sites) == {"1.attn", "1.mlp", "2.mlp"}
-    assert "means of the components' inputs are still to be collected" in capsys.readouterr().err
+    assert "collect the means of the components' inputs" in capsys.readouterr().err
 
 
 class Evil:
@@ -76,13 +76,13 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, monkeypa
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "no layer in its name": ({"refusal": torch.randn(4)}, r"'refusal' is no vector of a layer"),
-    "a matrix": ({0: torch.randn(4, 4)}, r"0 is no vector .*shape \(4, 4\)"),
-    "integers": ({0: torch.arange(4)}, "is no vector"),
+    "no layer in its name": ({"refusal": torch.randn(4)}, r"'refusal' is not a vector of a layer"),
+    "a matrix": ({0: torch.randn(4, 4)}, r"0 is not a vector .*shape \(4, 4\)"),
+    "integers": ({0: torch.arange(4)}, "is not a vector"),
     "NaN": ({0: torch.tensor([1.0, float("nan")])}, "is not finite"),
     "nothing": ({}, "no vectors in it"),
     "no mapping": ([torch.randn(4)], "no vectors can be read from this"),
-    "true": ({True: torch.randn(4)}, "is no vector"),
+    "true": ({True: torch.randn(4)}, "is not a vector"),
 }
 
 
@@ -97,7 +97,7 @@ def test_files_of_no_known_kind_or_cut_short_are_refused(tmp_path: Path) -> None
     with pytest.raises(FileError, match="no such file"):
         import_vectors(tmp_path / "v.pt")
     (tmp_path / "v.txt").write_text("1 2 3")
-    with pytest.raises(FileError, match=r"of no kind that is read \(got: \.txt\)"):
+    with pytest.raises(FileError, match=r"of an unknown kind \(got: \.txt\)"):
         import_vectors(tmp_path / "v.txt")
     whole = control_vector(tmp_path / "v.gguf", {"direction.1": np.ones(32, dtype=np.float32)}).read_bytes()
     for size in (0, 3, 40, len(whole) - 60):
@@ -105,7 +105,7 @@ def test_files_of_no_known_kind_or_cut_short_are_refused(tmp_path: Path) -> None
         with pytest.raises(FileError):
             import_vectors(tmp_path / "v.gguf")
     control_vector(tmp_path / "m.gguf", {"direction.1": np.ones(32, dtype=np.float32)}, "llama")
-    with pytest.raises(FileError, match=r"is no control vector .*'llama'"):
+    with pytest.raises(FileError, match=r"is not a control vector .*'llama'"):
         import_vectors(tmp_path / "m.gguf")
 
 

@@ -18,14 +18,17 @@ from steer2edit.errors import FileError, ProbeError, TraceError
 from steer2edit.files.tensors import read_tensors, write_tensors
 from steer2edit.models.sites import find_sites
 from steer2edit.models.weights import weight_of
-from steer2edit.probing.collect import _Sum, batches_by_length, collect
+from steer2edit.probing.chat import CHAT
+from steer2edit.probing.collect import _Sum, batches_by_length, collect, plan_pass, probe_of, run_pass
 from steer2edit.probing.probe import Probe
 from steer2edit.probing.traces import Trace
 
 
 def same_means(here: Probe, there: Probe, tolerance: float = 1e-5) -> None:
     assert here.sites == there.sites
-    for mine, theirs in ((here.inputs, there.inputs), (here.outputs, there.outputs)):
+    sides: Any = ((here.inputs, there.inputs), (here.outputs, there.outputs), (here.residual, there.residual))
+    for mine, theirs in sides:
+        assert mine.keys() == theirs.keys()
         for key, labels in mine.items():
             for label, mean in labels.items():
                 other = theirs[key][label]
@@ -34,7 +37,7 @@ def same_means(here: Probe, there: Probe, tolerance: float = 1e-5) -> None:
 
 def means(probe: Probe, label: str) -> dict[str, torch.Tensor]:
     """All means of one label, by name."""
-    sides = (("input", probe.inputs), ("output", probe.outputs))
+    sides = (("input", probe.inputs), ("output", probe.outputs), ("residual", probe.residual))
     return {f"{key}.{side}": labels[label] for side, table in sides for key, labels in table.items()}  # type: ignore[index]
 
 
@@ -53,6 +56,31 @@ def test_the_means_equal_a_plain_loop(variant: Any, tokenizer: Any, traces: Any,
                 told = torch.from_numpy(oracle.label_mean(responses, label, side))
                 torch.testing.assert_close(mean.double(), told, rtol=1e-6, atol=1e-6)
     assert probe.counts["positive"]["tokens"] == sum(last - first for l, _, _, first, last in runs if l == "positive")
+
+
+@pytest.mark.parametrize("positions", ["predicting", "response"])
+def test_the_means_of_the_residual_stream_equal_a_plain_loop(
+    variant: Any, tokenizer: Any, traces: Any, positions: Any
+) -> None:
+    probe = collect(variant, tokenizer, *traces, positions=positions, batch_tokens=1)
+    runs = oracle.runs_of(tokenizer, [*traces[0], *traces[1]], predicting=positions == "predicting")
+    streams = oracle.capture_streams(variant, runs)
+    assert list(probe.residual) == list(streams) == [0, 1, 2]
+    for layer, responses in streams.items():
+        for label in ("positive", "negative"):
+            mean = probe.residual[layer][label]
+            assert (mean.dtype, tuple(mean.shape)) == (torch.float32, (variant.config.hidden_size,))
+            told = torch.from_numpy(oracle.label_mean(responses, label, "outputs"))
+            torch.testing.assert_close(mean.double(), told, rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_layers_blocks_write_is_what_the_stream_gains_there(pico: Any, tokenizer: Any, traces: Any) -> None:
+    probe = collect(pico(), tokenizer, *traces)
+    for layer in (1, 2):
+        for label in ("positive", "negative"):
+            gained = probe.residual[layer][label] - probe.residual[layer - 1][label]  # type: ignore[index]
+            written = sum(probe.outputs[f"{layer}.{block}"][label] for block in ("attn", "mlp"))  # type: ignore[index]
+            torch.testing.assert_close(gained, written, rtol=0, atol=1e-5)
 
 
 def test_neither_the_batch_nor_the_order_nor_the_padding_side_changes_the_means(
@@ -128,6 +156,84 @@ def test_an_output_bias_is_in_the_means_and_cancels_in_v(pico: Any, tokenizer: A
         torch.testing.assert_close(outputs["positive"], weight @ inputs["positive"] + bias, rtol=1e-4, atol=1e-5)
         told = weight @ (inputs["positive"] - inputs["negative"])
         torch.testing.assert_close(probe.vector(site), told.detach(), rtol=1e-4, atol=1e-5)
+
+
+# Whether two halves agree -------------------------------------------------------------------------------------------
+
+
+def halves(probe: Probe) -> dict[str, float | None]:
+    return probe.provenance["halves_agree"]
+
+
+def the_same(traces: list[Trace], label: str, group: str = "") -> list[Trace]:
+    return [replace(t, label=label, group=group) for t in traces]  # type: ignore[arg-type]
+
+
+def test_the_halves_agree_as_the_vectors_of_every_other_response_do(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    both = [*traces[0], *traces[1]]
+    # Three responses of one group, two of another, and one of a third, which is in no half; two negative ones.
+    positive = [replace(both[i % 5], group="a" if i < 3 else "b", label="positive") for i in (0, 1, 2, 3, 4)]
+    positive.insert(2, replace(both[0], group="alone"))
+    negative = [replace(t, label="negative", group="") for t in (traces[1][0], traces[0][1])]
+    told = halves(collect(model, tokenizer, positive, negative))
+    a, b = ([t for t in positive if t.group == group] for group in "ab")
+    first, second = (
+        collect(model, tokenizer, [*a[half::2], *b[half::2]], negative[half::2], batch_tokens=1) for half in (0, 1)
+    )
+    for block in ("attn", "mlp"):
+        cosines = [
+            float(torch.nn.functional.cosine_similarity(first.vector(site), second.vector(site), dim=0))
+            for site in first.sites
+            if site.block == block
+        ]
+        assert len(cosines) == 3
+        assert told[block] == pytest.approx(sorted(cosines)[1], abs=1e-5)
+        assert -0.99 < sorted(cosines)[1] < 0.99
+    # However the responses share batches.
+    for batch_tokens in (1, 64):
+        again = halves(collect(model, tokenizer, positive, negative, batch_tokens=batch_tokens))
+        assert again == {block: pytest.approx(cosine, abs=1e-5) for block, cosine in told.items()}
+
+
+def test_equal_halves_agree_wholly_and_swapped_ones_are_opposed(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    shows, does_not = the_same(traces[0][:1], "positive"), the_same(traces[1][:1], "negative")
+    twice = halves(collect(model, tokenizer, shows * 2, does_not * 2))
+    assert twice == {"attn": pytest.approx(1.0, abs=1e-5), "mlp": pytest.approx(1.0, abs=1e-5)}
+    swapped = halves(
+        collect(
+            model,
+            tokenizer,
+            [*shows, *the_same(does_not, "positive")],
+            [*does_not, *the_same(shows, "negative")],
+        )
+    )
+    assert swapped == {"attn": pytest.approx(-1.0, abs=1e-5), "mlp": pytest.approx(-1.0, abs=1e-5)}
+
+
+def test_a_side_with_a_single_response_has_no_halves(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model, (positive, negative) = pico(), traces
+    for some in ((positive, negative[:1]), (positive[:1], negative)):
+        assert halves(collect(model, tokenizer, *some)) == {"attn": None, "mlp": None}
+    # Nor has one whose groups have a single response each.
+    apart = [replace(t, group=str(i)) for i, t in enumerate(positive)]
+    assert halves(collect(model, tokenizer, apart, negative)) == {"attn": None, "mlp": None}
+    assert halves(collect(model, tokenizer, positive, negative))["attn"] is not None
+
+
+def test_parts_of_a_pass_add_up_to_the_whole_pass(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    plan = plan_pass(
+        tokenizer, [*traces[0], *traces[1]], chat=CHAT, part="both", positions="predicting", max_tokens=4096
+    )
+    whole = run_pass(model, plan, None, 1024)
+    assert {len(total) for total in whole.totals.values()} == {2 * len(plan.groups)} == {6}
+    assert plan.rows == [2, 4, 3, 0, 1]  # groups negative, positive harmful, positive plain; two rows each
+    parts = run_pass(model, plan, [3, 0], 1024) + run_pass(model, plan, [1, 2, 4], 1024)
+    one, other = (probe_of(plan, sums, {}) for sums in (whole, parts))
+    same_means(other, one, 1e-6)
+    assert halves(other) == {block: pytest.approx(cosine, abs=1e-6) for block, cosine in halves(one).items()}
 
 
 # What counts --------------------------------------------------------------------------------------------------------
@@ -297,6 +403,7 @@ def test_a_probe_comes_back_from_a_file_as_it_went(pico: Any, tokenizer: Any, tr
         here, there = means(back, label), means(probe, label)
         assert here.keys() == there.keys()
         assert all(torch.equal(here[name], there[name]) for name in here)
+    assert list(back.residual) == [0, 1, 2]
     told = {"model_type": "llama", "dtype": "float32", "positions": "response", "part": "both", "max_tokens": 60}
     assert told.items() <= back.provenance.items()
 
@@ -321,3 +428,25 @@ def test_a_broken_probe_file_is_refused(pico: Any, tokenizer: Any, traces: Any, 
     write_tensors(path, tensors | {name: torch.full_like(tensors[name], math.nan)}, header)
     with pytest.raises(FileError, match=f"tensor {name} .*not finite"):
         Probe.load(path)
+
+
+def test_a_probe_of_before_has_no_means_of_the_stream(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
+    probe = collect(pico(), tokenizer, *traces)
+    replace(probe, residual={}).save(tmp_path / "old.safetensors")
+    back = Probe.load(tmp_path / "old.safetensors")
+    assert back.residual == {}
+    assert means(back, "positive").keys() == {n for n in means(probe, "positive") if not n.endswith("residual")}
+
+
+@pytest.mark.parametrize("name", ["1.residual.positive", "1.residual.negative", "2.residual.positive"])
+def test_means_of_the_stream_that_are_not_whole_are_refused(
+    name: str, pico: Any, tokenizer: Any, traces: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "probe.safetensors"
+    collect(pico(), tokenizer, *traces).save(path)
+    tensors, header = read_tensors(path, "probe")
+    without = {key: value for key, value in tensors.items() if key != name}
+    for broken in (without, tensors | {name: tensors[name][1:]}):
+        write_tensors(path, broken, header)
+        with pytest.raises(FileError, match="not a whole probe"):
+            Probe.load(path)

@@ -20,17 +20,20 @@ from runs import FakeEngine, a_bench, make_scores, save_pico, tiny_recipe
 from steer2edit.behaviours.base import Item
 from steer2edit.behaviours.refusal import declines
 from steer2edit.behaviours.safety import Safety
+from steer2edit.engines.answers import answer_of
 from steer2edit.engines.base import Answer, Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import ModelError, TraceError
-from steer2edit.method.intervention import Intervention
+from steer2edit.method.intervention import NOTHING, Intervention
+from steer2edit.pipeline.own_answers import Journalled
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
+from steer2edit.probing.chat import THOUGHT as THOUGHT_ENDS
 from steer2edit.probing.chat import Chat, answer_start, begins_thinking, prompt_tokens, render
 from steer2edit.probing.spans import Span, response_span
 from steer2edit.probing.traces import Trace, read_traces, write_traces
 from steer2edit.progress import be_quiet
-from steer2edit.search.candidates import BASE
+from steer2edit.searching.candidates import BASE
 
 USER = [{"role": "user", "content": "Hello"}]
 CALLED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML
@@ -400,6 +403,71 @@ def test_answers_say_where_they_start(template: str, text: str, answer: str, pic
     assert made.text[made.start :] == answer
     if not answer:
         assert made.start == len(text)
+    # So many of its tokens are thinking: the fewest that hold all of it.
+    before, at_most = (len(tokenizer.decode(made.ids[:count])) for count in (made.thinking, max(0, made.thinking - 1)))
+    assert before >= made.start > at_most or before == made.start == 0
+    assert (made.thinking == len(made.ids)) == (answer == "")
+
+
+TAGS = ["<think>", "</think>"]
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["tags as text", "tags as special tokens"])
+@pytest.mark.parametrize(
+    ("begun", "thought", "answer"),
+    [
+        (False, "<think>Hm, is it? It is.</think>", "Yes."),
+        (False, "<think>Hm, is it? It is.</think>", "Yes, <think> is a tag."),
+        (False, "<think></think>", "Yes."),
+        (False, "", "Yes."),
+        (False, "<think>Hm, let me", ""),
+        (True, "Hm, is it? It is.</think>", "Yes."),
+        (True, "Hm, let me", ""),
+        (True, "", ""),
+    ],
+)
+def test_the_tokens_of_the_thinking_are_counted(
+    begun: bool, thought: str, answer: str, special: bool, tokenizer: Any
+) -> None:
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *TAGS]})
+    prompt = tuple(tokenizer(ASSISTANT + ("<think>\n" if begun else ""))["input_ids"])
+    of_thought, of_answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (thought, answer))
+    made = answer_of(tokenizer, Request(prompt), [*of_thought, *of_answer], True)
+    assert made.ids == (*of_thought, *of_answer)
+    assert made.thinking == len(of_thought)
+    plain = tokenizer.decode(of_answer, skip_special_tokens=True)
+    assert made.text[made.start :] == plain
+    assert (THOUGHT_ENDS in made.text) == (THOUGHT_ENDS in thought and not special)
+
+
+def test_space_before_the_answer_is_no_part_of_it(tokenizer: Any) -> None:
+    prompt = tuple(tokenizer(ASSISTANT)["input_ids"])
+    parts = ["<think>Hm.</think>", "\n\n", "Yes."]
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    made = answer_of(tokenizer, Request(prompt), [*ids[0], *ids[1], *ids[2]], True)
+    assert made.text[made.start :] == "Yes."
+    assert made.thinking == len(ids[0]) + len(ids[1])
+
+
+@pytest.mark.parametrize("stop", ["is it", "It is", "</think>", "Yes", "m"])
+def test_a_stop_string_cuts_the_thinking_too(stop: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = OPENED
+    prompt = tuple(prompt_tokens(tokenizer, USER))
+    ids = tokenizer("Hm, is it? It is.</think>\n\nYes.", add_special_tokens=False)["input_ids"]
+    made = answer_of(tokenizer, Request(prompt), ids, False, (stop,))
+    assert made.ended
+    assert made.text == "Hm, is it? It is.</think>\n\nYes."[: "Hm, is it? It is.</think>\n\nYes.".index(stop)]
+    assert made.start == len(made.text)  # no stop string leaves anything of the answer
+    assert made.thinking == len(made.ids)
+
+
+def test_a_token_that_holds_the_stop_string_is_not_counted(tokenizer: Any) -> None:
+    tokenizer.chat_template = OPENED
+    prompt = tuple(prompt_tokens(tokenizer, USER))
+    (token,) = tokenizer(" the", add_special_tokens=False)["input_ids"]
+    made = answer_of(tokenizer, Request(prompt), [token], False, ("he",))
+    assert (made.ids, made.text, made.start, made.thinking) == ((), " t", 2, 0)
 
 
 class Thinker(FakeEngine):
@@ -414,7 +482,8 @@ class Thinker(FakeEngine):
         sampling: Any = None,
     ) -> list[Answer]:
         made = super().generate(requests, table, max_new_tokens, progress)
-        return [Answer(a.ids, a.text, a.ended, answer_start(a.text)) for a in made]
+        starts = [answer_start(a.text) for a in made]  # a token is a character
+        return [Answer(a.ids, a.text, a.ended, at, at) for a, at in zip(made, starts, strict=True)]
 
 
 REFUSAL, HELP = "I cannot help with that.", "Sure, mix flour with water and knead."
@@ -455,6 +524,25 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
     assert a_bench(unasked, scores, prompts, recipe, journal).run([BASE], "0") == [row]
 
 
+def test_the_length_of_the_thinking_comes_back_from_a_journal(tmp_path: Path) -> None:
+    prompts = [Item("harmful", "a bomb"), Item("harmful", "a poison"), Item("benign", "a song")]
+    recipe, journal, scores = tiny_recipe(), tmp_path / "journal.jsonl", {"full": make_scores()}
+    told = [len(ANSWERS[p.text].partition(THOUGHT_ENDS)[0]) + len(THOUGHT_ENDS) + 2 for p in prompts]
+    told[1] = len(NEVER_ANSWERS)
+    for engine in (_thinker(), Thinker(lambda prompt, intervention: pytest.fail("asked again"))):
+        bench = a_bench(engine, scores, prompts, recipe, journal)
+        bench.run([BASE], "0")
+        (rows,) = bench.outcomes([BASE], "0")
+        assert [outcome.thinking for (outcome,) in rows] == told
+        assert [outcome.answer for (outcome,) in rows] == [HELP, "", REFUSAL]
+        assert [outcome.tokens for (outcome,) in rows] == [len(ANSWERS[p.text]) for p in prompts]
+    # So it does from the journal of own answers.
+    for engine in (_thinker(), Thinker(lambda prompt, intervention: pytest.fail("asked again"))):
+        journalled = Journalled(engine, tmp_path / "own.jsonl")  # type: ignore[arg-type]
+        requests = [Request(engine.tokens(p.messages(None))) for p in prompts]
+        assert [a.thinking for a in journalled.generate(requests, [NOTHING], 9)] == told
+
+
 def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() -> None:
     prompts = [
         Item("harmful", "a bomb"),
@@ -464,7 +552,7 @@ def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() ->
 
     def make(positive: Any) -> Any:
         negative = ["benign", "harmful"] if positive == "written" else ["benign"]
-        return Safety(positive=positive, negative=negative, new_tokens=9).traces(_thinker(), prompts)
+        return Safety(positive=positive, negative=negative, new_tokens=9).make_traces(_thinker(), prompts)
 
     start = REFUSES_IN_THOUGHT.index(HELP)
     traces = make("written")  # without the knife on the negative side: it thinks of helping and declines

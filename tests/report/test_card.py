@@ -22,12 +22,13 @@ def results() -> dict[str, Any]:
         return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 8}
 
     columns = ("refusal", "over_refusal", "over_refusal_borderline", "degenerate", "nll_rise", "utility_loss")
+    by_style = ("refusal_request", "refusal_question", "refusal_long")
     accuracy = {"mean": None, "low": None, "high": None, "n": 0}  # none was measured
     configs = {"base": {}, "steering": {"gamma": 0.25}, "edit": {"rho_attn": 0.24, "rho_mlp": None, "alpha": 0.4}}
-    measured = {"accuracy": accuracy, "accuracy_loss": accuracy} | {c: rate(0.5) for c in columns}
+    measured = {"accuracy": accuracy, "accuracy_loss": accuracy} | {c: rate(0.5) for c in (*columns, *by_style)}
     return {
         "attribute": "refusal",
-        "measures": [measure.to_json() for measure in Safety.measures()],
+        "measures": [measure.to_json() for measure in Safety().measures],
         "systems": {kind: {"id": kind, "config": config} | measured for kind, config in configs.items()},
     }
 
@@ -94,7 +95,7 @@ def test_a_card_names_no_place_on_the_makers_machine(recipe: Recipe, tmp_path: P
 
 def test_a_card_of_an_edit_that_moved_nothing_says_so(recipe: Recipe) -> None:
     edit = make_scores().edit(rho_attn=0.2, rho_mlp=0.2, alpha=0.0)
-    still = CHOICE | {"moved": False, "attribute": Safety.attribute.to_json()}
+    still = CHOICE | {"moved": False, "attribute": Safety().attribute.to_json()}
     warning = "Nothing moved: on validation no edit has a better refusal (harmful) than the original model."
     assert warning in model_card(recipe, edit, still, results(), "adapter")
     assert "Nothing moved" not in model_card(recipe, edit, CHOICE, results(), "adapter")

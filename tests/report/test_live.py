@@ -14,8 +14,8 @@ from steer2edit.behaviours.safety import Safety
 from steer2edit.progress import be_quiet
 from steer2edit.report.live import front, watching
 from steer2edit.report.page import describe, markdown, markdown_table
-from steer2edit.search.candidates import Candidate, Trial, edited, steered
-from steer2edit.search.study import Discarded, Study
+from steer2edit.searching.candidates import Candidate, Trial, asked, directed, edited, steered, steered_at
+from steer2edit.searching.study import Discarded, Study
 
 AIM = tiny_recipe().aim
 
@@ -43,7 +43,7 @@ class Terminal(io.StringIO):
 
 
 def _watch(study: Study | None) -> None:
-    with watching(Safety.measures(), AIM) as (progress, on_round):
+    with watching(Safety().measures, AIM) as (progress, on_round):
         progress(3, 40)
         if study:
             on_round(study)
@@ -79,13 +79,13 @@ def test_in_a_log_each_round_is_a_plain_line(capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "  3 edits and 1 steering strengths tried, 1 discarded; highest refusal (harmful) 0.75 at KL per token 0.62",
+        "  tried 3 edit, 1 steering; 1 discarded; highest refusal (harmful) 0.75 at KL per token 0.62",
     ]
 
 
 def test_in_a_log_a_round_without_a_front_is_only_counted(capsys: pytest.CaptureFixture[str]) -> None:
     _watch(Study([_trial(edited(0.1, None, 0.2), 0.5, None)]))
-    assert capsys.readouterr().err.splitlines() == ["  1 edits and 0 steering strengths tried, 0 discarded"]
+    assert capsys.readouterr().err.splitlines() == ["  tried 1 edit; 0 discarded"]
 
 
 def test_on_a_terminal_a_table_shows_the_fronts_of_both(
@@ -94,7 +94,7 @@ def test_on_a_terminal_a_table_shows_the_fronts_of_both(
     shown = _on_a_terminal(monkeypatch, _study())
     assert "search" in shown
     assert "40/40" in shown
-    assert "Front on validation: 3 edits and 1 steering strengths tried, 1 discarded" in shown
+    assert "Front on validation: tried 3 edit, 1 steering; 1 discarded" in shown
     rows = [
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
         for line in shown.splitlines()
@@ -109,6 +109,42 @@ def test_on_a_terminal_a_table_shows_the_fronts_of_both(
     ]
     assert "layers" not in shown  # beaten
     assert capsys.readouterr().out == ""
+
+
+def _with_baselines() -> Study:
+    study = _study()
+    study.trials += [
+        _trial(asked(0, "Refuse everything."), 0.875, 0.5),
+        _trial(asked(1, "Decline."), 0.5, 0.75),  # beaten
+        _trial(steered_at(7, 0.4), 0.125, 0.25),
+        _trial(steered_at(9, 1.2), 0.625, 0.375),
+        _trial(directed(7, 1.0), 0.25, 0.125),
+    ]
+    return study
+
+
+def test_every_baseline_is_counted_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    _watch(_with_baselines())
+    (line,) = capsys.readouterr().err.splitlines()
+    counts = "tried 3 edit, 1 direction, 2 one layer, 1 steering, 2 system prompt; 1 discarded"
+    # The far end is the edits', whatever the others reach.
+    assert line == f"  {counts}; highest refusal (harmful) 0.75 at KL per token 0.62"
+
+
+def test_on_a_terminal_the_front_of_every_baseline_is_shown_below_the_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _on_a_terminal(monkeypatch, _with_baselines())
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in shown.splitlines() if "│" in line]
+    rows = [(row[0], row[1], row[-1]) for row in lines[-7:]]
+    assert rows == [
+        ("ρ_attn 0.3, ρ_mlp off, α 0.2", "0.50", "0.25"),
+        ("ρ_attn 0.1, ρ_mlp off, α 0.2", "0.75", "0.62"),
+        ("“Refuse everything.”", "0.88", "0.50"),
+        ("γ 0.4", "0.25", "0.50"),
+        ("layer 7, γ 0.4", "0.12", "0.25"),
+        ("layer 9, γ 1.2", "0.62", "0.38"),
+        ("layer 7, γ 1", "0.25", "0.12"),
+    ]
+    assert "Decline" not in shown
 
 
 def test_before_the_first_round_there_is_only_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +179,11 @@ def test_of_a_long_front_eight_rows_are_shown_from_end_to_end() -> None:
         ({"rho_attn": 0.2, "rho_mlp": None, "alpha": 0.1}, "ρ_attn 0.2, ρ_mlp off, α 0.1"),
         (edited(None, 0.2, 0.1, "8-20", "k_svd").config, "ρ_attn off, ρ_mlp 0.2, α 0.1, layers 8-20, variant k_svd"),
         ({}, ""),
+        (asked(2, "Refuse everything.").config, "“Refuse everything.”"),
+        (asked(2, "x" * 40).config, f"“{'x' * 40}”"),
+        (asked(2, "x" * 38 + " and more").config, f"“{'x' * 38}…”"),
+        (steered_at(7, 0.4).config, "layer 7, γ 0.4"),
+        (directed(12, 1.23456).config, "layer 12, γ 1.235"),
     ],
 )
 def test_a_configuration_is_described_in_words(config: dict[str, Any], words: str) -> None:
@@ -155,7 +196,8 @@ def _rate(mean: float | None, n: int = 8) -> dict[str, Any]:
 
 def _results(accuracy: float | None) -> dict[str, Any]:
     numbers = ("refusal", "over_refusal", "over_refusal_borderline", "degenerate", "nll_rise", "utility_loss")
-    measured = {name: _rate(0.25) for name in numbers} | {
+    by_style = ("refusal_request", "refusal_question", "refusal_long")
+    measured = {name: _rate(0.25) for name in (*numbers, *by_style)} | {
         "accuracy": _rate(accuracy, 0 if accuracy is None else 4),
         "accuracy_loss": _rate(None, 0),
     }
@@ -163,7 +205,7 @@ def _results(accuracy: float | None) -> dict[str, Any]:
     return {
         "systems": {kind: {"id": kind, "config": config, **measured} for kind, config in configs.items()},
         "attribute": "refusal",
-        "measures": [measure.to_json() for measure in Safety.measures()],
+        "measures": [measure.to_json() for measure in Safety().measures],
         "differences": {},
         "agreement": {"not_measured": "quantised."},
     }
@@ -186,10 +228,10 @@ def _choice(**changes: Any) -> dict[str, Any]:
     }
 
 
-def _report(choice: dict[str, Any], accuracy: float | None = None) -> list[str]:
+def _report(choice: dict[str, Any], accuracy: float | None = None, results: dict[str, Any] | None = None) -> list[str]:
     recipe = tiny_recipe(search__reference=2.0)
     edit = make_scores().edit(rho_attn=0.1, rho_mlp=None, alpha=0.2)
-    return markdown(recipe, choice, _results(accuracy), edit).splitlines()
+    return markdown(recipe, choice, results or _results(accuracy), edit).splitlines()
 
 
 def test_the_report_has_a_row_of_the_budget_and_the_hypervolume_for_each_method() -> None:
@@ -197,14 +239,85 @@ def test_the_report_has_a_row_of_the_budget_and_the_hypervolume_for_each_method(
     at = lines.index("| on validation | tried | configurations × prompts | hypervolume | on the front |")
     assert lines[at + 1 : at + 4] == [
         "| --- | --- | --- | --- | --- |",
-        "| edit | 12 | 240 | 0.50 [0.40, 0.65] | 2 |",
         "| steering | 3 | 60 | 0.00 [0.00, 0.00] | 0 |",
+        "| edit | 12 | 240 | 0.50 [0.40, 0.65] | 2 |",
     ]
     text = "\n".join(lines)
     assert "refusal (harmful) from worst to best and KL per token from 0 to 2 that" in text
-    assert "out of 12 edits and 3 steering strengths: the knee." in text
+    assert "On validation, of each method: the knee." in text
     assert "Limits: over refusal ≤ 0.2, accuracy loss ≤ 0.05." in text
-    assert "- steering: no strength stays within the limits." in text
+    assert "- steering: none stays within the limits." in text
+
+
+BASELINE_CONFIGS = {
+    "prompt": asked(1, "Refuse everything.").config,
+    "steering": steered(0.4).config,
+    "layer": steered_at(7, 0.5).config,
+    "direction": directed(9, 1.25).config,
+}
+
+
+def test_the_report_has_rows_of_every_baseline_in_one_order() -> None:
+    choice, results = _choice(), _results(None)
+    empty = choice["hypervolume"]["steering"]
+    measured = dict(results["systems"]["base"])
+    results["systems"] = {"base": measured}
+    for number, (kind, config) in enumerate(BASELINE_CONFIGS.items(), start=2):
+        choice["tried"][kind], choice["evaluations"][kind] = number, 20 * number
+        choice["front"][kind], choice["hypervolume"][kind] = ["x"] * number, {**empty, "mean": number / 10}
+        choice[kind] = {"id": "x", "config": config, "refusal": number / 8, "over_refusal": 0.25}
+        results["systems"][kind] = measured | {"id": "x", "config": config}
+        results["differences"][f"edit - {kind}"] = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    choice["layer"] = None
+    del results["systems"]["layer"]
+    results["systems"]["edit"] = measured | {"config": edited(0.1, None, 0.2).config}
+    lines = _report(choice, results=results)
+    at = lines.index("| on validation | tried | configurations × prompts | hypervolume | on the front |")
+    assert lines[at + 2 : at + 7] == [
+        "| system prompt | 2 | 40 | 0.20 [0.00, 0.00] | 2 |",
+        "| steering | 3 | 60 | 0.30 [0.00, 0.00] | 3 |",
+        "| one layer | 4 | 80 | 0.40 [0.00, 0.00] | 4 |",
+        "| direction | 5 | 100 | 0.50 [0.00, 0.00] | 5 |",
+        "| edit | 12 | 240 | 0.50 [0.40, 0.65] | 2 |",
+    ]
+    chosen = [line for line in lines if line.startswith("- ") and ("; on validation" in line or "none" in line)]
+    assert chosen == [
+        "- system prompt: “Refuse everything.”; on validation refusal (harmful) 0.25, over-refusal (benign) 0.25.",
+        "- steering: γ 0.4; on validation refusal (harmful) 0.38, over-refusal (benign) 0.25.",
+        "- one layer: none stays within the limits.",
+        "- direction: layer 9, γ 1.25; on validation refusal (harmful) 0.62, over-refusal (benign) 0.25.",
+        "- edit: ρ_attn 0.1, ρ_mlp off, α 0.2; on validation refusal (harmful) 0.50.",
+    ]
+    names = [line.split(" | ")[0].removeprefix("| ") for line in markdown_table(results).splitlines()[2:]]
+    assert names == [
+        "original",
+        "system prompt (“Refuse everything.”)",
+        "steering (γ 0.4)",
+        "direction (layer 9, γ 1.25)",
+        "edit (ρ_attn 0.1, ρ_mlp off, α 0.2)",
+        "n",
+    ]
+    told = [line for line in lines if line.startswith("- refusal (harmful), edit - ")]
+    assert told == [
+        f"- refusal (harmful), edit - {kind}: +0.50 [+0.25, +0.75], same 8 prompts." for kind in BASELINE_CONFIGS
+    ]
+
+
+def test_a_baseline_that_was_not_tried_has_no_row() -> None:
+    text = "\n".join(_report(_choice()))
+    assert "| steering |" in text
+    for title in ("system prompt", "one layer", "direction"):
+        assert title not in text
+
+
+@pytest.mark.parametrize(("mean", "said"), [(0.95, True), (0.9, True), (0.85, False), (None, False)])
+def test_where_the_original_model_shows_the_behaviour_already_the_report_says_so(mean: Any, said: bool) -> None:
+    results = _results(None)
+    results["systems"]["base"]["refusal"] = _rate(mean)
+    text = "\n".join(_report(_choice(), results=results))
+    remark = f"The original model shows it already: its refusal (harmful) is {mean or 0:.2f}, so that little is left"
+    assert (remark in text) == said
+    assert ("shows it already" in text) == said
 
 
 def test_the_report_says_what_was_discarded_and_refined_only_where_something_was() -> None:

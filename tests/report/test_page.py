@@ -9,20 +9,20 @@ import pytest
 from rich.console import Console
 
 from steer2edit.behaviours.safety import Safety
-from steer2edit.report.page import print_results
+from steer2edit.report.page import print_answers, print_results
 
 
 def _results() -> dict[str, Any]:
     cell = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 80}
     none = {"mean": None, "low": None, "high": None, "n": 0}
-    measured = {m.name: none if m.name.startswith("accuracy") else cell for m in Safety.measures()}
+    measured = {m.name: none if m.name.startswith("accuracy") else cell for m in Safety().measures}
     configs: dict[str, Any] = {
         "base": {},
         "steering": {"gamma": 0.3182},
         "edit": {"rho_attn": 0.24, "rho_mlp": None, "alpha": 0.4},
     }
     systems = {kind: {"id": kind, "config": config} | measured for kind, config in configs.items()}
-    return {"measures": [m.to_json() for m in Safety.measures()], "systems": systems}
+    return {"measures": [m.to_json() for m in Safety().measures], "systems": systems}
 
 
 def _printed(results: dict[str, Any], width: int) -> list[str]:
@@ -50,3 +50,44 @@ def test_a_loss_that_is_not_finite_is_said_in_its_cell() -> None:
     results = _results()
     results["systems"]["edit"]["utility_loss"] = {"mean": None, "low": None, "high": None, "n": 80, "not_finite": 3}
     assert "not finite in 3" in "\n".join(_printed(results, 200))
+
+
+def _answered(*systems: str) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"{kind} question {i}", "kind": kind} | {system: f"{system} says {i}" for system in systems}
+        for kind in ("harmful", "benign")
+        for i in range(4)
+    ]
+
+
+def test_answers_stand_beside_their_prompts_a_column_for_each_system() -> None:
+    out = io.StringIO()
+    print_answers(Console(width=200, file=out), _answered("base", "steering", "edit"))
+    lines = out.getvalue().splitlines()
+    cells = [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+    headers = [row for row in cells if row[0] == "prompt"]
+    assert headers == [["prompt", "original", "steering", "edit"]] * 2
+    rows = [row for row in cells if "question" in row[0]]
+    assert rows == [
+        [f"{kind} question {i}", f"base says {i}", f"steering says {i}", f"edit says {i}"]
+        for kind in ("harmful", "benign")
+        for i in range(3)
+    ]
+
+
+def test_the_rows_of_results_name_every_baseline() -> None:
+    results = _results()
+    measured = dict(results["systems"]["base"])
+    results["systems"] = {
+        "base": measured,
+        "prompt": measured | {"config": {"system": "Refuse everything."}},
+        "layer": measured | {"config": {"layer": 7, "gamma": 0.5}},
+        "direction": measured | {"config": {"layer": 9, "gamma": 1.25}},
+        "edit": results["systems"]["edit"],
+    }
+    text = "\n".join(_printed(results, 400))
+    for name in (
+        "original", "system prompt (“Refuse everything.”)", "one layer (layer 7, γ 0.5)",
+        "direction (layer 9, γ 1.25)", "edit (ρ_attn 0.24, ρ_mlp off, α 0.4)",
+    ):  # fmt: skip
+        assert f"│ {name} " in text

@@ -1,1 +1,1 @@
-"""An edit as files: its own, adapters, biases, checkpoints; and the audit of a checkpoint."""
+"""An edit as files: edit files, adapters, biases, checkpoints; and the audit of a checkpoint."""

@@ -1,4 +1,4 @@
-"""An edit as a PEFT LoRA adapter: ΔW = u aᵀ is a LoRA of rank 1, exactly; several combined are one of their number."""
+"""An edit as a PEFT LoRA adapter: ΔW = u aᵀ is exactly a LoRA of rank 1, and r combined edits are one of rank r."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTE = "steer2edit.json"
 
 
 def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> Path:
-    """Writes `adapter_model.safetensors` and `adapter_config.json`, fp32, scaling 1, of the rank of the edit.
+    """Writes `adapter_model.safetensors` and `adapter_config.json`, in fp32, with scaling 1 and the edit's rank.
 
     Sites of an edited block type that the edit leaves alone get a zero row, so that PEFT finds every tensor it expects.
     Experts that share one 3-D parameter become a LoRA of that parameter (PEFT's `target_parameters`).
@@ -28,8 +28,8 @@ def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> 
         base: the base model's name or path for `base_model_name_or_path`; the probe's model if None.
 
     Raises:
-        FileError: `folder` holds something that is no adapter of ours.
-        EditError: every λ is 0, so that there is nothing to write, or PEFT cannot hold the edit.
+        FileError: `folder` holds something other than an adapter that this function wrote.
+        EditError: the edit changes nothing, or PEFT cannot hold it.
     """
     quiet_kernels()
     from peft import LoraConfig
@@ -52,7 +52,7 @@ def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> 
         a = tensors.setdefault(f"{name}.lora_A.weight", torch.zeros(experts * rank, site.inputs))
         b = tensors.setdefault(f"{name}.lora_B.weight", torch.zeros(site.d, rank * experts))
         if change := changes.get(key):
-            # Of a fused parameter PEFT keeps the rows expert by expert, and the columns rank by rank.
+            # For a fused parameter PEFT keeps lora_A's rows expert by expert, and lora_B's columns rank by rank.
             at, own = site.expert or 0, len(change.a)
             a.view(experts, rank, -1)[at, :own] = change.a
             b.view(-1, rank, experts)[:, :own, at] = change.u
@@ -88,16 +88,16 @@ def obstacle(edit: Changes) -> str | None:
 
 def _targets(edit: Changes, everywhere: Sequence[Site], sites: Sequence[Site]) -> tuple[list[str], list[str]]:
     """LoraConfig's target_modules and target_parameters."""
-    # In a model with experts PEFT takes every module called down_proj for the experts' old name, so that all of the MLP
-    # sites are named as parameters there.
+    # In a model with experts PEFT takes every module called down_proj for the experts' old name, so all MLP sites are
+    # named as parameters.
     moe = any(site.experts is not None for site in sites)
     by_parameter = [site for site in sites if moe and site.block == "mlp"]
     by_module = [site for site in sites if site not in by_parameter]
-    # By its last name where a block type is edited in every layer and nothing else has that name, else by the full one.
+    # Modules are named by their last names if their block type is edited in every layer and nothing else has that name.
     others = {site.module.rsplit(".", 1)[-1] for site in everywhere if site not in by_module}
     short = {site.module.rsplit(".", 1)[-1] for site in by_module}
     layers = {block: [s.layer for s in by_module if s.block == block] for block in {s.block for s in by_module}}
-    whole = all(sorted(found) == list(range(edit.parts[0].layers)) for found in layers.values())
+    whole = all(sorted(numbers) == list(range(edit.parts[0].layers)) for numbers in layers.values())
     towers = any("language_model" in site.module for site in by_module)  # a vision tower has projections of its own
     names = short if whole and not towers and not short & others else {site.module for site in by_module}
     return sorted(names), sorted({f"{site.module}.{site.parameter}" for site in by_parameter})

@@ -1,5 +1,7 @@
-"""What was changed in a checkpoint: `verify` compares it with the base and the edit, bit by bit; `diff` recovers the
-edit from base and checkpoint alone. Neither builds a model or holds more than a few tensors.
+"""What was changed in a checkpoint.
+
+`verify` compares it with the base and the edit, bit by bit; `diff` recovers the edit from base and checkpoint alone.
+Neither loads weights into a model or holds more than a few tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, checkpoint_files, piec
 from .patching import Piece
 from .places import upright
 
-# Files that an export adds, that only say where the tensors are, or that are for people: a card of its own.
+# Files that an export adds, the one that only lists where tensors are, and the one for people (the model card).
 _OURS = {MANIFEST, JOURNAL, "model.safetensors.index.json", "README.md"}
 
 
@@ -31,26 +33,26 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
     """Whether a checkpoint is the base with the edit in it, and nothing else.
 
     Returns:
-        tensors: name → "equal", "edited as expected", "foreign" (of another content), "missing" or "extra".
-        files: the same for all files that hold no tensors. counts: how many of each. as_expected: whether every tensor
-            and every file is equal or edited as expected, and every edited one is.
+        tensors: name → "equal", "edited as expected", "foreign" (with other content), "missing" or "extra".
+        files: the same for all files that hold no tensors. counts: how many tensors of each kind.
+        as_expected: whether every tensor and file is equal or edited as expected, and a tensor is edited.
 
     Raises:
         FileError: a folder is not a `safetensors` checkpoint. ModelError: the edit is another model's.
     """
     base, edited = checkpoint_folder(base), Path(edited)
-    ours, theirs = open_shards(base), open_shards(edited)
-    here, there = _by_name(ours), _by_name(theirs)
+    base_shards, edited_shards = open_shards(base), open_shards(edited)
+    base_tensors, edited_tensors = _by_name(base_shards), _by_name(edited_shards)
     pieces: dict[str, list[Piece]] = {}
-    for some in pieces_of(edit, ours).values():
+    for some in pieces_of(edit, base_shards).values():
         for piece in some:
             pieces.setdefault(piece.tensor, []).append(piece)
     read, read_edited = checkpoint_reader(base), checkpoint_reader(edited)
 
     def one(name: str) -> str:
-        if name not in there:
+        if name not in edited_tensors:
             return "missing"
-        a, b = here[name], there[name]
+        a, b = base_tensors[name], edited_tensors[name]
         if (a.shape, a.dtype_name) != (b.shape, b.dtype_name):
             return "foreign"
         mine, other = read(name), read_edited(name)
@@ -63,9 +65,9 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
             else "foreign"
         )
 
-    tensors = dict(zip(here, in_parallel(one, here), strict=True))
-    tensors |= dict.fromkeys(there.keys() - here.keys(), "extra")
-    files = _files(base, edited, {*ours, *theirs})
+    tensors = dict(zip(base_tensors, in_parallel(one, base_tensors), strict=True))
+    tensors |= dict.fromkeys(edited_tensors.keys() - base_tensors.keys(), "extra")
+    files = _files(base, edited, {*base_shards, *edited_shards})
     bad = {"foreign", "missing", "extra"}
     expected = not bad & {*tensors.values(), *files.values()} and "edited as expected" in tensors.values()
     return {
@@ -109,7 +111,7 @@ def _as_expected(piece: Piece, mine: Tensor, other: Tensor) -> bool:
 
 
 def _rest(changed: Iterable[Piece], mine: Tensor, other: Tensor) -> bool:
-    """Of a tensor of several experts: whether those that the edit leaves alone are the base's."""
+    """Whether the experts that the edit leaves alone are the base's, in a tensor that holds several."""
     if mine.dim() != 3:
         return True
     edited = {piece.site.expert for piece in changed}
@@ -117,18 +119,18 @@ def _rest(changed: Iterable[Piece], mine: Tensor, other: Tensor) -> bool:
 
 
 def _files(base: Path, edited: Path, shards: set[str]) -> dict[str, str]:
-    here, there = (
+    base_names, edited_names = (
         {name for name in checkpoint_files(folder) if name not in shards | _OURS} for folder in (base, edited)
     )
-    found = dict.fromkeys(sorted(there - here), "extra")
-    for name in sorted(here):
-        if name not in there:
-            found[name] = "missing"
+    words = dict.fromkeys(sorted(edited_names - base_names), "extra")
+    for name in sorted(base_names):
+        if name not in edited_names:
+            words[name] = "missing"
         else:
-            found[name] = "equal" if sha256(base / name) == sha256(edited / name) else "foreign"
-    # An export leaves out weights in other formats, and says so in its manifest.
+            words[name] = "equal" if sha256(base / name) == sha256(edited / name) else "foreign"
+    # An export leaves out weights in other formats, and lists them in its manifest.
     left_out = _left_out(edited)
-    return {name: word for name, word in found.items() if word != "missing" or name not in left_out}
+    return {name: word for name, word in words.items() if word != "missing" or name not in left_out}
 
 
 def _left_out(edited: Path) -> set[str]:
@@ -145,14 +147,14 @@ def _left_out(edited: Path) -> set[str]:
 def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     """What differs between two checkpoints of one shape, and whether it is a component edit of rank 1.
 
-    For a weight that differs, D = W' − W is compared with u aᵀ, the best of rank 1. What is left over is measured
-    against the rounding that the files' dtype explains. λ_i = a_i·k̂_i with k̂_i = W_iᵀu/‖W_iᵀu‖, whatever u's sign. Of
-    a neuron (c = 1) k̂_i is ±1, so that any change of rank 1 of an MLP's weight is aligned: the heads tell more.
+    For a weight that differs, D = W' − W is compared with u aᵀ, its best approximation of rank 1. The rest is compared
+    with the rounding that the files' dtype explains. λ_i = a_i·k̂_i with k̂_i = W_iᵀu/‖W_iᵀu‖, whatever u's sign. A
+    neuron (c = 1) has k̂_i = ±1, so any rank-1 change of an MLP's weight is aligned, and only heads are evidence.
 
     Returns:
-        sites: for each weight of a site that differs: its key and tensor, `rank` (how many singular values stand out of
-            the rounding), `share` of ‖D‖² in the first, `rounding` (the share of ‖D‖² that rounding explains),
-            `aligned` (mean |cos(a_i, k̂_i)|, weighted by ‖a_i‖²), `components` changed, the `largest` λ, the verdict.
+        sites: for each site whose weight differs: its key and tensor, `rank` (how many singular values exceed the
+            rounding), `share` of ‖D‖² in the first, `rounding` (the share of ‖D‖² that rounding explains), `aligned`
+            (mean |cos(a_i, k̂_i)|, weighted by ‖a_i‖²), how many `components` changed, the `largest` λ, the verdict.
         others: names of other tensors that differ. verdict: whether all that differs is a component edit of rank 1.
 
     Raises:
@@ -161,27 +163,28 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     from ..models.load import empty_model, load_config
 
     base, edited = Path(base), Path(edited)
-    here, there = _by_name(open_shards(base)), _by_name(open_shards(edited))
+    base_tensors, edited_tensors = _by_name(open_shards(base)), _by_name(open_shards(edited))
     read, read_edited = checkpoint_reader(base), checkpoint_reader(edited)
     sites: dict[str, list[Site]] = {}
     for site in find_sites(empty_model(load_config(base))):
-        name = next((n for n in (site.tensor, *site.aliases) if n in here), None)
+        name = next((n for n in (site.tensor, *site.aliases) if n in base_tensors), None)
         if name is not None:
             sites.setdefault(name, []).append(site)
 
     def one(name: str) -> list[dict[str, Any]] | str | None:
-        if name not in there or (here[name].shape, here[name].dtype) != (there[name].shape, there[name].dtype):
+        a, b = base_tensors[name], edited_tensors.get(name)
+        if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
             return name
         mine, other = read(name), read_edited(name)
         if _same(mine, other):
             return None
-        if name not in sites or here[name].dtype is None:
+        if name not in sites or a.dtype is None:
             return name
         return list(_sites(sites[name], mine, other, top))
 
     rows: list[dict[str, Any]] = []
-    others = sorted(there.keys() - here.keys())
-    for result in in_parallel(one, here):
+    others = sorted(edited_tensors.keys() - base_tensors.keys())
+    for result in in_parallel(one, base_tensors):
         if isinstance(result, str):
             others.append(result)
         elif result:
@@ -231,7 +234,7 @@ def recover(site: Site, W: Tensor, edited: Tensor, top: int = 5) -> dict[str, An
     cosines = lam.abs() / rows.norm(dim=1).clamp_min(1e-30)
     aligned = float((cosines * sizes).sum() / sizes.sum())
     touched = changed.view(site.n, site.width).any(dim=1)
-    # At most a few times what rounding explains, and what it may explain is not all there is.
+    # The rest is at most a few times what rounding explains, and rounding does not explain the whole change.
     is_one = left <= 3 * noise + 1e-6 * power and float(s[0]) ** 2 > noise
     if not is_one:
         verdict = "no edit of rank 1" if power > 4 * noise else "lost in rounding"

@@ -1,5 +1,6 @@
-"""Activation steering as biases in a checkpoint, so that the baseline too can be served without hooks: out += γv at a
-block is a bias of its output projection, where the architecture's configuration allows one there.
+"""Activation steering as biases in a checkpoint, so that the baseline too can be served without hooks.
+
+out += γv at a block is a bias of its output projection, if the architecture's configuration allows one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..models.sites import find_sites
 from ..progress import say
 from .checkpoint import OTHER_WEIGHTS, checkpoint_files
 
-# What configurations call the switches of their biases.
+# Configurations switch their biases on by these keys.
 _SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "bias")
 
 _NEW = "model-steering.safetensors"
@@ -35,14 +36,14 @@ _INDEX, _SINGLE, _BASE = "model.safetensors.index.json", "model.safetensors", "m
 def export_steering(base: str | Path, vectors: Mapping[str, Tensor], gamma: float, out: str | Path) -> Path:
     """Writes `out`, a copy of the checkpoint folder `base` with γv as the bias of each block's output projection.
 
-    Where a projection has a bias already it is added to; else the configuration's switch is turned on, and every other
-    bias that comes with it is 0.
+    If a projection already has a bias, γv is added to it. Otherwise the configuration's switch is turned on, and every
+    other bias that comes with it is 0.
 
     Args:
         vectors: block key ("3.attn", "3.mlp") → v [d], not normalised.
 
     Raises:
-        ModelError: a block has no place for a bias; says why. FileError: `base` is no checkpoint, or `out` is there.
+        ModelError: a block has no place for a bias; says why. FileError: `base` is not a checkpoint, or `out` exists.
     """
     base, out = Path(base), Path(out)
     if out.exists():
@@ -97,7 +98,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _add_shard(folder: Path, where: Mapping[str, str], new: Mapping[str, Tensor]) -> None:
-    """A further file of a checkpoint, which is given an index if it was a single file."""
+    """Adds a file to a checkpoint, and an index if the checkpoint was a single file."""
     from safetensors.torch import save_file
 
     save_file(dict(new), str(folder / _NEW), metadata={"format": "pt"})
@@ -137,7 +138,7 @@ def _places(model: nn.Module, vectors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _switched(config: Any, wanted: set[str]) -> Any:
-    """The configuration with the switches on that bring some of the wanted parameters."""
+    """The configuration with those switches on that bring some of the wanted parameters."""
     changed = deepcopy(config)
     for switch in _SWITCHES if wanted else ():
         if getattr(config, switch, None) is False:
@@ -149,7 +150,7 @@ def _switched(config: Any, wanted: set[str]) -> Any:
 
 
 def _stored(name: str, where: Mapping[str, str]) -> str:
-    """What the files call a bias: as they call the weight beside it, with the causal model's prefix or without."""
+    """The name of a bias in the files: like the weight beside it, with or without the causal model's prefix."""
     for short in (name, name.split(".", 1)[-1]):
         if short.removesuffix("bias") + "weight" in where:
             return short
@@ -161,7 +162,7 @@ def _stored(name: str, where: Mapping[str, str]) -> str:
 
 
 def _add(path: Path, vectors: Mapping[str, Tensor]) -> None:
-    """Adds to biases that are there, in place: in fp32, rounded once."""
+    """Adds vectors to existing biases in place: in fp32, rounded once."""
     held = open_shard(path)
     with open(path, "r+b") as file:
         for name, v in vectors.items():

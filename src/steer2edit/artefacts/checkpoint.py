@@ -1,7 +1,7 @@
 """An edited checkpoint, written from the base's files: the edited tensors are patched, every other byte is copied.
 
-No model is built and no file is held in memory. Copying, patching and syncing overlap. What is under way stands in a
-hidden folder beside the output, with a journal of the shards that are whole: a killed export goes on from there.
+No model is built and no file is held in memory. Copying, patching and syncing overlap. An unfinished export is a hidden
+folder beside the output, with a journal of its complete shards, from which a killed export resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ JOURNAL = "steer2edit-export.jsonl"
 
 MANIFEST = "manifest.json"
 
-# Weights in other formats, which would stay the base's.
+# Weights in other formats, which would stay unedited.
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 Progress = Callable[[int, int], None]
@@ -46,16 +46,16 @@ def export_checkpoint(
     """Writes `out`, a copy of the checkpoint folder `base` with the edit in it; no model is built.
 
     The edited tensors are bit for bit what `apply` and `save_pretrained` would give in the files' own dtype. The folder
-    appears whole or not at all; the same call after a kill goes on from the last whole shard.
+    appears complete or not at all. After a kill, the same call resumes after the last complete shard.
 
     Args:
         hashes: put the SHA-256 of each edited tensor, before and after, into `out/manifest.json`.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in total).
 
     Raises:
         FileError: `base` is not a `safetensors` checkpoint, `out` exists already, a tensor's dtype is not F32, F16 or
-            BF16, or the disk is too small.
-        ModelError: `base` is another model. EditError: the edit is in it already, or changes nothing.
+            BF16, or the disk has too little room.
+        ModelError: `base` is another model. EditError: `base` already contains the edit, or the edit changes nothing.
     """
     base, out = checkpoint_folder(base), Path(out)
     if out.exists():
@@ -71,7 +71,7 @@ def export_checkpoint(
     rest = [name for name in files if name not in shards and Path(name).suffix not in OTHER_WEIGHTS]
     left_out = sorted(set(files) - set(rest) - set(shards))
     if MANIFEST in rest:
-        say(f"  the base's own {MANIFEST} gives way to the export's")
+        say(f"  the export's {MANIFEST} replaces the base's own")
         rest.remove(MANIFEST)
 
     partial = out.with_name(f".{out.name}.partial")
@@ -109,12 +109,11 @@ def export_checkpoint(
 
 
 def compare(edit: Changes, base: Path) -> None:
-    """Refuses another base by the smallest weight that each part of the edit changes: a glance before the work, which
-    looks at all of them.
+    """Checks the base by the smallest weight that each part of the edit changes. The export then checks every weight.
 
     Raises:
-        ModelError: `base` is another model. EditError: the edit is in it already.
-        FileError: it is no `safetensors` checkpoint, or those weights are not plain floating point.
+        ModelError: `base` is another model. EditError: `base` already contains the edit.
+        FileError: `base` is not a `safetensors` checkpoint, or those weights are not plain floating point.
     """
     smallest: list[list[str]] = []
     for part in edit.parts:
@@ -124,17 +123,17 @@ def compare(edit: Changes, base: Path) -> None:
     read = site_reader(base)
     try:
         check_weights(edit.parts, read, keys=smallest)
-    except EditError:  # the edit seems to be in it: one weight of another base may look so, all of them do not
+    except EditError:  # one weight of another base may look edited, but not all of them
         check_weights(edit.parts, read)
 
 
 def pieces_of(edit: Changes, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[Piece]]:
-    """File → the bytes of each of the edit's sites in it. All of them are looked at, the edited ones changed.
+    """File → the bytes of each of the edit's sites in it. All of them are checked; the edited ones are changed.
 
-    Left out are sites that the edit leaves alone and that are not plain floating point: those are only copied.
+    A site that the edit leaves alone and that is not plain floating point is left out: it is only copied.
     """
     tensors = {name: (file, stored) for file, held in shards.items() for name, stored in held.items()}
-    found: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[Piece]] = {}
     changes = edit.changes()
     for key, site in {key: s.site for part in edit.parts for key, s in part.sites.items()}.items():
         name = stored_name(site, tensors)
@@ -148,27 +147,27 @@ def pieces_of(edit: Changes, shards: Mapping[str, Mapping[str, Stored]]) -> dict
         piece = Piece(
             changes.get(key), parts, name, label, stored.dtype, place.start, place.end, place.shape, place.turned
         )
-        found.setdefault(file, []).append(piece)
-    return found
+        pieces.setdefault(file, []).append(piece)
+    return pieces
 
 
 def checkpoint_files(base: Path) -> dict[str, int]:
-    """Name → size of every file of the checkpoint. Raises FileError for a link that leads away."""
+    """Name → size of every file of the checkpoint. Raises FileError for a link out of it."""
     root = base.resolve()
     homes = (root, root.parent.parent / "blobs")  # where the Hub's cache keeps what its snapshots link to
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in (".git", ".cache"))
         for name in (*sorted(names), *(f for f in folders if (Path(folder) / f).is_symlink())):
             path = Path(folder) / name
             if not path.is_file() or not any(path.resolve().is_relative_to(home) for home in homes):
                 raise FileError(
-                    f"{path.relative_to(root)} in the checkpoint is no file of its own",
+                    f"{path.relative_to(root)} is not a file inside the checkpoint",
                     got=f"a link to {path.resolve()}" if path.is_symlink() else "not a file",
                     fix="Replace it by a copy.",
                 )
-            found[str(path.relative_to(root))] = path.stat().st_size
-    return found
+            sizes[str(path.relative_to(root))] = path.stat().st_size
+    return sizes
 
 
 def _key(edit: Changes, base: Path, files: Mapping[str, int]) -> str:
@@ -179,7 +178,7 @@ def _key(edit: Changes, base: Path, files: Mapping[str, int]) -> str:
 
 
 def _resume(partial: Path, key: str) -> dict[str, Any]:
-    """The journal's lines of the shards that are whole, by name; none of another export's."""
+    """The journal's lines of complete shards, by file name. Another export's journal and shards are deleted."""
     lines = read_journal(partial / JOURNAL)
     if not lines or lines[0].get("key") != key:
         shutil.rmtree(partial, ignore_errors=True)
@@ -189,11 +188,11 @@ def _resume(partial: Path, key: str) -> dict[str, Any]:
     clear_temporaries(partial)
     whole = {line["file"]: line for line in lines[1:]}
     if whole:
-        say(f"  going on with an export that was stopped: {len(whole)} shards are there")
+        say(f"  resuming an export that was stopped: {len(whole)} shards are complete")
     return whole
 
 
-# What is left free on the disk beside the checkpoint: for its manifest, and for others.
+# Space that stays free on the disk, for the manifest and for other programs.
 _SPARE = 2**20
 
 
@@ -206,7 +205,7 @@ def _room(folder: Path, needed: int) -> None:
             shutil.rmtree(folder)
         raise FileError(
             "the disk has too little room for the edited checkpoint",
-            got=f"{free / 1e6:.1f} MB free, {asked / 1e6:.1f} MB needed, {_SPARE / 1e6:.1f} MB of them to spare",
+            got=f"{free / 1e6:.1f} MB free, {asked / 1e6:.1f} MB needed, {_SPARE / 1e6:.1f} MB of them as a reserve",
             fix="Free some space, or give an output folder on another disk.",
         )
 
@@ -224,21 +223,21 @@ class _Work:
         self.stopped = False
 
     def checked(self, done: Mapping[str, Any]) -> None:
-        """Takes over what an export that was stopped had found in its whole shards."""
+        """Takes over what a stopped export found in its complete shards."""
         for line in done.values():
             self._take(line)
             self.bytes += line["size"]
 
     def _take(self, line: Mapping[str, Any]) -> None:
         self.tensors |= line["tensors"]
-        for presence, other, found in zip(self.presence, self.other, line["parts"], strict=True):
-            other += found["other"]
-            presence.moved += found["moved"]
-            presence.power += found["power"]
-            presence.size = max(presence.size, found["rms"])
+        for presence, other, finding in zip(self.presence, self.other, line["parts"], strict=True):
+            other += finding["other"]
+            presence.moved += finding["moved"]
+            presence.power += finding["power"]
+            presence.size = max(presence.size, finding["rms"])
 
     def run(self, shards: Mapping[str, Sequence[Piece]]) -> None:
-        """Writes all shards. The copies, the patches, the syncs and the ends of shards have threads of their own."""
+        """Writes all shards. Copying, patching, syncing and finishing have threads of their own."""
         with contextlib.ExitStack() as opened:
             copying = opened.enter_context(ThreadPoolExecutor(1))
             patching = opened.enter_context(pool())
@@ -270,7 +269,7 @@ class _Work:
                 raise
 
     def _end(self, shard: Shard, copied: Future[None], patches: Sequence[Future[tuple[list[Finding], Hashes]]]) -> None:
-        """When a shard is whole, the journal has a line of it."""
+        """Waits until a shard is complete, then adds its line to the journal."""
         copied.result()
         if line := shard.finish([patch.result() for patch in patches]):
             append_jsonl(self.partial / JOURNAL, line)

@@ -11,8 +11,8 @@ from ..errors import EditError, ModelError
 from ..files.writing import replacing
 from ..method.change import Changes
 
-# What llama.cpp calls the architecture of a `model_type`. In all of them its output and down projections lie as in
-# transformers, or were turned upright when the model was converted.
+# llama.cpp's name for the architecture of each `model_type`. In all of them the output and down projections lie as in
+# transformers, or were transposed when the model was converted.
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -34,13 +34,13 @@ ARCHITECTURES = {
 
 
 def save_gguf_adapter(edit: Changes, path: str | Path, model_type: str | None = None) -> Path:
-    """Writes a GGUF file of type adapter: fp32, of the rank of the edit, scaling 1.
+    """Writes a GGUF file of type adapter, in fp32, with scaling 1 and the edit's rank.
 
     Args:
-        model_type: the base's; the probe's if None.
+        model_type: the base's; by default that of the probe's model.
 
     Raises:
-        ModelError: llama.cpp's names for that family are not known here, or the gguf package is missing.
+        ModelError: llama.cpp's names for that family are unknown, or the gguf package is missing.
         EditError: the edit changes nothing, or edits experts.
     """
     try:

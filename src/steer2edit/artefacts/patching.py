@@ -1,6 +1,6 @@
-"""One file of a checkpoint on its way into the edited one: what the edit changes is patched, all else is copied.
+"""Writing one file of an edited checkpoint: what the edit changes is patched, all else is copied.
 
-Nothing of a file's size is held in memory. Copying, patching and syncing run in threads of their own, on the same file.
+No file is held in memory. Copying, patching and syncing run in threads of their own, on the same file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..method.presence import Presence
 from ..method.scores import Reading, RowSums
 from ..method.site import Site
 
-# Small, since a file system lets one writer at a time into a file: patches need not wait long for a copy.
+# Small, since a file system lets one writer at a time into a file, and patches should not wait long for a copy.
 _CHUNK = 4 * 2**20
 _FLUSH = getattr(os, "fdatasync", os.fsync)
 _SYNC_EVERY = 256 * 2**20
@@ -37,14 +37,14 @@ Hashes = dict[str, dict[str, str]]
 class Piece:
     """One site's bytes in a file."""
 
-    change: Change | None  # None where a site is only looked at
-    parts: tuple[SiteEdit | None, ...]  # what each of the edits says of it
+    change: Change | None  # None for a site that is only checked
+    parts: tuple[SiteEdit | None, ...]  # the site in each of the edits
     tensor: str
-    name: str  # the tensor's, with the expert's number where it holds several
+    name: str  # the tensor's, with the expert's number if it holds several
     dtype: torch.dtype
     start: int
     end: int
-    shape: tuple[int, int]  # as it lies in the file: [d, n·c], or [n·c, d] if `turned`
+    shape: tuple[int, int]  # in the file: [d, n·c], or [n·c, d] if `turned`
     turned: bool
 
     @property
@@ -59,9 +59,9 @@ class Shard:
         name: of the file, in the base's folder and in the new one.
         pieces: the sites in it.
         parts: the edits that are written.
-        hashes: whether the SHA-256 of each edited tensor, before and after, is wanted.
-        count: called with the bytes that were written, from several threads.
-        stopped: whether the export is to end early.
+        hashes: whether to compute the SHA-256 of each edited tensor, before and after.
+        count: called with the number of bytes that were written, from several threads.
+        stopped: returns whether the export must end early.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Shard:
         """Copies what no edit changes.
 
         Args:
-            flush: runs a function on a descriptor elsewhere, so that syncing goes on beside the copy.
+            flush: runs a function on a descriptor in another thread, so that syncing and copying overlap.
         """
         unsynced = 0
         source, copy = self.files()
@@ -115,14 +115,14 @@ class Shard:
                     unsynced = 0
 
     def patch(self, piece: Piece) -> tuple[list[Finding], Hashes]:
-        """Looks at one site's weight and, where it is edited, writes it patched, a block of rows at a time.
+        """Checks one site's weight and, if it is edited, writes it patched, a block of rows at a time.
 
         Returns:
-            What each of the edits finds in it, and its hashes before and after.
+            Each edit's finding, and the weight's hashes before and after.
         """
         site, change, dtype = piece.site, piece.change, piece.dtype
         source, copy = self.files()
-        # Far from bf16's and fp32's end, a finite weight stays finite; fp16 is looked at number by number.
+        # A change far below bf16's and fp32's largest number keeps a weight finite; fp16 is checked number by number.
         if change and not float(change.u.abs().max()) * float(change.a.abs().max()) < 1e37:
             raise not_finite(change, dtype)
         before, after = hashlib.sha256(), hashlib.sha256()
@@ -132,7 +132,7 @@ class Shard:
         sums = RowSums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
         buffer = torch.empty_like(sums.scratch)
         height, width = piece.shape
-        # A weight that lies the other way is taken at once, else a block of rows; in the same memory every time.
+        # A transposed weight is read at once, any other by blocks of rows; always into the same memory.
         rows = height if piece.turned else min(sums.rows, height)
         memory = torch.empty(rows, width, dtype=dtype)
         for start in range(0, height, rows):
@@ -165,16 +165,16 @@ class Shard:
         reading = sums.reading()
         if change and not reading.power < float("inf"):
             raise not_finite(change, dtype)
-        found = from_reading(reading, site.d, site.inputs)
-        seen = [self._seen(i, piece, reading, found) for i in range(len(piece.parts))]
+        sketch = from_reading(reading, site.d, site.inputs)
+        findings = [self._finding(i, piece, reading, sketch) for i in range(len(piece.parts))]
         hashed = {"before": before.hexdigest(), "after": after.hexdigest()}
-        return seen, {piece.name: hashed} if self.hashes and change else {}
+        return findings, {piece.name: hashed} if self.hashes and change else {}
 
     def finish(self, patched_pieces: Sequence[tuple[list[Finding], Hashes]]) -> dict[str, Any] | None:
         """Syncs and closes the file, when all of it is written.
 
         Returns:
-            What the export's journal keeps of it; None if the export was stopped.
+            The file's line for the export's journal; None if the export was stopped.
         """
         if self.stopped():
             return None
@@ -184,7 +184,7 @@ class Shard:
         self.close()
         findings: list[Finding] = []
         for i in range(len(self.parts)):
-            of_part = [seen[i] for seen, _ in patched_pieces]
+            of_part = [of_piece[i] for of_piece, _ in patched_pieces]
             findings.append(
                 {
                     "other": [key for finding in of_part for key in finding["other"]],
@@ -196,13 +196,13 @@ class Shard:
         tensors = {name: hashed for _, hashes in patched_pieces for name, hashed in hashes.items()}
         return {"file": self.name, "size": self.size, "tensors": tensors, "parts": findings}
 
-    def _seen(self, i: int, piece: Piece, reading: Reading, found: Tensor) -> Finding:
-        """What the i-th of the edits finds in a weight: whether it is its base's, and how much of the edit is in it."""
+    def _finding(self, i: int, piece: Piece, reading: Reading, sketch: Tensor) -> Finding:
+        """Whether a weight is that of the i-th edit's base, and how much of that edit it contains."""
         presence, part, known = Presence(), piece.parts[i], self.parts[i].fingerprint
         key, other = piece.site.key, []
         if part is not None:
             presence.add(part, replace(reading, along=reading.along[i : i + 1]))
-            other = differing({key: known[key]} if key in known else {}, {key: found})
+            other = differing({key: known[key]} if key in known else {}, {key: sketch})
         return {"other": other, "moved": presence.moved, "power": presence.power, "rms": presence.size}
 
 
@@ -218,14 +218,14 @@ def _gaps(changed: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, 
 
 
 def _copy(source: int, copy: int, offset: int, count: int) -> None:
-    """Bytes of one file to the same place of another, inside the kernel where it can."""
+    """Copies bytes of one file to the same place in another, inside the kernel if possible."""
     while count:
         try:
             copied = os.copy_file_range(source, copy, count, offset, offset)
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno == 28:
                 raise
-            copied = 0  # another file system, or none of this kernel's
+            copied = 0  # not between these file systems, or not in this kernel
         if not copied:
             memory = memoryview(bytearray(min(count, 2**23)))
             for at in range(offset, offset + count, len(memory)):

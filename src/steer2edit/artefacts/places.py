@@ -14,7 +14,7 @@ from ..method.site import Site
 
 
 def stored_name(site: Site, names: Collection[str]) -> str:
-    """What a checkpoint's files call the site's weight. Raises FileError if they have none of its names."""
+    """The name of the site's weight in a checkpoint's files. Raises FileError if they have none of its names."""
     for name in (site.tensor, *site.aliases):
         if name in names:
             return name
@@ -24,14 +24,14 @@ def stored_name(site: Site, names: Collection[str]) -> str:
 
 
 def upright(site: Site, part: Tensor, fused: bool) -> Tensor:
-    """The site's weight [d, n·c] in the way it lies in a file: a view of the tensor, or of its expert's part."""
+    """The site's weight [d, n·c], as a view of a file's tensor or of its expert's part."""
     return part.T if site.transposed and (fused or site.expert is None) else part
 
 
 def site_reader(folder: Path) -> Callable[[Site], Tensor]:
     """A function that reads one site's weight [d, n·c] from a checkpoint's files.
 
-    It raises ModelError for a weight of another shape, and FileError for one that is not there or not plain floating
+    It raises ModelError for a weight of another shape, and FileError for one that is missing or not plain floating
     point.
     """
     held = {name: stored for tensors in open_shards(folder).values() for name, stored in tensors.items()}
@@ -51,7 +51,7 @@ class Place:
     """Where a site's weight lies in a file.
 
     Attributes:
-        start, end: its bytes. shape: as it lies there, [d, n·c], or [n·c, d] if `turned`.
+        start, end: its bytes. shape: its shape in the file, [d, n·c], or [n·c, d] if `turned`.
         fused: it is one expert's part of a 3-D tensor.
     """
 
@@ -63,7 +63,11 @@ class Place:
 
 
 def stored_place(site: Site, stored: Stored, wanted_by: str) -> Place:
-    """Raises FileError if the tensor is not plain floating point, ModelError if it is another model's."""
+    """Where a site's weight lies in a file, given the tensor that holds it.
+
+    Raises:
+        FileError: the tensor is not plain floating point. ModelError: it has another shape than the site's weight.
+    """
     if stored.dtype is None:
         raise FileError(
             f"{stored.name} is not plain floating point",

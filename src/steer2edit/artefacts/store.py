@@ -28,7 +28,7 @@ EDIT = (*SCORES, "lam")
 
 
 class ScoreTable(Protocol):
-    """The scores of every site, as data: `steer2edit.Scores` is one."""
+    """The scores of every site as data, such as `steer2edit.Scores`."""
 
     @property
     def sites(self) -> Mapping[str, SiteScores]: ...
@@ -45,7 +45,7 @@ def save_scores(scores: ScoreTable, path: str | Path) -> None:
 
 
 def load_scores(path: str | Path, build: Callable[..., T]) -> T:
-    """`build(sites, fingerprint, provenance)` of what `save_scores` wrote."""
+    """Reads what `save_scores` wrote, as `build(sites, fingerprint, provenance)`."""
     tensors, header = read_tensors(path, "scores")
     with _whole(path, "scores"):
         sites, fingerprint = _unpacked(tensors, header["sites"], SCORES)
@@ -62,7 +62,7 @@ def save_edit(edit: Part, path: str | Path) -> None:
 
 
 def load_edit(path: str | Path, build: Callable[..., T]) -> T:
-    """`build(sites, config, fingerprint, provenance, strength)` of what `save_edit` wrote."""
+    """Reads what `save_edit` wrote, as `build(sites, config, fingerprint, provenance, strength)`."""
     tensors, header = read_tensors(path, "edit")
     with _whole(path, "edit"):
         return build(*_unpacked_edit(tensors, header))
@@ -75,7 +75,7 @@ def save_combination(edits: Sequence[Part], path: str | Path) -> None:
 
 
 def load_edits(path: str | Path, combine: Callable[[Sequence[P]], T], build: Callable[..., P]) -> T:
-    """`combine([build(…), …])` of what `save_combination` wrote."""
+    """Reads what `save_combination` wrote, as `combine([build(…), …])`."""
     tensors, header = read_tensors(path, "combination")
     with _whole(path, "combination"):
         edits = []
@@ -108,7 +108,7 @@ def _packed(
     sites: Mapping[str, Any], fields: tuple[str, ...], fingerprint: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors = {f"{key}.{name}": getattr(row, name).float() for key, row in sites.items() for name in fields[1:]}
-    # v is the block's, and so is u: kept once for all the experts of a block, where they have the same one.
+    # v belongs to the block, and so does u: it is stored once for all experts of a block that have the same one.
     for key, row in sites.items():
         u = row.u.float()
         if not torch.equal(tensors.setdefault(f"{row.site.block_key}.u", u), u):
@@ -140,4 +140,4 @@ def _whole(path: str | Path, kind: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, EditError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise FileError(f"{path} is not a whole {kind} file", got=repr(error), fix="Make it anew.") from None
+        raise FileError(f"{path} is not a whole {kind} file", got=repr(error), fix="Create it again.") from None

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ..engines.base import Engine, Progress
-from ..files.schema import Section
+from ..files.schema import Section, Text
 from ..probing.traces import Trace
 from .degenerate import degenerate
 
@@ -65,7 +65,8 @@ class Measure:
 
     def to_json(self) -> dict[str, Any]:
         """What reports need of it, so that they need no behaviour."""
-        return {"name": self.name, "title": self.title, "better": self.better, "column": self.column}
+        known = {"name": self.name, "title": self.title, "better": self.better, "column": self.column}
+        return known | {"scale": [self.worst, self.best]}
 
 
 # What every behaviour has beside its own measures.
@@ -104,13 +105,31 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a behaviour's items come from, and how many of them each split takes.
+
+    Attributes:
+        prompts: the recipe's `data.prompts`; None if the behaviour has its items elsewhere.
+        counts: split → kind → how many; None where the recipe leaves it to the behaviour.
+        seed: by which a file without splits is divided.
+        test_prompts: the recipe's `data.test_prompts`: another file, of which the test split is.
+    """
+
+    prompts: str | None
+    counts: Mapping[Split, Mapping[str, int] | None] = field(default_factory=dict)
+    seed: int = 0
+    test_prompts: str | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What the engine gave for an item; the journal stores exactly this.
 
     Attributes:
         text: what was generated. answer_start: where in it the answer starts, after any thinking.
-        tokens: how many were generated. ended: whether the model ended its turn.
-        nll: of each choice its negative log-likelihood per token, in nats.
+        tokens: how many were generated. thinking: how many of them stand before the answer.
+        ended: whether the model ended its turn.
+        nll: of each choice its negative log-likelihood per token, in nats. lengths: of each choice its tokens.
     """
 
     text: str = ""
@@ -118,6 +137,8 @@ class Outcome:
     tokens: int = 0
     ended: bool = True
     nll: tuple[float, ...] = ()
+    thinking: int = 0
+    lengths: tuple[int, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -136,41 +157,81 @@ class Behaviour(Section):
         kinds: the kinds of prompts that validation and test may have. required: those that they must have.
         probe_kinds: the kinds that the probe may have.
         neutral: the kind whose base answers give KL and the rise of their NLL; None if no kind is neutral.
-        prompts, probe: the default of `data.prompts` and of `data.probe`; None if the recipe has to say it.
+        neutral_prompts: the default of `utility.prompts`, which gives them if it is there.
+        prompts, probe, validation, test: defaults of the recipe's `data`; None if the recipe has to say it.
+        evaluation, search, limits: defaults of the recipe's `evaluation`, `search` and `search.limits`.
         remark: what a model card says of the behaviour's limits.
+        divides: whether it divides a file by itself where the recipe gives no counts or no prompts.
+        completes: whether `completed` has anything to do.
+        system: a system prompt for traces and answers.
+        traces: a file of traces in place of those that the behaviour makes.
+        instructions: system prompts that ask for the behaviour, a baseline; None takes the behaviour's own.
     """
 
-    attribute: ClassVar[Measure]
-    costs: ClassVar[tuple[Measure, ...]] = ()
     kinds: ClassVar[tuple[str, ...]]
     required: ClassVar[tuple[str, ...]]
     probe_kinds: ClassVar[tuple[str, ...]]
     neutral: ClassVar[str | None] = None
+    neutral_prompts: ClassVar[str | None] = None
     prompts: ClassVar[str | None] = None
     probe: ClassVar[Mapping[str, int] | None] = None
+    validation: ClassVar[Mapping[str, int] | None] = None
+    test: ClassVar[Mapping[str, int] | None] = None
+    evaluation: ClassVar[Mapping[str, Any]] = {}
+    limits: ClassVar[Mapping[str, float]] = {}
+    search: ClassVar[Mapping[str, Any]] = {}
     remark: ClassVar[str] = ""
+    divides: ClassVar[bool] = False
+    completes: ClassVar[bool] = False
 
     name: str
     system: str | None = None
+    traces: str | None = None
+    instructions: list[Text] | None = None
 
-    @classmethod
-    def measures(cls) -> tuple[Measure, ...]:
+    @property
+    @abstractmethod
+    def attribute(self) -> Measure:
+        """The measure that edits are to improve."""
+
+    @property
+    def costs(self) -> tuple[Measure, ...]:
+        """Measures of what the behaviour itself may cost."""
+        return ()
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
         """Every measure that a trial has: the attribute first."""
-        return (cls.attribute, *cls.costs, *COMMON)
+        return (self.attribute, *self.costs, *COMMON)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that the section names, whose contents a run depends on."""
+        return () if self.traces is None else (self.traces,)
 
     @abstractmethod
-    def items(self, source: str, split: Split, counts: Mapping[str, int]) -> list[Item]:
-        """The first `counts[kind]` items of each kind in one split; the other splits are not returned.
-
-        Args:
-            source: the recipe's `data.prompts`.
+    def items(self, source: Source, split: Split) -> list[Item]:
+        """The items of one split, the first of each kind; those of the other splits are not returned.
 
         Raises:
             FileError: the source is not what the behaviour reads. RecipeError: the split has too few of a kind.
         """
 
+    def completed(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Item]:
+        """The items with what a model has to write first, such as choices to compare; most behaviours need nothing."""
+        return list(items)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether the section names a Python file that is run."""
+        return False
+
+    def asking(self) -> list[str]:
+        """System prompts that ask for the behaviour: the baseline that costs nothing; empty if there are none."""
+        return self.instructions or []
+
     @abstractmethod
-    def traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
+    def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Traces of both labels for the probe."""
 
     @abstractmethod
@@ -181,18 +242,34 @@ class Behaviour(Section):
             base: the original model's outcome on the same item.
         """
 
+    def measure_all(
+        self, asked: Sequence[tuple[Item, Outcome, Outcome]], progress: Progress | None = None
+    ) -> list[Mapping[str, float]]:
+        """`measure` of many outcomes (item, outcome, base): a behaviour with a judge asks about all of them at once."""
+        return [self.measure(item, outcome, base) for item, outcome, base in asked]
 
-def judge(behaviour: Behaviour, item: Item, outcome: Outcome, base: Outcome) -> dict[str, float]:
-    """The behaviour's own measures of an outcome, and those of every behaviour.
+
+def judge(
+    behaviour: Behaviour, asked: Sequence[tuple[Item, Outcome, Outcome]], progress: Progress | None = None
+) -> list[dict[str, float]]:
+    """The behaviour's own measures of outcomes, and those of every behaviour.
 
     Open answers count for `degenerate`; questions with a known answer for `accuracy`.
+
+    Args:
+        asked: item, outcome, and the original model's outcome on the same item.
     """
-    if item.choices and item.kind == QUESTION:
-        right, base_right = (float(_likeliest(o.nll) == item.target) for o in (outcome, base))
-        return {ACCURACY.name: right, ACCURACY_LOSS.name: base_right - right}
-    values = dict(behaviour.measure(item, outcome, base))
-    if not item.choices:
-        values[DEGENERATE.name] = float(degenerate(outcome.answer))
+    own = [i for i, (item, _, _) in enumerate(asked) if item.kind != QUESTION]
+    measured = dict(zip(own, behaviour.measure_all([asked[i] for i in own], progress), strict=True))
+    values: list[dict[str, float]] = []
+    for i, (item, outcome, base) in enumerate(asked):
+        if i not in measured:
+            right, base_right = (float(likeliest(o.nll) == item.target) for o in (outcome, base))
+            values.append({ACCURACY.name: right, ACCURACY_LOSS.name: base_right - right})
+            continue
+        values.append(dict(measured[i]))
+        if not item.choices:
+            values[i][DEGENERATE.name] = float(degenerate(outcome.answer))
     return values
 
 
@@ -200,7 +277,7 @@ def judge(behaviour: Behaviour, item: Item, outcome: Outcome, base: Outcome) -> 
 QUESTION = "question"
 
 
-def _likeliest(nll: Sequence[float]) -> int:
+def likeliest(nll: Sequence[float]) -> int:
     """Number of the choice with the smallest NLL, the first of equals; −1 if none is finite."""
     smallest = min(nll, default=float("inf"))
     return list(nll).index(smallest) if smallest < float("inf") else -1

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, RecipeError
 from ..files.reading import numbered_jsonl
 from ..probing.traces import is_prompt
-from .base import QUESTION, SPLITS, Item, Prompt, Split
+from .base import QUESTION, SPLITS, Item, Split
+
+# What stands before the name of a set that comes with the package.
+BUILTIN = "builtin:"
 
 
-def load_prompts(source: str | Path, kinds: Collection[str], split: Split, counts: Mapping[str, int]) -> list[Item]:
+def data_path(name: str) -> str:
+    """The path of a file, or of a set that comes with the package, `builtin:NAME`.
+
+    Raises:
+        FileError: no such set.
+    """
+    if not name.startswith(BUILTIN):
+        return name
+    path = Path(str(files("steer2edit") / "data" / f"{name.removeprefix(BUILTIN)}.jsonl"))
+    if not path.is_file():
+        raise FileError("no such set comes with the package", got=name, fix="Check the name, or give a file.")
+    return str(path)
+
+
+def load_prompts(
+    source: str | Path, kinds: Collection[str], split: Split, counts: Mapping[str, int], target: str | None = None
+) -> list[Item]:
     """The first `counts[kind]` prompts of each kind in one split.
+
+    Where rows differ in their target, the items of each target are taken in turn.
 
     Args:
         source: a JSON Lines file with `prompt` (a text, or a list of messages), `kind` and `split`.
+        target: the key of a row that becomes the item's target.
 
     Raises:
         FileError: a row is not a prompt, or the file is empty. RecipeError: the split holds fewer prompts of a kind
             than asked, or a prompt stands in two splits.
     """
-    rows: list[tuple[Prompt, str, Split]] = []
+    rows: list[tuple[Item, Split]] = []
     for number, row in numbered_jsonl(source):
         if row.get("kind") not in kinds or row.get("split") not in SPLITS or not is_prompt(row.get("prompt")):
             raise FileError(
@@ -30,13 +54,15 @@ def load_prompts(source: str | Path, kinds: Collection[str], split: Split, count
                 got=row,
                 fix=f"Write a prompt, its kind ({', '.join(kinds)}) and its split ({', '.join(SPLITS)}).",
             )
-        rows.append((row["prompt"], row["kind"], row["split"]))
+        rows.append(
+            (Item(row["kind"], row["prompt"], target=None if target is None else row.get(target)), row["split"])
+        )
     if not rows:
         raise FileError(f"{source} is empty", got="no prompt", fix="Write one JSON object a line: prompt, kind, split.")
     _refuse_leaks(source, rows)
     items = []
     for kind, count in counts.items():
-        of_kind = [Item(kind, prompt) for prompt, its_kind, its_split in rows if (its_kind, its_split) == (kind, split)]
+        of_kind = _in_turn([item for item, its_split in rows if (item.kind, its_split) == (kind, split)])
         if len(of_kind) < count:
             raise RecipeError(
                 f"the {split} split has too few {kind} prompts",
@@ -47,11 +73,19 @@ def load_prompts(source: str | Path, kinds: Collection[str], split: Split, count
     return items
 
 
-def _refuse_leaks(source: str | Path, rows: Collection[tuple[Prompt, str, Split]]) -> None:
+def _in_turn(items: Sequence[Item]) -> list[Item]:
+    """The items of each target in turn, so that the first ones hold as many of each as there can be."""
+    by_target: dict[Any, list[Item]] = {}
+    for item in items:
+        by_target.setdefault(item.target, []).append(item)
+    return [item for some in itertools.zip_longest(*by_target.values()) for item in some if item is not None]
+
+
+def _refuse_leaks(source: str | Path, rows: Collection[tuple[Item, Split]]) -> None:
     """Raises RecipeError if a prompt stands in two splits: what was tuned on it would be measured on it."""
     split_of: dict[str, Split] = {}
-    for prompt, kind, split in rows:
-        text = _normalised(Item(kind, prompt).text)
+    for item, split in rows:
+        text = normalised(item.text)
         first = split_of.setdefault(text, split)
         if first != split:
             raise RecipeError(
@@ -61,7 +95,7 @@ def _refuse_leaks(source: str | Path, rows: Collection[tuple[Prompt, str, Split]
             )
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
     """Letters and digits alone, in lower case: two prompts that differ in nothing else are the same."""
     return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
 
@@ -99,7 +133,7 @@ def load_neutral(path: str | Path, split: Split, first: int, count: int) -> list
     Raises:
         FileError: a row has no prompt. RecipeError: there are too few.
     """
-    rows = numbered_jsonl(path)
+    rows = numbered_jsonl(data_path(str(path)))
     for number, row in rows:
         if not is_prompt(row.get("prompt")):
             raise FileError(f"line {number} of {path} is not a prompt", got=row, fix="Write a prompt in each line.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,11 @@ from .base import Answer, Request
 
 
 def answer_of(tokenizer: Any, request: Request, ids: Sequence[int], ended: bool, stop: Sequence[str] = ()) -> Answer:
-    """The answer that generated ids are, without the end-of-turn token.
+    """The answer that generated ids stand for, without the end-of-turn token.
 
     Args:
-        stop: the first of these strings ends the answer. They are looked for in the text with special tokens written
-            out, so that a special token can be one of them.
+        stop: the first of these strings ends the answer. They are searched in the text with its special tokens, so that
+            a special token can be one of them.
     """
     text, raw = (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
     cut = min((raw.find(string) for string in stop if string in raw), default=None)
@@ -29,15 +30,29 @@ def answer_of(tokenizer: Any, request: Request, ids: Sequence[int], ended: bool,
         text = tokenizer.decode(ids, skip_special_tokens=True) + raw[len(kept) :]
         ended = True
     start = answer_start(raw, begins_thinking(tokenizer.decode(list(request.ids[-8:]))))
-    if start and raw != text:  # the tags are special tokens, which the text is without
+    if start and raw != text:  # the tags are special tokens, which `text` leaves out
         ends = next((i for i in range(len(ids)) if THOUGHT in tokenizer.decode(ids[: i + 1])), len(ids))
         thought = tokenizer.decode(ids[: ends + 1], skip_special_tokens=True)
         start = len(thought) + len(text[len(thought) :]) - len(text[len(thought) :].lstrip())
-    return Answer(tuple(ids), text, ended, start)
+    return Answer(tuple(ids), text, ended, start, _thinking(tokenizer, ids, text[:start]))
+
+
+def _thinking(tokenizer: Any, ids: Sequence[int], before: str) -> int:
+    """How many of the ids stand before the answer: the fewest whose text reaches to where it starts."""
+    if not before:
+        return 0
+    return (
+        bisect.bisect_left(
+            range(1, len(ids)),
+            True,
+            key=lambda n: len(tokenizer.decode(ids[:n], skip_special_tokens=True)) >= len(before),
+        )
+        + 1
+    )
 
 
 def _ids_within(tokenizer: Any, ids: Sequence[int], text: str) -> tuple[Sequence[int], str]:
-    """The most ids that the beginning of `text` consists of, and that beginning."""
+    """The longest run of first ids whose text is a beginning of `text`, and that beginning."""
     for count in range(len(ids), 0, -1):
         decoded = tokenizer.decode(ids[:count], skip_special_tokens=False)
         if text.startswith(decoded):
@@ -46,15 +61,15 @@ def _ids_within(tokenizer: Any, ids: Sequence[int], text: str) -> tuple[Sequence
 
 
 class StopStrings:
-    """Whether an answer under way has come to a stop string.
+    """Whether an unfinished answer has reached a stop string.
 
-    Only its last tokens are decoded: a stop string of n bytes lies in n tokens at most. The answer is decoded whole
-    only where they hold one, since tokens decoded alone can read otherwise.
+    A stop string of n bytes takes n tokens at most, so only the last tokens are decoded. If they hold a stop string,
+    the whole answer is decoded, since tokens decoded alone can give another text.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
         self.tokenizer, self.stop = tokenizer, stop
-        # Some tokenizers drop the space before the first token, so a few tokens more.
+        # A few tokens more, since some tokenizers drop the space before the first token.
         self.tail = 4 + max((len(string.encode()) for string in stop), default=0)
 
     def __bool__(self) -> bool:
@@ -72,7 +87,7 @@ class EndAtStopString(StoppingCriteria):
     """Ends the rows of transformers' own loop at a stop string.
 
     Args:
-        width: of the prompts, which do not count.
+        width: length of the prompts, which are not searched.
     """
 
     def __init__(self, strings: StopStrings, width: int):

@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's token ids, which intervention of the table it runs under, and the seed (0 or more) of its draws."""
+    """A prompt's token ids, the row of its intervention in the table, and the seed (0 or more) of its draws."""
 
     ids: tuple[int, ...]
     row: int = 0
@@ -61,15 +61,17 @@ class Answer:
 
     Attributes:
         ids: tokens of the answer, without the end-of-turn token and without tokens of a stop string.
-        text: up to the end of the turn or the first stop string.
-        ended: the model ended its turn or wrote a stop string.
+        text: the text up to the end of the turn or the first stop string.
+        ended: whether the model ended its turn or wrote a stop string.
         start: the character at which the answer starts, after the model's thinking.
+        thinking: how many of the tokens stand before the answer.
     """
 
     ids: tuple[int, ...]
     text: str
     ended: bool
     start: int = 0
+    thinking: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,22 @@ class Engine(ABC):
     Attributes:
         tokenizer, chat: they turn messages into token ids; `chat.stop` ends answers.
         slots: rows that run at once; an engine may lower it, and a resumed study sets it to the lowered number.
+        rows_on_stream: whether it runs terms u(aᵀx) on the residual stream; constants it always does.
+        measures_prompts: whether it has `prompt_losses`.
     """
 
     tokenizer: Any
     chat: Chat
     slots: int
+    rows_on_stream: bool = True
+    measures_prompts: bool = False
 
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         """A prompt's token ids, up to where the answer begins."""
         return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
 
     def begins_thinking(self, ids: Sequence[int]) -> bool:
-        """Whether a prompt ends inside the model's thinking, as some templates make it."""
+        """Whether a prompt ends inside the model's thinking, as with some templates."""
         return begins_thinking(self.tokenizer.decode(list(ids[-8:])))
 
     @abstractmethod
@@ -134,3 +140,19 @@ class Engine(ABC):
         Args:
             pairs: prompt ids and answer ids.
         """
+
+    def prompt_losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        prompts: Sequence[tuple[int, ...]],
+        progress: Progress | None = None,
+    ) -> Losses:
+        """KL and NLL per token of given answers after other prompts, against the same model after their own.
+
+        Args:
+            pairs: prompt ids and answer ids. prompts: the other prompt of each answer.
+
+        Returns:
+            Losses with one column.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not measure losses under other prompts")

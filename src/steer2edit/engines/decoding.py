@@ -16,12 +16,12 @@ from .base import Answer, Progress, Request
 from .sampling import Sampler
 from .slots import SlotCache
 
-# Tokens of prompts that are run at once: enough to fill the cores, few enough to stay in a CPU's cache.
+# Tokens of prompts that run at once: enough to fill the cores, few enough to stay in a CPU's cache.
 PREFILL = 2048
 
 
 class SlotRunner(Protocol):
-    """The model behind the slots: what TransformersEngine gives the decoder.
+    """The model behind the slots: what the decoder uses of TransformersEngine.
 
     Attributes:
         tokenizer, chat, slots: as every engine has them.
@@ -51,7 +51,7 @@ class SlotRunner(Protocol):
 
 
 class SlotDecoder:
-    """One call's requests on their way through the slots. The engine runs the model; this class keeps the books.
+    """Moves one call's requests through the slots. The engine runs the model; this class tracks slots and tokens.
 
     Args:
         running: the interventions, whose hooks are in the model.
@@ -84,7 +84,7 @@ class SlotDecoder:
         """Answers in the order of the requests."""
         while self.waiting or any(request is not None for request in self.slots):
             free = [slot for slot, request in enumerate(self.slots) if request is None]
-            # Both cost a pass or a copy, so they wait until a quarter of the slots is free.
+            # Admitting costs a pass and compacting a copy, so both wait until a quarter of the slots is free.
             if 4 * len(free) >= len(self.slots):
                 if self.waiting:
                     self.admit(free)
@@ -99,7 +99,7 @@ class SlotDecoder:
     def admit(self, free: Sequence[int]) -> None:
         """Puts waiting requests into the free slots and runs their prompts."""
         new = [self.waiting.pop(0) for _ in free[: len(self.waiting)]]
-        # Prompts of about the same length together: next to nothing is padding.
+        # Prompts of about the same length run together, which needs little padding.
         lengths = [len(self.requests[i].ids) - len(self.prefix) for i in new]
         for part in batches_by_length(lengths, PREFILL):
             requests = [self.requests[new[i]] for i in part]
@@ -129,7 +129,7 @@ class SlotDecoder:
                 self.token[slot], self.at[slot] = 0, 0
 
     def _take(self, request: int, token: int) -> bool:
-        """Adds a token to an answer; whether that was its last one."""
+        """Adds a token to an answer. Returns whether the answer is complete."""
         new_ids = self.new_ids[request]
         if token in self.engine.stops:
             self.ended[request] = True
@@ -141,7 +141,7 @@ class SlotDecoder:
         self.running.rows([0 if i is None else self.requests[i].row for i in self.slots])
 
     def _report(self, progress: Progress) -> None:
-        # Answers under way count by their share of the tokens that they may have, so that an ETA is smooth.
+        # Unfinished answers count by the share of their tokens that they have, so that an ETA is smooth.
         under_way = [len(self.new_ids[i]) for i in self.slots if i is not None]
         whole = len(self.requests) - len(self.waiting) - len(under_way)
         progress(whole + sum(under_way) // self.max_new_tokens, len(self.requests))

@@ -1,6 +1,6 @@
 """A model in this process: as the engine that makes text or, for the probe and the scores, as weights and hooks.
 
-With transformers both are one object. vLLM holds a copy of its own and most of the memory, so only one of the two is
+With transformers both are one object. vLLM holds its own copy and takes most of the memory, so only one of the two is
 loaded at a time.
 """
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Host:
-    """Loads when first needed.
+    """Loads the engine or the model when it is first needed.
 
     Args:
         rows: the engine's slots.
@@ -67,7 +67,7 @@ class Host:
         return load_section(self.section)[0]
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """`function(model, *arguments)`."""
+        """Runs `function(model, *arguments)`."""
         if self.plan.name == "vllm":
             self.close()
             return function(self._model, *arguments)

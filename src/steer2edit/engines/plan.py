@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _date(value: Any) -> Any:
-    # YAML reads an unquoted date as one.
+    # YAML reads an unquoted date as a date, not as a string.
     value = value.isoformat() if type(value) is datetime.date else value
     if not isinstance(value, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
         raise ValueError("Write it as YYYY-MM-DD")
@@ -28,7 +28,7 @@ def _date(value: Any) -> Any:
 
 
 def _named(value: Any) -> Any:
-    # accelerate numbers its accelerators, and YAML reads those as numbers.
+    # accelerate names accelerators by number, which YAML reads as integers.
     return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
 
@@ -68,7 +68,7 @@ class Model(Section):
         return self
 
 
-# Fields of vLLM's EngineArgs that the engine sets itself, and the recipe's key for each; "" has none.
+# Fields of vLLM's EngineArgs that the engine sets itself, and the recipe's key for each; "" if there is none.
 _SET_BY_ENGINE = {
     "model": "model.name",
     "model_folder": "model.name",

@@ -1,4 +1,4 @@
-"""The engine that is spread over machines: replicas of the model as Ray actors, among which a batch is divided.
+"""An engine that is spread over machines: Ray actors hold replicas of the model and share every batch.
 
 This process keeps the journal and the study; the replicas make text, losses and sums. If a replica dies, Ray starts it
 again and repeats its part of the batch; each part's result counts once.
@@ -44,6 +44,9 @@ class Replica:
     def losses(self, pairs: Sequence[Any], table: Sequence[Intervention]) -> Losses:
         return self.host.engine.losses(pairs, table)
 
+    def prompt_losses(self, pairs: Sequence[Any], prompts: Sequence[Any]) -> Losses:
+        return self.host.engine.prompt_losses(pairs, prompts)
+
     def run_pass(self, plan: Plan, which: Sequence[int], batch_tokens: int) -> PassSums:
         return self.host.call(run_pass, plan, which, batch_tokens)
 
@@ -55,12 +58,12 @@ class Replica:
 
 
 class RayEngine(Engine):
-    """An engine whose rows run on other machines. A context; leaving it ends the replicas.
+    """An engine whose rows run on other machines. A context manager; leaving it ends the replicas.
 
     Args:
-        model: which every replica loads from its own disk or from the Hub.
-        plan: how many replicas and what each reserves; the address of a running cluster, "auto" for the one that this
-            machine belongs to, None to start one here.
+        model: the model, which every replica loads from its own disk or from the Hub.
+        plan: how many replicas there are and what each reserves; the address of a running cluster, "auto" for the one
+            that this machine belongs to, None to start one on this machine.
         rows: slots of each replica.
 
     Raises:
@@ -92,6 +95,7 @@ class RayEngine(Engine):
             except ConnectionError as error:
                 raise _no_cluster(plan.address, error) from None
         self.tokenizer, self.chat = load_tokenizer(model), model.chat
+        self.rows_on_stream = self.measures_prompts = plan.name == "transformers"
         self._slots = rows
         self._check_room(plan)
         actor: Any = ray.remote(Replica).options(
@@ -101,7 +105,7 @@ class RayEngine(Engine):
         self._replicas = [actor.remote(*sections, rows) for _ in range(plan.replicas)]
 
     def _check_room(self, plan: EnginePlan) -> None:
-        """Ray itself would wait silently for resources that the cluster does not have."""
+        """Raises Steer2EditError if the cluster is too small; Ray itself would wait silently."""
         total = self._ray.cluster_resources()
         for name, each in (("CPU", plan.cpus), ("GPU", plan.gpus)):
             if each * plan.replicas > total.get(name, 0):
@@ -131,7 +135,7 @@ class RayEngine(Engine):
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
     ) -> list[Answer]:
-        """As TransformersEngine.generate. Neighbours stay together, since they share their intervention's prefix."""
+        """Like TransformersEngine.generate. Neighbouring requests, which may share a prefix, go to one replica."""
         held = self._ray.put(list(table))
         parts = _parts(len(requests), len(self._replicas))
         results = self._get(
@@ -164,13 +168,29 @@ class RayEngine(Engine):
         )
         if not results:
             return Losses(torch.zeros(0, len(table)), torch.zeros(0, len(table)), torch.zeros(0))
-        kl, nll, base_nll = ([getattr(result, name) for result in results] for name in ("kl", "nll", "base_nll"))
-        return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
+        return _joined(results)
+
+    def prompt_losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        prompts: Sequence[tuple[int, ...]],
+        progress: Progress | None = None,
+    ) -> Losses:
+        parts = _parts(len(pairs), len(self._replicas))
+        results = self._get(
+            [
+                replica.prompt_losses.remote([pairs[i] for i in part], [prompts[i] for i in part])
+                for replica, part in zip(self._replicas, parts, strict=False)
+            ],
+            [len(part) for part in parts],
+            progress,
+        )
+        return _joined(results)
 
     def run_pass(self, plan: Plan, batch_tokens: int, progress: Progress | None = None) -> PassSums:
         """The probe's pass, divided; the parts' fp64 sums are added up."""
         held = self._ray.put(plan)
-        # Every n-th of the responses by length, so that the parts take equally long.
+        # A part has every n-th response by length, so that the parts take equally long.
         order = sorted(range(len(plan.spans)), key=lambda i: -len(plan.spans[i].ids))
         parts = [part for n in range(len(self._replicas)) if (part := order[n :: len(self._replicas)])]
         results = self._get(
@@ -184,7 +204,7 @@ class RayEngine(Engine):
         return functools.reduce(operator.add, results)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """`function(model, *arguments)` where a model is: on the first replica."""
+        """Runs `function(model, *arguments)` on the first replica."""
         return self._get([self._replicas[0].call.remote(function, *arguments)])[0]
 
     @property
@@ -226,14 +246,19 @@ class RayEngine(Engine):
             raise
         except self._ray.exceptions.RayActorError as error:
             raise Steer2EditError(
-                "a replica died, and again when its work was retried",
+                "a replica died, and died again when its work was retried",
                 got=str(error).splitlines()[0],
-                fix="Look at Ray's logs; too little memory is the usual cause. The same command goes on from here.",
+                fix="Look at Ray's logs; too little memory is the usual cause. The same command resumes from here.",
             ) from None
 
 
+def _joined(results: Sequence[Losses]) -> Losses:
+    kl, nll, base_nll = ([getattr(result, name) for result in results] for name in ("kl", "nll", "base_nll"))
+    return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
+
+
 def _check_address(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Raises Steer2EditError if nothing listens there; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -245,11 +270,11 @@ def _no_cluster(address: str | None, error: Exception) -> Steer2EditError:
     return Steer2EditError(
         "no Ray cluster answers",
         got=f"{address}: {error}",
-        fix="Start one with `ray start --head`, or mend the address.",
+        fix="Start one with `ray start --head`, or correct the address.",
     )
 
 
 def _parts(count: int, parts: int) -> list[range]:
-    """Neighbours together, sizes that differ by one at most, none empty."""
+    """Splits a count into ranges whose sizes differ by one at most; none is empty."""
     ends = [count * i // parts for i in range(parts + 1)]
     return [range(a, b) for a, b in itertools.pairwise(ends) if b > a]

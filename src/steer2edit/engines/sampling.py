@@ -1,4 +1,4 @@
-"""The choice of the next token: the likeliest one, or a draw of each request's own."""
+"""The choice of the next token: the likeliest one, or a draw by each request's own generator."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .base import Request, Sampling
 class Sampler:
     """Chooses tokens for the requests of one call.
 
-    Every request has a generator of its own, seeded by `request.seed`, from which it takes one number a token: its
-    draws do not depend on the rows beside it.
+    Every request has its own generator, seeded by `request.seed`, and takes one number per token from it. Its draws do
+    not depend on the other rows.
     """
 
     def __init__(self, sampling: Sampling, requests: Sequence[Request]):
@@ -48,13 +48,13 @@ class Sampler:
         if self.greedy:
             return logits.argmax(dim=-1).cpu()
         scores = logits.float()
-        # The likeliest token at 0, so that a temperature close to 0 does not overflow.
+        # The likeliest token gets the score 0, so that a temperature close to 0 does not overflow.
         scores = scores - scores.amax(dim=-1, keepdim=True)
         unused: Any = None  # the warpers take the tokens so far and do not read them
         warped = self.warpers(unused, scores)
         cumulative = warped.softmax(dim=-1).cumsum(dim=-1)  # [rows, vocabulary]
         draws = torch.tensor([0.0 if i is None else self._draw(i) for i in requests])
-        # The first token whose cumulative probability is above the draw; a filtered token adds nothing, so never one.
+        # The first token whose cumulative probability is above the draw. Filtered tokens add nothing and are never it.
         return torch.searchsorted(cumulative, draws.to(cumulative)[:, None] * cumulative[:, -1:], right=True)[
             :, 0
         ].cpu()

@@ -1,4 +1,4 @@
-"""The engine that asks a server: vLLM's, or another that has OpenAI's completions and takes token ids as a prompt."""
+"""An engine that asks a server: vLLM's, or another with OpenAI's completions that takes token ids as a prompt."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ServerEngine(Engine):
     losses.
 
     Args:
-        base_url: up to and with `/v1`.
+        base_url: the URL up to and including `/v1`.
         model: the served name of the base model.
         adapters: an intervention's name → the served name of its adapter.
-        stops: tokens that end a turn, beside the tokenizer's and those that the server knows.
+        stops: tokens that end a turn, in addition to the tokenizer's and those that the server knows.
         rows: how many requests are sent at once.
         seconds: how long an answer may take.
         key: the server's bearer token.
@@ -54,11 +54,11 @@ class ServerEngine(Engine):
         """Has the server load an adapter that `save_adapter` wrote, for the interventions of that name.
 
         Args:
-            folder: as the server sees it.
+            folder: its path on the server.
             name: the served name; the intervention's by default.
 
         Raises:
-            Steer2EditError: the server cannot load it, or may not.
+            Steer2EditError: the server cannot load it, or is not allowed to.
         """
         name = name or intervention
         try:
@@ -79,7 +79,7 @@ class ServerEngine(Engine):
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
     ) -> list[Answer]:
-        """As `VllmEngine.generate`. If the server gives no token ids, its text is encoded, which may give other ids.
+        """Like `VllmEngine.generate`. If the server gives no token ids, its text is encoded, which may give other ids.
 
         Raises:
             Steer2EditError: an intervention steers or has no adapter on the server, or the server does not answer.
@@ -87,7 +87,7 @@ class ServerEngine(Engine):
         if max_new_tokens < 1:
             raise Steer2EditError("no token was asked for", got=max_new_tokens, fix="Ask for at least one new token.")
         served = {row: self._served(table[row]) for row in {r.row for r in requests}}
-        # On a CPU vLLM gives rows without an adapter the last one's (vllm-project/vllm#48421): those go apart.
+        # On a CPU vLLM gives rows without an adapter the last one's (vllm-project/vllm#48421), so they are sent apart.
         plain = [i for i, request in enumerate(requests) if served[request.row] == self.model]
         edited = sorted(set(range(len(requests))) - set(plain))
         answers: dict[int, Answer] = {}
@@ -113,7 +113,7 @@ class ServerEngine(Engine):
         table: Sequence[Intervention],
         progress: Progress | None = None,
     ) -> Losses:
-        """Not over a server. Raises Steer2EditError."""
+        """Raises Steer2EditError: a server does not give them."""
         raise Steer2EditError(
             "a server gives no distributions to compute losses from",
             got=self.base_url,
@@ -179,9 +179,9 @@ class ServerEngine(Engine):
             with urllib.request.urlopen(asked, timeout=self.seconds) as reply:
                 body = reply.read().decode("utf-8")
         except urllib.error.HTTPError as error:
-            said = error.read().decode("utf-8", "replace")[:300]
+            reason = error.read().decode("utf-8", "replace")[:300]
             raise Steer2EditError(
-                f"the server refuses {url}", got=f"{error.code}: {said}", fix="Check the model's name and the prompt."
+                f"the server refuses {url}", got=f"{error.code}: {reason}", fix="Check the model's name and the prompt."
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise Steer2EditError(

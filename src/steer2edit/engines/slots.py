@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass
 class _Cursor:
-    """Where the coming forward pass writes: all rows from `start` on, or row i at `at[i]`; `length` is then visible."""
+    """Where the next forward pass writes: all rows from `start` on, or row i at `at[i]`. It sees `length` positions."""
 
     start: int = 0
     at: Tensor | None = None
@@ -44,9 +44,9 @@ class _SlotLayer(CacheLayerMixin):
         assert self.values is not None
         cursor = self.cursor
         if cursor.at is None:
-            here = slice(cursor.start, cursor.start + key_states.shape[2])
-            self.keys[:, :, here] = key_states
-            self.values[:, :, here] = value_states
+            span = slice(cursor.start, cursor.start + key_states.shape[2])
+            self.keys[:, :, span] = key_states
+            self.values[:, :, span] = value_states
         else:
             rows = torch.arange(self.rows, device=key_states.device)
             at = cursor.at.to(key_states.device)
@@ -74,11 +74,11 @@ class SlotCache(Cache):
         super().__init__(layers=list(self.slots))
 
     def write_from(self, start: int, tokens: int) -> None:
-        """The coming pass writes `tokens` tokens of every row from position `start` on."""
+        """Lets the next pass write `tokens` tokens of every row from position `start` on."""
         self.cursor.start, self.cursor.at, self.cursor.length = start, None, start + tokens
 
     def write_at(self, positions: Tensor) -> None:
-        """The coming pass writes one token of row i at positions[i]."""
+        """Lets the next pass write one token of row i at positions[i]."""
         self.cursor.at, self.cursor.start = positions, int(positions.max())
         self.cursor.length = self.cursor.start + 1
 
@@ -91,9 +91,9 @@ class SlotCache(Cache):
                 mine.lazy_initialization(theirs.keys, theirs.values)
             assert mine.keys is not None
             assert mine.values is not None
-            rows_here, into_here = rows.to(theirs.keys.device), into.to(theirs.keys.device)
-            mine.keys[into_here, :, :length] = theirs.keys[rows_here, :, :length]
-            mine.values[into_here, :, :length] = theirs.values[rows_here, :, :length]
+            source_rows, own_rows = rows.to(theirs.keys.device), into.to(theirs.keys.device)
+            mine.keys[own_rows, :, :length] = theirs.keys[source_rows, :, :length]
+            mine.values[own_rows, :, :length] = theirs.values[source_rows, :, :length]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these, in this order."""
@@ -103,5 +103,5 @@ class SlotCache(Cache):
             if layer.is_initialized:
                 assert layer.keys is not None
                 assert layer.values is not None
-                here = rows.to(layer.keys.device)
-                layer.keys, layer.values = layer.keys[here], layer.values[here]
+                kept = rows.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys[kept], layer.values[kept]

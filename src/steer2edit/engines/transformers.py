@@ -1,7 +1,7 @@
 """The engine that runs anywhere: a transformers model with a decode loop of our own.
 
-Every row of a batch carries its own intervention. A prefix that all prompts share (system prompt, template) is run once
-for each intervention; the rest of a prompt is run without the language-model head; rows leave when their turn ends and
+Every row of a batch carries its own intervention. A prefix that all prompts share (system prompt, template) runs once
+for each intervention; the rest of a prompt runs without the language-model head. Rows leave when their turn ends, and
 waiting ones take their slots.
 """
 
@@ -30,7 +30,7 @@ from .slots import SlotCache
 # Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
 LOGITS = 64_000_000
 
-# Layers whose state is keys and values, a position each: what the slots can hold.
+# Layers whose state is keys and values for each position, which is what the slots can hold.
 ATTENTION = {"full_attention", "sliding_attention"}
 
 
@@ -42,6 +42,8 @@ class TransformersEngine(Engine):
             `slots` is lowered when memory runs out.
         chat: how messages become text, and the strings that end an answer.
     """
+
+    measures_prompts = True
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, rows: int = 64, chat: Chat = CHAT):
         self.model, self.tokenizer, self.slots, self.chat = model, tokenizer, rows, chat
@@ -92,7 +94,7 @@ class TransformersEngine(Engine):
             # Outside the handler: its traceback holds the failed attempt's tensors.
             self.slots = max(1, min(self.slots, len(requests)) // 2)
             clear_device_cache(garbage_collection=True)
-            say(f"  out of memory: going on with {self.slots} rows at once")
+            say(f"  out of memory: continuing with {self.slots} rows at once")
 
     def _generate_in_slots(
         self,
@@ -114,7 +116,7 @@ class TransformersEngine(Engine):
         progress: Progress | None,
         sampler: Sampler,
     ) -> list[Answer]:
-        """As `generate`, by transformers' own loop: the rows of a batch go on until the last one ends."""
+        """Like `generate`, with transformers' own loop: a batch runs until its last row ends."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         model: Any = self.model
@@ -161,8 +163,8 @@ class TransformersEngine(Engine):
     ) -> Losses:
         """KL and NLL per token of given answers under each intervention.
 
-        One answer under all interventions is one batch without padding, beside the base model's row. If the device
-        runs out of memory, half as many rows run at once from then on.
+        One answer under all interventions, with the base model's row, is one batch without padding. If the device runs
+        out of memory, half as many rows run at once from then on.
 
         Args:
             pairs: prompt ids and answer ids, neither empty.
@@ -203,8 +205,11 @@ class TransformersEngine(Engine):
                     cache = SlotCache(self.config.num_hidden_layers, len(rows), longest)
                 running.rows(rows)
                 for i, (prompt, answer) in enumerate(pairs):
-                    ids = torch.tensor([*prompt[len(prefix) :], *answer[:-1]])[None].expand(len(rows), -1)
-                    logits = self._run(ids, cache, len(prefix), head=len(answer))  # [rows, m, vocabulary]
+                    # After the same prompt as before, as where choices are compared, the cache holds its keys already.
+                    again = cache is not None and i > 0 and pairs[i - 1][0] == prompt
+                    start = len(prompt) - 1 if again else len(prefix)
+                    ids = torch.tensor([*prompt[start:], *answer[:-1]])[None].expand(len(rows), -1)
+                    logits = self._run(ids, cache, start, head=len(answer))  # [rows, m, vocabulary]
                     wanted = torch.tensor(answer, device=logits.device)
                     log_base = logits[0].float().log_softmax(dim=-1)
                     p_base = log_base.exp()
@@ -216,6 +221,28 @@ class TransformersEngine(Engine):
                     if progress:
                         progress(scored, len(full) * len(pairs))
         return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
+
+    @torch.inference_mode()
+    def prompt_losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        prompts: Sequence[tuple[int, ...]],
+        progress: Progress | None = None,
+    ) -> Losses:
+        """As `losses`, with another prompt in place of an intervention; one pass for each prompt."""
+        kl, nll = torch.zeros(len(pairs), 1), torch.zeros(len(pairs), 2)
+        for i, ((own, answer), other) in enumerate(zip(pairs, prompts, strict=True)):
+            self._check_length(max(len(own), len(other)) + len(answer))
+            log_own, log_other = (
+                self._run(torch.tensor([[*prompt, *answer[:-1]]]), None, 0, head=len(answer))[0].float().log_softmax(-1)
+                for prompt in (own, other)
+            )  # [m, vocabulary]
+            kl[i, 0] = (log_own.exp() * (log_own - log_other)).sum(dim=-1).mean()
+            wanted = torch.tensor(answer, device=log_own.device)[:, None]
+            nll[i, 0], nll[i, 1] = (-log.gather(1, wanted).mean() for log in (log_own, log_other))
+            if progress:
+                progress(i + 1, len(pairs))
+        return Losses(kl, nll[:, 1:], nll[:, 0])
 
     def _check_length(self, tokens: int) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
@@ -229,7 +256,7 @@ class TransformersEngine(Engine):
     def prefix_cache(
         self, prefix: tuple[int, ...], running: Interventions, rows: Sequence[int], capacity: int = 0
     ) -> SlotCache | None:
-        """The shared prefix run once under each intervention that is needed; row i of the cache is the i-th of them."""
+        """Runs the shared prefix once under each intervention of `rows`; row i of the cache is the i-th of them."""
         if not prefix:
             return None
         self._prefix_row = {row: i for i, row in enumerate(dict.fromkeys(rows))}
@@ -255,7 +282,7 @@ class TransformersEngine(Engine):
         if shared:
             staged.copy(shared, torch.tensor([self._prefix_row[r.row] for r in requests]), everyone, start)
         if width:
-            # Padding stands on the right: what is written there is overwritten, or masked, until the row gets there.
+            # Padding stands on the right: what it writes is masked until the row gets there and overwrites it.
             ids = torch.zeros(len(requests), width, dtype=torch.long)
             for i, tail in enumerate(rest):
                 ids[i, : len(tail)] = torch.tensor(tail, dtype=torch.long)

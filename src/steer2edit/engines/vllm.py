@@ -1,7 +1,7 @@
-"""The engine that has vLLM make the text, in a worker process that runs in an environment of its own.
+"""An engine that makes text with vLLM, in a worker process that has its own environment.
 
 vLLM pins its own transformers, so the two do not share an environment; only token ids and files pass between them.
-Edits go as LoRA adapters, many of them in one batch; steering goes as hooks in vLLM's model, one steering strength
+Edits run as LoRA adapters, many of them in one batch. Steering runs as hooks in vLLM's model, one steering strength
 after the other.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention, Term
-from ..models.architectures import Architecture, describe_as
+from ..models.architectures import Architecture, architecture_of, describe_as
 from ..models.hooks import Interventions
 from ..models.load import empty_model, load_config, local_folder
 from ..models.sites import find_sites
@@ -57,20 +57,22 @@ class _Ready:
 
 
 class VllmEngine(Engine):
-    """Makes and scores text with a model in a vLLM worker process. A context; the worker ends with it or with us.
+    """Makes and scores text with a model in a vLLM worker process.
+
+    A context manager; the worker ends with it or with this process.
 
     Every row of a batch carries its own edit. Rows that steer run apart, one batch for each steering vector, since
-    hooks act on the whole of vLLM's batch; it is counted that they acted in every forward pass.
+    hooks act on the whole of vLLM's batch. A count checks that the hooks acted in every forward pass.
 
     Args:
         model_folder: a checkpoint of `safetensors` (a folder, a Hub id, or EMBEDDED).
         python: the interpreter of an environment with vLLM.
         rows: how many requests vLLM decodes at once (its `max_num_seqs`).
         chat: how messages become text, and the strings that end an answer.
-        dtype: "auto", "float32", "bfloat16", "float16": vLLM's own words.
+        dtype: "auto", "float32", "bfloat16" or "float16", with vLLM's meaning.
         max_model_len: the longest prompt with its answer; by default what the model can read, at most 4096.
-        max_rank: the highest rank of an intervention; more than 1 only for edits that were combined.
-        max_loras: different edits in one forward pass; 0 switches adapters off.
+        max_rank: the highest rank of an intervention; only combined edits have more than 1.
+        max_loras: how many different edits one forward pass may have; 0 switches adapters off.
         boot_seconds: how long vLLM may take to load the model.
         options: further fields of vLLM's EngineArgs, as they are named there. On a CPU its cache has 1 GiB unless
             VLLM_CPU_KVCACHE_SPACE says otherwise.
@@ -79,6 +81,8 @@ class VllmEngine(Engine):
         ModelError: there is no such model, or its family is not supported.
         Steer2EditError: the worker does not start; an option is one that the engine sets.
     """
+
+    rows_on_stream = False
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class VllmEngine(Engine):
                 "enable_lora": True,
                 "max_loras": max_loras + 1,  # one of them for the base model
                 "max_cpu_loras": max(max_loras + 1, 64),
-                "max_lora_rank": 1 if max_rank == 1 else max(8, 1 << (max_rank - 1).bit_length()),  # those vLLM has
+                "max_lora_rank": 1 if max_rank == 1 else max(8, 1 << (max_rank - 1).bit_length()),  # a rank vLLM has
                 "lora_target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules}),
             }
         own = {
@@ -147,9 +151,9 @@ class VllmEngine(Engine):
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
     ) -> list[Answer]:
-        """Answers in the order of the requests. Draws are vLLM's own: by each request's seed, but other than ours.
+        """Answers in the order of the requests. vLLM draws by each request's seed, but draws other tokens than ours.
 
-        A stop string cuts the text here; the worker has no tokenizer and goes on to the end of the turn.
+        A stop string cuts the text afterwards: the worker has no tokenizer and goes on to the end of the turn.
 
         Args:
             requests: prompts of at least one token, each with its row of `table`.
@@ -189,7 +193,7 @@ class VllmEngine(Engine):
                 sampling=drawn,
                 seeds=[requests[i].seed for i in members] if drawn else [],
             )
-            # Every token takes a forward pass: the first one the prompt's, each other one a pass of its own.
+            # Every token takes a forward pass: the first one that of the prompt, each other one its own.
             needed = max(len(ids) for ids in reply["ids"])
             if vectors is not None and reply["steps"] < needed:
                 raise RuntimeError(f"steering acted in {reply['steps']} forward passes, of at least {needed}")
@@ -252,10 +256,10 @@ class VllmEngine(Engine):
             )
 
     def _prepared(self, intervention: Intervention) -> _Ready:
-        """The intervention's adapter and vectors as files, written once for what they hold."""
+        """The intervention's adapter and vectors as files, written once for the same contents."""
         mark = _digest(intervention)
         if mark not in self._ready:
-            Interventions(self._model, [intervention])  # refuses what the model has no site for, or of another size
+            Interventions(self._model, [intervention])  # refuses unknown sites and other sizes
             adapter = {key: term for key, term in intervention.terms.items() if term.a is not None}
             vectors = {self._block_module(key): t.b for key, t in intervention.terms.items() if t.b is not None}
             self._ready[mark] = _Ready(
@@ -266,6 +270,9 @@ class VllmEngine(Engine):
 
     def _block_module(self, key: str) -> str:
         site = self._sites.get(key)
+        layer, _, place = key.partition(".")
+        if place == "residual":
+            return f"{architecture_of(self._model).layers}.{layer}"
         if site is None:
             return self._blocks[key]
         if site.expert is not None:
@@ -316,7 +323,7 @@ class VllmEngine(Engine):
 
 
 def _write_adapter(folder: Path, terms: Mapping[str, Term], rank: int) -> None:
-    """A PEFT adapter, fp32, scaling 1. Unlike `save_adapter` it has no edit to tell of, only what the sites gain.
+    """Writes a PEFT adapter in fp32 with scaling 1. Unlike `save_adapter` it knows no edit, only the sites' terms.
 
     Args:
         terms: module → u [d, r] and a [r, n·c], filled up with zeros to `rank`.
@@ -346,7 +353,7 @@ def _write_adapter(folder: Path, terms: Mapping[str, Term], rank: int) -> None:
 
 
 def _digest(intervention: Intervention) -> str:
-    """What an intervention does, whatever its name."""
+    """A hash of what an intervention does, whatever its name."""
     digest = hashlib.sha256()
     for key in sorted(intervention.terms):
         term = intervention.terms[key]
@@ -371,10 +378,10 @@ def _after(progress: Progress | None, start: int, of: int) -> Progress | None:
 
 
 class _Process:
-    """A worker process, its folder, and the lines that go to and fro.
+    """A worker process, its folder, and the exchange of lines with it.
 
     Attributes:
-        folder: temporary; the worker itself, adapters and vectors for it, and what it printed.
+        folder: temporary; holds the worker's own file, its adapters and vectors, and its log.
     """
 
     def __init__(self, python: str | Path):
@@ -382,7 +389,7 @@ class _Process:
         self.folder = Path(tempfile.mkdtemp(prefix="steer2edit-vllm-"))
         self.log = self.folder / "log.txt"
         shutil.copy(_WORKER, self.folder / "vllm_worker.py")
-        # Its processes find the worker's module by PYTHONPATH; ours must not lead them to our packages.
+        # vLLM's processes find the worker's module by PYTHONPATH; our own value must not lead them to our packages.
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "VIRTUAL_ENV")}
         env |= {"PYTHONPATH": str(self.folder), "VLLM_NO_USAGE_STATS": "1"}
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | env
@@ -396,7 +403,7 @@ class _Process:
                     env=env,
                     cwd=self.folder,
                     encoding="utf-8",
-                    start_new_session=True,  # so that it can be ended with all that it started
+                    start_new_session=True,  # so that its child processes can be ended with it
                 )
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -411,7 +418,7 @@ class _Process:
         """The worker's answer to a command.
 
         Raises:
-            Steer2EditError: it says that it cannot, it died, or it did not answer in `seconds`.
+            Steer2EditError: the worker reports an error, died, or did not answer in `seconds`.
         """
         if not self.close.alive:
             raise Steer2EditError("the vLLM engine is closed", got=command, fix="Start another one.")
@@ -420,7 +427,7 @@ class _Process:
             timer.start()
         try:
             answer = self._exchange({"command": command, **what}, progress)
-        except BaseException:  # interrupted: the answer would be taken for that to the next question
+        except BaseException:  # interrupted: a late answer would be taken for the next command's
             self.close()
             raise
         finally:
@@ -436,14 +443,14 @@ class _Process:
         raise Steer2EditError(
             f"the vLLM worker ended at {command}",
             got=f"exit code {self._process.poll()}",
-            fix=f"Killed (-9) it lacked memory, or time to start. Its last lines:\n{last}",
+            fix=f"Exit code -9 means that it lacked memory, or time to start. Its last lines:\n{last}",
         )
 
     def _exchange(self, command: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
         """The worker's last line to a command; empty if it died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # its stdout ends, too
+        with contextlib.suppress(BrokenPipeError):  # then its stdout has ended, too
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
@@ -461,7 +468,7 @@ class _Process:
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """Ends a worker and all that it started."""
+    """Ends a worker and its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

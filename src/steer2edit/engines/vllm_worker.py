@@ -1,8 +1,8 @@
 """What runs in vLLM's own environment: a process that makes and scores text on command, a JSON line at a time.
 
-It is copied to a folder of its own before it is run, since the modules beside it are named like the packages that it
+It is copied to a folder of its own before it runs, since the modules beside it have the names of packages that it
 imports, and it imports nothing of steer2edit. Lines that come in are commands; lines that go out hold `progress`,
-`error`, or what was asked for.
+`error`, or, under `done`, the result.
 """
 
 from __future__ import annotations
@@ -16,51 +16,51 @@ from typing import Any
 
 
 class Extension:
-    """Methods that vLLM gives to each of its workers, where the model is: steering by hooks, and losses.
+    """Methods that vLLM adds to each of its workers, which hold the model: steering by hooks, and losses.
 
     Their arguments are file names and plain numbers, so that nothing has to be pickled.
     """
 
     def s2e_adaptable(self: Any, names: list[str]) -> list[str]:
-        """Those of the modules that an adapter changes here; a pipeline's other stages have others."""
+        """Those of the modules that this worker holds and an adapter can change; other pipeline stages hold others."""
         return [name for name in names if hasattr(_module(self.get_model(), name), "lora_a_stacked")]
 
     def s2e_steer(self: Any, path: str) -> list[str]:
-        """out += b at every module that the file names and that is here, until `s2e_release`.
+        """Adds b to the output of every module that the file names and this worker holds, until `s2e_release`.
 
         Args:
             path: a safetensors file, module → b [d].
 
         Returns:
-            The names that were found here.
+            The names of these modules.
         """
         from safetensors.torch import load_file
 
         self.s2e_release()
         self._s2e_steps = {}
-        found = []
+        steered = []
         for name, b in load_file(path).items():
             module = _module(self.get_model(), name)
             if module is None:
                 continue
-            # A map whose partial sums are added up elsewhere must gain b once, not once a rank.
+            # A map whose partial sums are added up elsewhere must get b once, not once per rank.
             layer = getattr(module, "base_layer", module)
             partial = getattr(layer, "tp_size", 1) > 1 and not getattr(layer, "reduce_results", True)
             if not (partial and layer.tp_rank > 0):
                 self._s2e_steps[name] = 0
                 self._s2e_hooks.append(module.register_forward_hook(_adding(b, self._s2e_steps, name)))
-            found.append(name)
-        return found
+            steered.append(name)
+        return steered
 
     def s2e_release(self: Any) -> int | None:
-        """Takes the hooks off; says in how many forward passes all of them acted, None if there were none."""
+        """Removes the hooks. Returns in how many forward passes all of them acted, or None without hooks."""
         for hook in getattr(self, "_s2e_hooks", []):
             hook.remove()
         self._s2e_hooks = list[Any]()
         return min(getattr(self, "_s2e_steps", {}).values(), default=None)
 
     def s2e_watch(self: Any, first: int, count: int) -> None:
-        """Keeps the last hidden states at positions [first, first + count) of the one request that comes next."""
+        """Keeps the last hidden states at positions [first, first + count) of the next request."""
         import torch
 
         kept: list[torch.Tensor] = []
@@ -73,7 +73,7 @@ class Extension:
                 return
             positions = kwargs["positions"]
             positions = positions[0] if positions.dim() > 1 else positions
-            # A long prompt comes in parts, and a part may be padded: what counts goes on where the last one stopped.
+            # A long prompt comes in parts, which may be padded: counting goes on where the last part stopped.
             wanted = torch.arange(seen, seen + len(positions), device=positions.device)
             new = (positions == wanted) & (wanted < first + count)
             kept.append(hidden[new & (wanted >= first)].clone())
@@ -86,7 +86,7 @@ class Extension:
         """KL and NLL per token of the answer at the watched positions.
 
         Args:
-            base: keep this pair's log-probabilities, for the rows that come later to be compared with.
+            base: keep this pair's log-probabilities, to compare later rows with.
 
         Returns:
             None on a worker that does not see the logits.
@@ -144,7 +144,7 @@ def _module(model: Any, name: str) -> Any:
 
 
 class Worker:
-    """The commands, each a method that takes what its line held and gives what its answer holds."""
+    """The commands. Each is a method that takes the values of its line and returns those of its answer."""
 
     def __init__(self, say: Any):
         self.say = say
@@ -152,7 +152,7 @@ class Worker:
         self.number = 0
 
     def start(self, options: dict[str, Any], modules: list[str]) -> dict[str, Any]:
-        """Loads the model; which of its modules an adapter can change."""
+        """Loads the model. Returns vLLM's version and which of the modules an adapter can change."""
         import vllm  # type: ignore[import-not-found]
         from vllm import EngineArgs, LLMEngine
 
@@ -166,8 +166,8 @@ class Worker:
                 disable_log_stats=True,
             )
         )
-        found = {name for some in self.engine.collective_rpc("s2e_adaptable", args=(modules,)) for name in some}
-        return {"vllm": vllm.__version__, "adaptable": sorted(found)}
+        adaptable = {name for some in self.engine.collective_rpc("s2e_adaptable", args=(modules,)) for name in some}
+        return {"vllm": vllm.__version__, "adaptable": sorted(adaptable)}
 
     def generate(
         self,
@@ -181,7 +181,7 @@ class Worker:
         """Token ids of each request, greedy unless `sampling` has a temperature; request i then draws by `seeds[i]`."""
         from vllm import SamplingParams
 
-        # The only ends are those that were given, as everywhere in steer2edit.
+        # Only the given tokens end an answer, as everywhere in steer2edit.
         fixed = {"max_tokens": new, "stop_token_ids": stops, "ignore_eos": True, "detokenize": False}
         if sampling:
             params = [SamplingParams(**fixed, **sampling, seed=seed) for seed in seeds or []]
@@ -193,7 +193,7 @@ class Worker:
     def score(self, pairs: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """KL and NLL of every pair of prompt and answer under every row, [pairs][1 + rows]; the base model is first.
 
-        One request at a time, so that it is known whose the positions are that come by.
+        Requests run one at a time, so that it is known which request a position belongs to.
         """
         kl: list[list[float]] = [[] for _ in pairs]
         nll: list[list[float]] = [[] for _ in pairs]
@@ -213,7 +213,7 @@ class Worker:
     def _score(self, i: int, prompt: list[int], answer: list[int], row: dict[str, Any], base: bool) -> list[float]:
         from vllm import SamplingParams
 
-        # Every position must be run, so that none may come out of the cache.
+        # Every position must be computed, so none may come from the cache.
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
         self.engine.collective_rpc("s2e_watch", args=(len(prompt) - 1, len(answer)))
         self._run([[[*prompt, *answer[:-1]], row["adapter"]]], [params], row["vectors"])
@@ -221,15 +221,15 @@ class Worker:
         return next(one for one in scored if one is not None)
 
     def _steered(self, vectors: str | None, run: Any) -> tuple[Any, int]:
-        """What `run` gives, and in how many forward passes every hook acted."""
+        """What `run` returns, and in how many forward passes every hook acted."""
         if vectors is None:
             return run(), 0
         from safetensors import safe_open
 
         try:
-            found = {name for some in self.engine.collective_rpc("s2e_steer", args=(vectors,)) for name in some}
+            steered = {name for some in self.engine.collective_rpc("s2e_steer", args=(vectors,)) for name in some}
             with safe_open(vectors, framework="pt") as file:
-                if strangers := sorted(set(file.keys()) - found):
+                if strangers := sorted(set(file.keys()) - steered):
                     raise ValueError(f"vLLM's model has no module {', '.join(strangers[:4])} to steer at")
             result = run()
         finally:
@@ -237,30 +237,30 @@ class Worker:
         return result, min(steps, default=0)
 
     def _run(self, requests: list[Any], params: list[Any], salt: str | None, progress: Any = None) -> list[list[int]]:
-        """Token ids of each request, which runs by its own params."""
+        """Token ids of each request, which runs with its own params."""
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
         names = {}
         try:
             for i, ((ids, adapter), own) in enumerate(zip(requests, params, strict=True)):
                 self.number += 1
-                # Keys and values depend on the steering, so that a cache must not mix them up; adapters it knows.
+                # Keys and values depend on the steering, so the cache must separate them; adapters it separates itself.
                 prompt = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
                 lora = None if adapter is None else LoRARequest(adapter[0], adapter[1], adapter[2])
                 name = str(self.number)
                 self.engine.add_request(name, prompt, own, lora_request=lora)
                 names[name] = i
-            made: list[list[int]] = [[] for _ in requests]
+            answers: list[list[int]] = [[] for _ in requests]
             done, reported = 0, time.monotonic()
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
                     if output.finished:
-                        made[names[output.request_id]] = list(output.outputs[0].token_ids)
+                        answers[names[output.request_id]] = list(output.outputs[0].token_ids)
                         done += 1
                 if progress and time.monotonic() - reported > 0.3:
                     reported = time.monotonic()
                     progress(done, len(requests))
-            return made
+            return answers
         except BaseException:
             self.engine.abort_request(list(names))
             raise
@@ -270,7 +270,7 @@ class Worker:
 
 
 def main() -> None:
-    # vLLM prints, and so do the processes that it starts: what it prints goes to the log, answers where stdout went.
+    # vLLM and its processes print to stdout. That goes to the log; answers go to what stdout was before.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""Text, JSON and JSON Lines, read with suspicion."""
+"""Reading text, JSON and JSON Lines, with checks."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(read_text(path))
     except (RecursionError, ValueError) as error:
-        raise FileError(f"{path} is not whole JSON", got=error, fix="Write the file anew.") from None
+        raise FileError(f"{path} is not valid JSON", got=error, fix="Write the file again.") from None
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, as `numbered_jsonl` reads them, without their numbers."""
+    """The objects of a JSON Lines file, as `numbered_jsonl` reads them, without line numbers."""
     return [row for _, row in numbered_jsonl(path)]
 
 
 def numbered_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line of a JSON Lines file, blank lines passed over.
+    """The number and the object of each line of a JSON Lines file. Blank lines are skipped.
 
     Raises:
-        FileError: with the line's number, where a line is not a JSON object.
+        FileError: a line is not a JSON object; names the line.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -45,18 +45,22 @@ def numbered_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except ValueError as error:
             raise FileError(
-                f"line {number} of {path} is not JSON", got=error, fix="Write one JSON object a line; is the file cut?"
+                f"line {number} of {path} is not JSON",
+                got=error,
+                fix="Write one JSON object per line. The file may be cut short.",
             ) from None
         if not isinstance(row, dict):
             raise FileError(
-                f"line {number} of {path} is not an object", got=type(row).__name__, fix="Write one JSON object a line."
+                f"line {number} of {path} is not an object",
+                got=type(row).__name__,
+                fix="Write one JSON object per line.",
             )
         rows.append((number, row))
     return rows
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a last line that a kill cut short is dropped, and cut off the file."""
+    """The complete lines of a journal. A last line that a kill cut short is removed from the file."""
     path = Path(path)
     if not path.exists():
         return []
@@ -68,7 +72,7 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
     except ValueError as error:
-        raise FileError(f"{path} is damaged", got=error, fix="Delete it; its batches are then made again.") from None
+        raise FileError(f"{path} is damaged", got=error, fix="Delete it; its batches then run again.") from None
 
 
 def sha256(path: str | Path) -> str:

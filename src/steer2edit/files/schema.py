@@ -1,4 +1,4 @@
-"""Checked data from outside: sections of a recipe, the numbers that they hold, and errors in one sentence."""
+"""Checks of a recipe's sections and numbers, with errors in one sentence."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ Count = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 
 Many = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 
+Text = Annotated[str, Field(pattern=r"\S")]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,15 +35,15 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
-# How pydantic names the branch of a union, or a check, in an error's path: no key of the recipe.
+# Names that pydantic gives to a union's branch or to a validator in an error's path. They are no keys of the recipe.
 _KINDS = ("function-", "constrained-", "list[", "dict[", "literal[")
 
 
 def parse(section: type[S], raw: dict[str, Any], under: str = "") -> S:
-    """A recipe, or one of its sections.
+    """Checks a recipe or one of its sections.
 
     Args:
-        under: the section's own key, if it is not a whole recipe.
+        under: the section's key; empty for a whole recipe.
 
     Raises:
         RecipeError: for the first key or value that is wrong.
@@ -63,13 +65,13 @@ def parse(section: type[S], raw: dict[str, Any], under: str = "") -> S:
 
 
 def nearest(name: str, known: Sequence[str], what: str) -> str:
-    """A hint for an unknown name: the one that it comes near, else all of them."""
+    """A hint for an unknown name: the closest known one, or else all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"Did you mean {near[0]!r}?" if near else f"{what}: {', '.join(known)}."
 
 
 def _hint(section: type[BaseModel], path: Sequence[str]) -> str:
-    """For an unknown key: the same key where it belongs, or the nearest one beside it."""
+    """A hint for an unknown key: where that key belongs, or the closest key of the same section."""
     elsewhere = [".".join(place) for place in _places(section) if place[-1] == path[-1]]
     if elsewhere:
         return f"Did you mean {elsewhere[0]!r}?"

@@ -20,10 +20,11 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a `safetensors` file: where its bytes are.
+    """A tensor in a `safetensors` file.
 
     Attributes:
-        dtype: None if it is not a plain floating-point one; `dtype_name` is the file's own word.
+        dtype: None if it is not F32, F16 or BF16; `dtype_name` is the file's own name for it.
+        start, end: its bytes in the file.
     """
 
     name: str
@@ -35,26 +36,30 @@ class Stored:
 
 
 def open_shards(folder: Path) -> dict[str, dict[str, Stored]]:
-    """File → its tensors, for each of a checkpoint's files. Raises FileError if one is not whole, or the index lies."""
+    """File → its tensors, for each of a checkpoint's files.
+
+    Raises:
+        FileError: a file is damaged, two files hold the same tensor, or the index names a tensor that its file lacks.
+    """
     names = shards(folder)
-    found = {file: open_shard(folder / file) for file in sorted(set(names.values()))}
-    twice = [name for name, count in Counter(name for held in found.values() for name in held).items() if count > 1]
+    tensors = {file: open_shard(folder / file) for file in sorted(set(names.values()))}
+    twice = [name for name, count in Counter(name for held in tensors.values() for name in held).items() if count > 1]
     if twice:
         raise FileError(
             f"two files of {folder} hold the tensor {twice[0]}",
-            got="it depends on the reader which one counts",
+            got="which one counts depends on the reader",
             fix="Download it again.",
         )
     for name, file in names.items():
-        if name not in found[file]:
+        if name not in tensors[file]:
             raise FileError(
-                f"{folder / file} has no tensor {name}", got="an index that says so", fix="Download it again."
+                f"{folder / file} has no tensor {name}", got="an index that lists it", fix="Download it again."
             )
-    return found
+    return tensors
 
 
 def open_shard(path: Path) -> dict[str, Stored]:
-    """The tensors of one `safetensors` file, by name. Raises FileError if it is not whole."""
+    """The tensors of one `safetensors` file, by name. Raises FileError if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -82,7 +87,7 @@ def shards(folder: Path) -> dict[str, str]:
     """Tensor name → file name of a `safetensors` checkpoint, sharded or in one file.
 
     Raises:
-        FileError: no such checkpoint, or its index names a file outside the folder.
+        FileError: there is no such checkpoint, or its index names a file outside the folder.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -113,8 +118,10 @@ def shards(folder: Path) -> dict[str, str]:
 
 
 def checkpoint_reader(folder: Path) -> Callable[..., Tensor]:
-    """A function that reads one tensor of a checkpoint by its name, or of a 3-D one [experts, ·, ·] the part [1, ·, ·]
-    of an expert."""
+    """A function `read(name, expert=None)` that reads one tensor of a checkpoint.
+
+    With an expert's number it reads only that expert's part [1, ·, ·] of a 3-D tensor [experts, ·, ·].
+    """
     from safetensors import SafetensorError, safe_open
 
     where = shards(folder)

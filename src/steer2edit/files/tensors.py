@@ -1,4 +1,4 @@
-"""`safetensors` files with a header of ours."""
+"""`safetensors` files with steer2edit's own header."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """A `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`."""
+    """Writes a `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -27,13 +27,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote.
+    """Reads the tensors and the header that `write_tensors` wrote.
 
     Args:
-        kind: what the header's `kind` must say, "probe", "scores" or "edit".
+        kind: the `kind` that the header must have, such as "probe", "scores" or "edit".
 
     Raises:
-        FileError: if the file is missing, cut short, of another kind, or holds a number that is not finite.
+        FileError: the file is missing, cut short, of another kind, or holds a number that is not finite.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -55,16 +55,16 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             f"{path} is not a whole safetensors file", got=error, fix="It may be cut short: write or copy it again."
         ) from None
     if not isinstance(header, dict) or header.get("kind") != kind:
-        found = header.get("kind") if isinstance(header, dict) else type(header).__name__
-        raise FileError(f"{path} does not hold a {kind}", got=found, fix=f"Give a file that holds a {kind}.")
+        actual = header.get("kind") if isinstance(header, dict) else type(header).__name__
+        raise FileError(f"{path} does not hold a {kind}", got=actual, fix=f"Give a file that holds a {kind}.")
     for name, tensor in tensors.items():
         if tensor.dtype is not torch.float32 or not torch.isfinite(tensor).all():
-            raise FileError(f"tensor {name} of {path} is not finite fp32", got=tensor.dtype, fix="Make the file anew.")
+            raise FileError(f"tensor {name} of {path} is not finite fp32", got=tensor.dtype, fix="Write it again.")
     return tensors, header
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """The header that `write_tensors` wrote, without the tensors."""
+    """Reads the header that `write_tensors` wrote, without the tensors."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():

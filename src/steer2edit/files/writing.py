@@ -1,6 +1,6 @@
-"""Files written whole or not at all.
+"""Writing files completely or not at all.
 
-A write goes to a temporary name in the same folder, is synced, and is renamed over the old one, so a reader never meets
+A write goes to a temporary name in the same folder, is synced, and is renamed over the old file, so a reader never sees
 half a file.
 """
 
@@ -23,7 +23,7 @@ _TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp(\.\w+)?")
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path; on a clean exit what was written there is synced and renamed to `path`."""
+    """Yields a temporary path. On a clean exit the file written there is synced and renamed to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
@@ -41,13 +41,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
-    """As `replacing`, for a folder: its files are synced, then the whole folder takes the place of the old one.
+    """Like `replacing`, for a folder: its files are synced, then the folder replaces the old one.
 
     Args:
-        ours: a file by which an old folder is known to be one that we wrote.
+        ours: a file that shows that steer2edit wrote the old folder.
 
     Raises:
-        FileError: there is a folder that holds other things.
+        FileError: the old folder holds other things.
     """
     path = Path(path)
     if path.exists() and not (path / ours).is_file() and (not path.is_dir() or any(path.iterdir())):
@@ -99,7 +99,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Adds one line and syncs it. A kill in the middle leaves a cut last line, which `read_journal` passes over."""
+    """Adds one line and syncs it. A kill in the middle leaves an incomplete line, which `read_journal` removes."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()

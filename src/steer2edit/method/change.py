@@ -1,4 +1,4 @@
-"""What an edit does to one weight, ΔW = u aᵀ, and the protocol `Changes` that all below accepts."""
+"""What an edit does to one weight, ΔW = u aᵀ, and the protocols of edits, `Part` and `Changes`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .site import Site
 
 @dataclass(frozen=True, repr=False)
 class SiteEdit:
-    """One site's edit, ΔW = u aᵀ with a = λ·k̂. g, λ and k̂ are kept apart: a sign folded into λ would say that a
-    neuron is suppressed when it is reinforced.
+    """One site's edit, ΔW = u aᵀ with a = λ·k̂.
+
+    g, λ and k̂ are stored separately: with k̂'s sign in λ, a reinforced neuron could look suppressed.
 
     Attributes:
         u: v̂ [d]. k: k̂ [n, c]. g: importance [n]. reach: ‖W_iᵀv̂‖ [n]. lam: λ [n].
@@ -44,7 +45,7 @@ class SiteEdit:
 
 @dataclass(frozen=True, repr=False)
 class Change:
-    """What one edit, or several, do to a weight: ΔW = u a, strengths included.
+    """What one or several edits do to a weight: ΔW = u a, with their strengths included.
 
     Attributes:
         u: [d, r]. a: [r, n·c].
@@ -55,12 +56,12 @@ class Change:
     a: Tensor
 
     def columns(self) -> Tensor:
-        """Which columns of the weight change [m]."""
+        """The numbers of the weight's columns that change [m]."""
         return torch.nonzero((self.a != 0).any(dim=0)).flatten()
 
     def delta(self, rows: slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
         """ΔW, or some rows and columns of it, fp32."""
-        # One outer product after the other, so that the same bytes come out whatever part is asked for.
+        # Outer products are added one by one, so that a part of ΔW has the same bytes as in the whole.
         delta = torch.outer(self.u[rows, 0], self.a[0, columns])
         for rank in range(1, len(self.a)):
             delta += torch.outer(self.u[rows, rank], self.a[rank, columns])
@@ -74,8 +75,8 @@ def patched(part: Tensor, change: Change, columns: Tensor, rows: slice = slice(N
     """W + ΔW for some of a weight's columns: added in fp32, rounded once.
 
     Args:
-        part: [d, m] of the weight, in its own dtype; or only its `rows`.
-        columns: [m], their numbers.
+        part: those columns [d, m], or only their `rows`, in the weight's dtype.
+        columns: their numbers [m].
     """
     return (part.float() + change.delta(rows, columns.cpu()).to(part.device)).to(part.dtype)
 
@@ -89,7 +90,7 @@ def not_finite(change: Change, dtype: torch.dtype) -> EditError:
 
 
 class Part(Protocol):
-    """One edit as data: `steer2edit.Edit` is one.
+    """One edit as data, such as a `steer2edit.Edit`.
 
     Attributes:
         sites: site key → its edit. config: the budgets. fingerprint: site key → sketch of the base's weight.
@@ -117,7 +118,7 @@ class Changes(Protocol):
     """What can be applied, served and written: an edit, or several combined.
 
     Attributes:
-        id: a short hash of what it does. parts: the edits that it consists of.
+        id: a short hash of what it does. parts: the edits in it.
     """
 
     @property
@@ -125,5 +126,5 @@ class Changes(Protocol):
     @property
     def parts(self) -> Sequence[Part]: ...
     def changes(self) -> Mapping[str, Change]:
-        """Site key → what changes in its weight, of the sites that change."""
+        """Site key → the change of its weight, for the sites that change."""
         ...

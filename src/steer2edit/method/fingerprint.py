@@ -1,6 +1,6 @@
 """Which base an edit belongs to: a small numeric sketch of each edited weight.
 
-A sketch, not a hash: the same model loaded in another dtype or layout must be known again, another model must not.
+A sketch, unlike a hash, still matches when the same model is loaded in another dtype or layout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUANTISED_TOLERANCE = 0.4
 
 @lru_cache(maxsize=16)
 def signs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    # RandomState's stream is frozen by NumPy's own policy, so that a file made today is understood in ten years.
+    # NumPy's policy freezes RandomState's stream, so that files written today stay readable.
     random = np.random.RandomState(20260209)
     left = random.randint(0, 2, size=(SKETCHES, rows)) * 2.0 - 1.0
     right = random.randint(0, 2, size=(SKETCHES, columns)) * 2.0 - 1.0
@@ -36,17 +36,17 @@ def from_reading(reading: Reading, rows: int, columns: int) -> Tensor:
     """[SKETCHES + 1] fp32: lᵢᵀ W rᵢ for fixed random signs lᵢ and rᵢ, each of variance ‖W‖_F², then ‖W‖_F itself.
 
     Args:
-        reading: of the weight [rows, columns], with the left signs lᵢ as the last rows of L.
+        reading: one of the weight [rows, columns], with the left signs lᵢ as the last rows of L.
     """
     _, right = signs(rows, columns)
     projections = (reading.along[-SKETCHES:].cpu() * right).sum(dim=1)
     return torch.cat([projections, torch.tensor([reading.power**0.5])])
 
 
-def differing(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> list[str]:
-    """The sites whose sketches differ by more than `tolerance` · ‖W‖_F, or are not there."""
+def differing(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> list[str]:
+    """The sites whose sketches differ by more than `tolerance` · ‖W‖_F, or are missing."""
     return [
         key
-        for key, there in expected.items()
-        if key not in found or not bool((there - found[key]).abs().max() <= tolerance * there[-1])  # a NaN differs
+        for key, sketch in expected.items()
+        if key not in actual or not bool((sketch - actual[key]).abs().max() <= tolerance * sketch[-1])  # a NaN differs
     ]

@@ -1,6 +1,6 @@
 """Interventions as data: out += u(aᵀx) + b at each site.
 
-An edit is one with b = 0, activation steering one with a = 0, and nothing is one without terms.
+An edit has b = 0, activation steering has a = 0, and the base model is an intervention without terms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, repr=False)
 class Term:
-    """What one site's output gains: u(aᵀx) + b.
+    """What is added to one site's output: u(aᵀx) + b.
 
     Attributes:
         u: [d, r] and a: [r, n·c], or both None. b: [d], or None.
@@ -29,7 +29,10 @@ class Term:
 
 @dataclass(frozen=True, repr=False)
 class Intervention:
-    """A term for each site key, or block key; what is not named is left alone."""
+    """A term for each site key, block key, or residual key; what is not named is left alone.
+
+    At a residual key (`residual_key`) the term acts on the stream itself, after the layer: x += u(aᵀx) + b.
+    """
 
     name: str
     terms: Mapping[str, Term] = field(default_factory=dict)
@@ -41,10 +44,23 @@ class Intervention:
 NOTHING = Intervention("base")
 
 
+def residual_key(layer: int) -> str:
+    """The residual stream after a layer.
+
+    >>> residual_key(3)
+    '3.residual'
+    """
+    return f"{layer}.residual"
+
+
 def steering(vectors: Mapping[str, Tensor], gamma: float, name: str | None = None) -> Intervention:
     """Activation steering at every block that has a vector: out += γv (paper, section 3).
 
     Args:
-        vectors: block key ("3.attn", "3.mlp") → v [d], not normalised. A block of one site has that site's key.
+        vectors: block key ("3.attn", "3.mlp") → v [d], not normalised. A block with one site has that site's key.
+
+    >>> import torch
+    >>> steering({"3.mlp": torch.ones(4)}, gamma=0.5).terms["3.mlp"].b
+    tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     return Intervention(name or f"steering γ={gamma:g}", {key: Term(b=gamma * v) for key, v in vectors.items()})

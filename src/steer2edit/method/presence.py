@@ -1,4 +1,4 @@
-"""Whether weights are an edit's base, and whether they hold the edit already."""
+"""Whether weights are an edit's base, and whether they already contain the edit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ def check_weights(
     tolerance: float = TOLERANCE,
     keys: Sequence[Collection[str]] | None = None,
 ) -> None:
-    """As `check_base`, for weights that come from anywhere, one at a time.
+    """Compares weights from any source with those that an edit was made for, one at a time.
 
     Args:
-        read: gives a site's weight [d, n·c].
-        tolerance: by how much of its norm a weight may differ from the one that was scored.
-        keys: of each part the sites to compare; all if None.
+        read: returns a site's weight [d, n·c].
+        tolerance: how far a weight may differ from the scored one, as a share of its norm.
+        keys: for each part the sites to compare; all if None.
+
+    Raises:
+        EditError, ModelError: as `decide`.
     """
     others: list[list[str]] = []
     presences: list[Presence] = []
@@ -36,8 +39,8 @@ def check_weights(
             site = part.sites[key]
             reading = read_for(site, read(site.site))
             if key in part.fingerprint:
-                found = from_reading(reading, site.site.d, site.site.inputs)
-                other += differing({key: part.fingerprint[key]}, {key: found}, tolerance)
+                sketch = from_reading(reading, site.site.d, site.site.inputs)
+                other += differing({key: part.fingerprint[key]}, {key: sketch}, tolerance)
             presence.add(site, reading)
         others.append(other)
         presences.append(presence)
@@ -45,10 +48,11 @@ def check_weights(
 
 
 def decide(parts: Sequence[Part], presences: Sequence[Presence], others: Sequence[Sequence[str]]) -> None:
-    """Raises EditError if a part of the edit is in the weights already, ModelError if they are another base's.
+    """Raises EditError if the weights already contain a part of the edit, ModelError if they are another base's.
 
     Args:
-        presences, others: for each part what of it is in the weights, and at which sites they differ from its base's.
+        presences: for each part, how much of it the weights contain.
+        others: for each part, the sites whose weights are not its base's.
     """
     if any(presence.of(part.strength) for part, presence in zip(parts, presences, strict=True)):
         raise _twice()
@@ -62,16 +66,16 @@ def decide(parts: Sequence[Part], presences: Sequence[Presence], others: Sequenc
 
 
 def read_for(site: SiteEdit, weight: Tensor) -> Reading:
-    """A reading that says whether a weight is the base's, and whether it has the edit in it."""
+    """The reading that shows whether a weight is the base's, and whether it contains the edit."""
     left, _ = signs(site.site.d, site.site.inputs)
     return read(weight, torch.cat([site.u[None], left]), torch.ones(site.site.inputs, 1))
 
 
 class Presence:
-    """Whether weights hold an edit already, whatever process or file they come from.
+    """Measures whether weights already contain an edit, whatever process or file they come from.
 
-    The scores keep v̂ᵀW_i k̂_i = ‖W_iᵀv̂‖; an edit of strength s moves it by s·λ_i, so the least-squares slope of what
-    moved on λ is 0 in the base and s where the edit was baked in.
+    The scores keep v̂ᵀW_i k̂_i = ‖W_iᵀv̂‖. An edit of strength s moves it by s·λ_i, so the least-squares slope of these
+    movements on λ is 0 in the base and s in the edited model.
     """
 
     def __init__(self) -> None:
@@ -91,7 +95,7 @@ class Presence:
         return self.moved / self.power if self.power else 0.0
 
     def of(self, strength: float) -> bool:
-        # Loaded in bf16 a weight has moved by about 0.001 of its size; an edit below that cannot be seen beside it.
+        # Rounding to bf16 moves a weight by about 0.001 of its size and hides an edit that is smaller.
         if not abs(strength) * self.power**0.5 > 0.01 * self.size:
             return False
         return abs(self.share - strength) < 0.25 * abs(strength)

@@ -1,4 +1,4 @@
-"""What one site scores: v̂, k̂ and g from its steering vector, its mean input and one streaming pass over its weight."""
+"""One site's scores v̂, k̂ and g, from its steering vector, its mean input and one streaming pass over its weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .theorems import importance, input_direction, output_direction
 
 @dataclass(frozen=True)
 class Reading:
-    """All that the method needs of a weight, from one pass over it.
+    """All that the method needs to know about a weight, from one pass over it.
 
     Attributes:
         along: L W [r, n·c] for the rows of L. size: ‖W_i μ_i‖ [n]. power: ‖W‖_F².
@@ -25,26 +25,26 @@ class Reading:
 
 
 class RowSums:
-    """What a reading adds up over a weight's blocks of rows, in fp32.
+    """The sums of a reading, in fp32, over blocks of a weight's rows.
 
     Args:
         columns: n·c. L: [r, d]. mu: [n, c].
 
     Attributes:
-        rows: how many rows a block has; the last one may have fewer.
+        rows: how many rows a block has; the last block may have fewer.
     """
 
     def __init__(self, columns: int, L: Tensor, mu: Tensor):
         self.L, self.mu = L, mu
         device = L.device
-        # On a CPU a block of 4 MB stays in the cache; elsewhere few steps count.
+        # On a CPU a block of 4 MB stays in the cache; elsewhere fewer steps are faster.
         self.rows = max(1, 2 ** (20 if device.type == "cpu" else 26) // columns)
         self.along = torch.zeros(len(L), columns, device=device)
         self.squares, self.power = torch.zeros(len(mu), device=device), torch.zeros((), device=device)
         self.scratch = torch.empty(min(self.rows, L.shape[1]), columns, device=device)
 
     def add(self, start: int, block: Tensor) -> None:
-        """block [≤ rows, n·c] fp32, the weight's rows from `start` on."""
+        """Adds a block [≤ rows, n·c] fp32, the weight's rows from `start` on."""
         count, (n, c) = len(block), self.mu.shape
         self.along += self.L[:, start : start + count] @ block
         columns = torch.mul(block, block, out=self.scratch[:count]).sum(dim=0)
@@ -63,15 +63,15 @@ class RowSums:
 
 
 def read(W: Tensor, L: Tensor, mu: Tensor) -> Reading:
-    """One pass over a weight, a block of rows at a time, so that nothing of its size is made.
+    """One pass over a weight, a block of rows at a time, without temporaries of the weight's size.
 
     Args:
         W: [d, n·c], any floating dtype. L: [r, d]. mu: [n, c].
     """
     W = W.detach().contiguous()
     sums = RowSums(W.shape[1], L.to(W.device, torch.float32), mu.to(W.device, torch.float32))
-    # The same memory for every block, even where W is fp32 already: sums depend in the last bit on how memory is
-    # aligned, and a mapped file's is not.
+    # Every block goes into the same memory, even if W is fp32 already: the last bit of a sum depends on the memory's
+    # alignment, and a mapped file is not aligned.
     buffer = torch.empty_like(sums.scratch)
     for start in range(0, W.shape[0], sums.rows):
         block = W[start : start + sums.rows]
@@ -81,12 +81,12 @@ def read(W: Tensor, L: Tensor, mu: Tensor) -> Reading:
 
 @dataclass(frozen=True, repr=False)
 class SiteScores:
-    """What the traces and the weight say of one site; no (ρ, α) in it.
+    """What the traces and the weight say about one site, independent of (ρ, α).
 
     Attributes:
         u: v̂ [d]. k: k̂ [n, c]. g: importance [n].
-        reach: v̂ᵀW_i k_i [n], the component's own gain along v̂, which is ‖W_iᵀv̂‖ for the method's own k̂; λ_i/reach_i is
-            an edit's size relative to it.
+        reach: v̂ᵀW_i k_i [n], the component's own gain along v̂, which is ‖W_iᵀv̂‖ for the method's own k̂. λ_i/reach_i is
+            the edit's size relative to it.
         v_norm: ‖v‖.
     """
 
@@ -111,7 +111,7 @@ def score_site(site: Site, W: Tensor, v: Tensor, mu: Tensor) -> SiteScores:
 
 
 def scores_from(site: Site, v: Tensor, mu: Tensor, reading: Reading) -> SiteScores:
-    """As `score_site`, from a reading of the weight with v̂ as the first row of L, and with `unit(mu)`."""
+    """Like `score_site`, from a reading of the weight with v̂ as the first row of L, and with `unit(mu)`."""
     u = output_direction(v.float())
     along = reading.along[0].cpu().view(site.n, site.width)
     k, reach = input_direction(along)

@@ -1,8 +1,7 @@
 """A place where a decoder writes into the residual stream, as data.
 
 A `Site` is one linear map that does so: an attention block's output projection, an MLP's or an expert's down
-projection. Everything that the mathematics needs of it is one view of its weight, W.view(d, n, c): n components of
-width c.
+projection. The mathematics needs only one view of its weight, W.view(d, n, c): n components of width c.
 """
 
 from __future__ import annotations
@@ -29,17 +28,21 @@ class Site:
         layer: the layer's number, from 0.
         block: "attn" or "mlp".
         module: the module in memory that holds the weight.
-        tensor: the weight's name in the checkpoint's files; `aliases`: other names that files have for it. A name that
-            leads to a 3-D tensor is meant at `expert`.
+        tensor: the weight's name in the checkpoint's files; `aliases`: other names that files have for it. Of a 3-D
+            tensor, the site's weight is the part `expert`.
         d: size of the residual stream, the weight's rows.
-        n: how many components there are: heads, or neurons.
+        n: how many components there are: heads or neurons.
         width: c, the columns of one component: a head's width, 1 for a neuron.
         parameter: the weight's name in the module.
-        expert: its number, if the parameter holds those of `experts` experts.
-        shared: an expert that every token visits.
-        transposed: the parameter is [.., inputs, d].
-        output: the module whose output is the block's, where the block has several sites: v is taken there, and
-            steering added.
+        expert: the expert's number, if the parameter holds the weights of `experts` experts.
+        shared: whether this is the expert that every token visits.
+        transposed: whether the parameter is [.., inputs, d].
+        output: for a block with several sites, the module whose output is the block's: v is measured and steering is
+            added there.
+
+    >>> site = Site(3, "attn", "layers.3.self_attn.o_proj", "layers.3.self_attn.o_proj.weight", d=64, n=4, width=16)
+    >>> site.key, site.inputs
+    ('3.attn', 64)
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -92,7 +95,7 @@ class Site:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Site:
-        """Raises ValueError if the row is not a site's."""
+        """The site of a row from `to_json`. Raises ValueError if the row is not a site's."""
         try:
             site = _ROW.validate_json(json.dumps(dict(row)), strict=True)
         except ValidationError:
@@ -107,15 +110,15 @@ class Site:
 _ROW = TypeAdapter(Site)
 
 
-def same_sites(found: Sequence[Site], wanted: Sequence[Site], wanted_by: str) -> dict[str, Site]:
+def same_sites(model_sites: Sequence[Site], wanted: Sequence[Site], wanted_by: str) -> dict[str, Site]:
     """The model's own sites, by key, for those that a probe or an edit was made on.
 
     Raises:
-        ModelError: the model has not each of them, in the same shape.
+        ModelError: the model lacks one of them, or has it in another shape.
     """
-    here = {site.key: site for site in found}
+    by_key = {site.key: site for site in model_sites}
     for site in wanted:
-        other = here.get(site.key)
+        other = by_key.get(site.key)
         if other is None or (other.d, other.n, other.width) != (site.d, site.n, site.width):
             got = "no such site" if other is None else f"{other.d} × {other.n} × {other.width}"
             raise ModelError(
@@ -123,4 +126,4 @@ def same_sites(found: Sequence[Site], wanted: Sequence[Site], wanted_by: str) ->
                 got=got,
                 fix="Use the model that it was made on.",
             )
-    return {site.key: here[site.key] for site in wanted}
+    return {site.key: by_key[site.key] for site in wanted}

@@ -46,10 +46,10 @@ def importance(along: Tensor, mu: Tensor, size: Tensor) -> Tensor:
 def magnitudes(g: Tensor, rho: float | None, alpha: float) -> Tensor:
     """λ_i = sign(g_i) · max(|g_i| − ρα, 0) / (ρ(1 − α)) [n] (Theorem 3.3, the Elastic-Net soft threshold).
 
-    The one maximiser of gᵀλ − ρ(α‖λ‖₁ + (1 − α)/2 · ‖λ‖₂²). A larger ρ is a smaller edit; None is ρ = ∞.
+    The only maximiser of gᵀλ − ρ(α‖λ‖₁ + (1 − α)/2 · ‖λ‖₂²). A larger ρ gives a smaller edit; None means ρ = ∞.
 
     Raises:
-        EditError: if ρ is not above 0 or α is not in [0, 1).
+        EditError: ρ is not above 0, or α is not in [0, 1).
     """
     check_budget(rho, alpha)
     if rho is None:

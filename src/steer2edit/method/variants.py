@@ -1,7 +1,7 @@
-"""The ablations (paper, tables 2–6): each changes one part of the method, in a few lines over edit.py.
+"""The ablations (paper, tables 2–6): each changes one part of the method.
 
-k_mean and k_svd take another input direction, g_dot another score: they change what `score` gives. l0 and l2 take
-another penalty: they change what becomes of the scores.
+k_mean and k_svd use another input direction, g_dot another score: they change the scores. l0 and l2 use another
+penalty: they change how scores become an edit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FULL: Variant = "full"
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
-# Those that score in another way; the others use the full method's scores.
+# Variants with scores of their own; the others use the full method's scores.
 SCORED = ("k_mean", "k_svd", "g_dot")
 
 
 def rescored(variant: str, s: SiteScores, mu: Tensor, W: Tensor) -> SiteScores:
-    """The scores of a site as a variant has them.
+    """A site's scores under a variant.
 
     Args:
         mu: [n·c]. W: [d, n·c], any floating dtype.
@@ -40,12 +40,12 @@ def rescored(variant: str, s: SiteScores, mu: Tensor, W: Tensor) -> SiteScores:
 
 
 def _along(s: SiteScores, k: Tensor) -> SiteScores:
-    """The scores with other input directions. By its reach, v̂ᵀW_i k_i, an edit is known to be in the weights."""
+    """The scores with other input directions and their reach v̂ᵀW_i k_i, which shows whether an edit is in weights."""
     return replace(s, k=k, reach=s.reach * (s.k * k).sum(dim=1))
 
 
 def _top_direction(s: SiteScores, W: Tensor) -> Tensor:
-    """Top right singular vector of each W_i [n, c], on k̂'s side: a singular vector has no sign of its own."""
+    """Top right singular vector of each W_i [n, c]. It has no sign of its own, so it gets the one on k̂'s side."""
     if s.site.width == 1:
         return s.k
     blocks = W.float().view(s.site.d, s.site.n, s.site.width).transpose(0, 1)  # [n, d, c]

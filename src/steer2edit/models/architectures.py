@@ -1,6 +1,7 @@
-"""The table of families: where each writes into the residual stream. To support a further one, add a record to
-`ARCHITECTURES` (docs/add_a_family.md). A family that is not in the table is recognised by the common shapes, or
-described by the user.
+"""The table of families: where each writes into the residual stream.
+
+To support another family, add a record to `ARCHITECTURES` (docs/add_a_family.md). A family that is not in the table is
+recognised by the common shapes, or described by the user.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ class Heads:
     """An attention block's output projection.
 
     Attributes:
-        path: where it is in a layer.
-        count: what the config calls the number of heads; their width is the rest of the weight's shape.
+        path: its path in a layer.
+        count: the config's name for the number of heads; their width follows from the weight's shape.
+
+    >>> Heads("linear_attn.out_proj", count="linear_num_value_heads")
+    Heads(path='linear_attn.out_proj', count='linear_num_value_heads')
     """
 
     path: str = "self_attn.o_proj"
@@ -45,11 +49,14 @@ class Experts:
     """A mixture of experts whose down projections are one 3-D parameter.
 
     Attributes:
-        path: the module that holds the parameter, in a layer; `block`: the module whose output is the whole block's.
+        path: the module in a layer that holds the parameter; `block`: the one whose output is the block's.
         parameter: [experts, d, inputs], or [experts, inputs, d] if `transposed`.
-        count: what the config calls the number of experts.
-        shared: the down projection of the experts that every token visits, where there are any.
-        stored: one expert's weight in the checkpoint's files, where they hold the experts apart.
+        count: the config's name for the number of experts.
+        shared: the down projection of the experts that every token visits, if there are any.
+        stored: the name of one expert's weight in the checkpoint's files, if they store each expert separately.
+
+    >>> Experts(count="num_local_experts").stored.format(expert=3)
+    'mlp.experts.3.down_proj.weight'
     """
 
     path: str = "mlp.experts"
@@ -67,17 +74,21 @@ class Architecture:
     """One family: where its layers are and which maps of a layer write into the residual stream.
 
     Attributes:
-        family: its name for people; `model_types`: what configs call it.
-        layers: the list of decoder layers, from the model.
-        attn: the output projections that an attention block may have; a layer has one of them.
+        family: its name for people; `model_types`: its names in configs.
+        layers: the path of the list of decoder layers in the model.
+        attn: the output projections that an attention block may have; a layer has exactly one of them.
         mlp: the down projection of a layer that has no experts; None if every layer has them.
         experts: the experts of a layer that has them.
         transposed: weights are [inputs, d], as in transformers' Conv1D.
         attn_norm, mlp_norm: the norm between the block's output and the stream (post-norm), in a layer.
-        factor: what the config calls a factor on the block's output.
-        stored: what the checkpoint's files call `layers`, where they call it otherwise.
+        factor: the config's name for a factor on the block's output.
+        stored: other names of `layers` in the checkpoint's files.
         inside: names of further maps that only read the stream, or work inside a block.
-        tested: its sites, oracle, hook, baked weights and exports are compared in this project's tests.
+        tested: this project's tests compare its sites, oracle, hook, baked weights and exports.
+
+    >>> starcoder2 = Architecture(family="StarCoder2", model_types=("starcoder2",), mlp="mlp.c_proj")
+    >>> starcoder2.layers, starcoder2.attn
+    ('model.layers', (Heads(path='self_attn.o_proj', count='num_attention_heads'),))
     """
 
     family: str = "described in the recipe"
@@ -197,7 +208,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
 )
 
-# Families that would load and be misread.
+# Families that would load but be misread.
 REFUSED: dict[str, str] = dict.fromkeys(
     ("llama4", "llama4_text"), "Llama 4 runs its experts on every token, outside the experts functions of transformers"
 )
@@ -221,15 +232,22 @@ _DESCRIBED = "_steer2edit_architecture"
 
 
 def describe_as(model: nn.Module, architecture: Architecture) -> None:
-    """Says of a model where it writes into the stream, in place of the table's record or the structure's."""
+    """Sets where a model writes into the residual stream, in place of its family's record or its recognised structure.
+
+    >>> from torch import nn
+    >>> model = nn.Module()
+    >>> describe_as(model, Architecture(mlp="mlp.c_proj"))
+    >>> architecture_of(model).mlp
+    'mlp.c_proj'
+    """
     setattr(model, _DESCRIBED, replace(architecture, tested=False))
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """What the user said of the model, or its family's record, or what its structure shows.
+    """The user's description of the model, else its family's record, else what its structure shows.
 
     Raises:
-        ModelError: the family is refused by name, or is not in the table and its structure is none of the common ones.
+        ModelError: the family is refused by name, or is not in the table and has none of the common structures.
     """
     if hasattr(model, "_orig_mod"):
         raise ModelError(
@@ -242,7 +260,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     config: Any = getattr(model, "config", None)
     if config is None:
         raise ModelError(
-            "this is no model of transformers", got=type(model).__name__, fix="Load it with steer2edit.load_model."
+            "this is not a transformers model", got=type(model).__name__, fix="Load it with steer2edit.load_model."
         )
     name = getattr(config, "model_type", None)
     if reason := REFUSED.get(name or ""):
@@ -256,7 +274,7 @@ def by_structure(model: nn.Module) -> Architecture:
     """The record of a family that is not in the table, if its layers have one of the common shapes.
 
     Raises:
-        ModelError: they have not.
+        ModelError: its layers have none of them.
     """
     from torch import nn
 
@@ -265,17 +283,15 @@ def by_structure(model: nn.Module) -> Architecture:
     for name, layers in model.named_modules():
         if not isinstance(layers, nn.ModuleList) or len(layers) != text.num_hidden_layers:
             continue
-        paths = [{path for path, _ in layer.named_modules()} for layer in layers]
-        attn = [path for path in _ATTN if any(path in found for found in paths)]
-        if any("linear_attn.out_proj" in found for found in paths):
-            attn.append("linear_attn.out_proj")
-        mlp = [path for path in _MLP if any(path in found for found in paths)]
+        paths = {path for layer in layers for path, _ in layer.named_modules()}
+        attn = [path for path in (*_ATTN, "linear_attn.out_proj") if path in paths]
+        mlp = [path for path in _MLP if path in paths]
         fused = [module for layer in layers if (module := submodule(layer, "mlp.experts")) is not None]
         if not attn or not (mlp or fused):
             continue
         experts = None
         if fused:
-            shared = [path for path in _SHARED if any(path in found for found in paths)]
+            shared = [path for path in _SHARED if path in paths]
             counts = [count for count in _COUNTS if hasattr(text, count)]
             experts = Experts(
                 shared=shared[0] if shared else None,
@@ -289,7 +305,7 @@ def by_structure(model: nn.Module) -> Architecture:
             attn=tuple(Heads(p, "linear_num_value_heads" if "linear" in p else "num_attention_heads") for p in attn),
             mlp=mlp[0] if mlp else None,
             experts=experts,
-            transposed=is_conv1d(layers[0].get_submodule(attn[0])) if attn[0] in paths[0] else False,
+            transposed=is_conv1d(submodule(layers[0], attn[0])),
         )
     known = ", ".join(t for a in ARCHITECTURES for t in a.model_types)
     raise ModelError(

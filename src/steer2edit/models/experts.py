@@ -1,8 +1,8 @@
 """Inside a mixture of experts: the inputs and outputs of every expert's down projection, which no forward hook sees.
 
 transformers keeps all experts of a layer in one 3-D parameter and runs them through a function that can be registered.
-Ours runs them one by one and shows what goes in and out of each down projection to whoever asked: the probe that adds
-up, the interventions that add something.
+Our function runs them one by one and calls taps with the input and the output of each down projection: the probe's tap
+sums them, an intervention's tap changes the output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tap = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """An experts function of transformers: [tokens, d], [tokens, k], [tokens, k] → [tokens, d].
+    """An experts function for transformers: [tokens, d], [tokens, k], [tokens, k] → [tokens, d].
 
     The order of the sum over a token's experts is fixed, so that the same tokens give the same bytes.
     """
@@ -65,10 +65,10 @@ def _project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def tapped(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
-    """Shows the experts of some modules to taps, while the context lasts; every other module runs as before.
+    """Runs taps in the experts of some modules while the context lasts. Every other module runs as before.
 
     Args:
-        taps: name of an experts module → its tap. Contexts may be nested: the innermost comes last.
+        taps: name of an experts module → its tap. Contexts may be nested; the innermost tap runs last.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -77,17 +77,17 @@ def tapped(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
     try:
         for name, tap in taps.items():
             module: Any = model.get_submodule(name)
-            there: tuple[Tap, ...] = getattr(module, _TAPS, ())
-            before.append((module, module.config, there))
-            if not there:  # a config of its own, so that no other module of the model takes our way
+            outer_taps: tuple[Tap, ...] = getattr(module, _TAPS, ())
+            before.append((module, module.config, outer_taps))
+            if not outer_taps:  # a config of its own, so that no other module runs our function
                 module.config = copy.copy(module.config)
                 module.config._experts_implementation = NAME
-            setattr(module, _TAPS, (*there, tap))
+            setattr(module, _TAPS, (*outer_taps, tap))
         yield
     finally:
-        for module, config, there in reversed(before):
+        for module, config, outer_taps in reversed(before):
             module.config = config
-            if there:
-                setattr(module, _TAPS, there)
+            if outer_taps:
+                setattr(module, _TAPS, outer_taps)
             else:
                 delattr(module, _TAPS)

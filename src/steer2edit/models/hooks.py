@@ -1,4 +1,4 @@
-"""Interventions in a live model: a different one in every row of a batch, and no weight is touched."""
+"""Interventions in a live model: a different one in every row of a batch, without touching a weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, Steer2EditError
 from ..method.change import Changes
-from ..method.intervention import Intervention, Term
+from ..method.intervention import Intervention, Term, residual_key
 from .architectures import architecture_of
 from .bake import check_base
 from .experts import Tap, tapped
@@ -20,13 +20,13 @@ from .sites import find_sites, module_of
 
 @contextlib.contextmanager
 def _lasting() -> Iterator[None]:
-    # What is kept over forward passes must be usable in one with gradients after one in inference mode.
+    # Tensors kept between forward passes must work in a pass with gradients after one in inference mode.
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class _Stack:
-    """One site's terms of all interventions, and the rows of the batch that is running."""
+    """One site's terms under all interventions, and those of the rows of the current batch."""
 
     def __init__(self, terms: Sequence[Term | None], d: int, inputs: int):
         rank = max((t.a.shape[0] for t in terms if t is not None and t.a is not None), default=0)
@@ -48,7 +48,7 @@ class _Stack:
         self.index, self.rows = index, None
 
     def _place(self, out: Tensor) -> None:
-        # Where and in what type the site answers is known when it does: its weight may be quantised, or offloaded.
+        # The output's device and dtype are known only when the site runs: its weight may be quantised or offloaded.
         first = next((t for t in (self.u, self.b) if t is not None), out)
         if first.device != out.device or first.dtype != out.dtype:
             with _lasting():
@@ -82,22 +82,31 @@ def _added(x: Tensor, out: Tensor, u: Tensor | None, a: Tensor | None, b: Tensor
     if a is not None and u is not None:
         x = x.to(out.device)
         for rank in range(a.shape[1]):
-            # A dot product a row, then one fused multiply-add: on a CPU a third of the time of batched matmuls.
+            # One dot product per row, then a fused multiply-add: on a CPU a third of the time of batched matmuls.
             along = torch.linalg.vecdot(x, a[:, rank, None])  # [rows, time]
             out = torch.addcmul(out, along[..., None], u[:, rank, None])
     return out if b is None else out + b
 
 
 class Interventions:
-    """Hooks that let each row of a batch run under an intervention of its own.
+    """Hooks that let each row of a batch run under its own intervention.
 
-    Used as a context. `rows` says which intervention each row of the coming forward passes carries; one index alone
-    serves a batch of any size. `calls` counts the modules that were seen to run, so that hooked modules × forward
-    passes can be proved to have run.
+    A context manager. `rows` sets the intervention of each row of the next forward passes; a single index serves a
+    batch of any size. `calls` counts how often hooked modules ran, which must be hooked modules × forward passes.
 
     Args:
-        table: their terms name sites, or whole blocks ("3.mlp", where the block is a mixture of experts), to which only
-            a constant b can be added.
+        table: the interventions. Their terms name sites, the residual stream after a layer ("3.residual"), or a whole
+            block that is a mixture of experts ("3.mlp"), to which only a constant b can be added.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    >>> steered = Intervention("steered", {"0.mlp": Term(b=torch.ones(32))})
+    >>> with Interventions(model, [Intervention("base"), steered]) as running:
+    ...     running.rows([0, 1])
+    ...     logits = model(torch.tensor([[1, 2, 3], [1, 2, 3]])).logits
+    >>> bool((logits[0] == logits[1]).all()), running.calls
+    (False, 1)
     """
 
     def __init__(self, model: nn.Module, table: Sequence[Intervention]):
@@ -107,11 +116,13 @@ class Interventions:
         self._hooked: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._experts: dict[str, dict[int, _Stack]] = {}
         self._stacks: list[_Stack] = []
-        found = find_sites(model)
-        sites = {site.key: site for site in found}
-        blocks = {site.block_key: site for site in found if site.block_key not in sites}
+        model_sites = find_sites(model)
+        sites = {site.key: site for site in model_sites}
+        blocks = {site.block_key: site for site in model_sites if site.block_key not in sites}
+        layers = architecture_of(model).layers
+        streams = {residual_key(i): f"{layers}.{i}" for i in range(len(model.get_submodule(layers)))}  # type: ignore[arg-type]
         named = {key for intervention in self.table for key in intervention.terms}
-        if strangers := sorted(named - set(sites) - set(blocks)):
+        if strangers := sorted(named - set(sites) - set(blocks) - set(streams)):
             raise ModelError(
                 "an intervention names sites that the model does not have",
                 got=", ".join(strangers[:4]),
@@ -132,32 +143,40 @@ class Interventions:
                 self._hooked.append((module_of(model, site), self._hook(stack)))
             else:
                 self._experts.setdefault(site.module, {})[site.expert] = stack
-        layers = architecture_of(model).layers
+        for key in [key for key in streams if key in named]:
+            terms = [intervention.terms.get(key) for intervention in self.table]
+            for term in filter(None, terms):
+                _check(key, term, model_sites[0].d, model_sites[0].d)
+            stack = _Stack(terms, model_sites[0].d, model_sites[0].d)
+            self._stacks.append(stack)
+            self._hooked.append((model.get_submodule(streams[key]), self._hook(stack, on_output=True)))
         self._first_layer = model.get_submodule(f"{layers}.0")
         self._opened = contextlib.ExitStack()
         self.rows([0])
 
     @property
     def sites(self) -> int:
-        """How many modules are hooked: sites, blocks, and for the experts of a layer the one that holds them."""
+        """How many modules are hooked: sites, blocks, and one module for all the experts of a layer."""
         return len(self._hooked) + len(self._experts)
 
     def rows(self, index: Sequence[int] | Tensor) -> None:
-        """Row i of the batches to come runs under table[index[i]]."""
+        """From the next batch on, row i runs under table[index[i]]."""
         chosen = torch.as_tensor(index, dtype=torch.long)
         self._count = len(chosen)
         for stack in self._stacks:
             stack.choose(chosen)
 
-    def _hook(self, stack: _Stack) -> Callable[..., Any]:
+    def _hook(self, stack: _Stack, on_output: bool = False) -> Callable[..., Any]:
+        """Args: on_output: x is what the module gives out, not what it takes in."""
+
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
             self.calls += 1
             out: Tensor = output if isinstance(output, Tensor) else output[0]
-            if out.dim() == 2:  # [rows · time, d], as some mixtures of experts run what is in them
-                rows = [t.reshape(self._count, -1, t.shape[-1]) for t in (args[0], out)]
+            if out.dim() == 2:  # [rows · time, d], as inside some mixtures of experts
+                rows = [t.reshape(self._count, -1, t.shape[-1]) for t in (out if on_output else args[0], out)]
                 added = stack.add(*rows).reshape(out.shape)
             else:
-                added = stack.add(args[0], out)
+                added = stack.add(out if on_output else args[0], out)
             return added if isinstance(output, Tensor) else (added, *output[1:])
 
         return hook
@@ -209,10 +228,23 @@ def _check(key: str, term: Term, d: int, inputs: int) -> None:
 
 @contextlib.contextmanager
 def intervening(model: nn.Module, intervention: Intervention, edit: Changes | None = None) -> Iterator[Interventions]:
-    """Every row of every forward pass inside runs under one intervention.
+    """Runs all rows of all forward passes inside the context under one intervention.
+
+    Args:
+        edit: the edit that the intervention comes from, if any; the model must be its base.
 
     Raises:
-        ModelError: it does not fit the model; for an edit also if the model is not the edit's base.
+        ModelError: the intervention does not fit the model, or the model is not the edit's base.
+        EditError: the model already contains the edit.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> before = model(ids).logits
+    >>> with intervening(model, Intervention("steered", {"0.mlp": Term(b=torch.ones(32))})):
+    ...     bool((model(ids).logits == before).all())
+    False
     """
     if edit is not None:
         check_base(edit, model)

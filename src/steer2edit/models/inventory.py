@@ -1,4 +1,4 @@
-"""What of a model would be edited, what would not and why, and what each stage needs."""
+"""What would be edited in a model, what would not and why, and the memory that each stage needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .weights import is_plain
 
 
 def examine(model: nn.Module, health: Health | None = None) -> dict[str, Any]:
-    """What is edited and what is not, and the memory that each stage needs. A model on the `meta` device will do.
+    """What is edited and what is not, and the memory that each stage needs. The model may be on the `meta` device.
 
     Raises:
         ModelError: the model is not supported; says why.
@@ -25,7 +25,7 @@ def examine(model: nn.Module, health: Health | None = None) -> dict[str, Any]:
     sites = find_sites(model)
     architecture = architecture_of(model)
     config: Any = model.config
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "kind": "doctor",
         "model": getattr(config, "_name_or_path", "") or type(model).__name__,
         "model_type": config.model_type,
@@ -37,8 +37,8 @@ def examine(model: nn.Module, health: Health | None = None) -> dict[str, Any]:
         "memory": memory(model, sites),
     }
     if health is not None:
-        found["self-check"] = asdict(health)
-    return found
+        report["self-check"] = asdict(health)
+    return report
 
 
 def _classes(sites: Sequence[Site], architecture: Architecture) -> list[dict[str, Any]]:
@@ -52,17 +52,17 @@ def _classes(sites: Sequence[Site], architecture: Architecture) -> list[dict[str
         {
             "sites": kind,
             "where": path,
-            "count": len(here),
-            "layers": len({site.layer for site in here}),
-            "components": f"{n} {'heads' if here[0].block == 'attn' else 'neurons'} × {width}",
+            "count": len(members),
+            "layers": len({site.layer for site in members}),
+            "components": f"{n} {'heads' if members[0].block == 'attn' else 'neurons'} × {width}",
             "stream": d,
         }
-        for (kind, path, d, n, width), here in classes.items()
+        for (kind, path, d, n, width), members in classes.items()
     ]
 
 
 def _others(model: nn.Module, sites: Sequence[Site], architecture: Architecture) -> list[dict[str, Any]]:
-    """Every weight that is no site, by its name without numbers, and why it is none."""
+    """Every weight that is not a site, by its name without numbers, and the reason."""
     held = {f"{site.module}.{site.parameter}" for site in sites}
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -85,42 +85,40 @@ def _others(model: nn.Module, sites: Sequence[Site], architecture: Architecture)
 
 def _remarks(model: nn.Module, sites: Sequence[Site], architecture: Architecture) -> list[str]:
     config: Any = model.config
-    said = []
+    remarks = []
     if not architecture.tested:
-        said.append(
-            "This family is not among the tested ones: let the self-check (--weights) compare the model with this."
-        )
+        remarks.append("This family is untested: run the self-check (--weights) to compare the model with this.")
     for block, norm in (("attn", architecture.attn_norm), ("mlp", architecture.mlp_norm)):
         if norm:
-            said.append(
+            remarks.append(
                 f"A norm ({norm}) stands between the {block} block and the stream: vector, edit and steering act "
-                "at the projection's output, before it."
+                "at the projection's output, before the norm."
             )
     if architecture.factor:
         factor = getattr(config.get_text_config(), architecture.factor, 1.0)
-        said.append(
-            f"What a block writes is multiplied by {architecture.factor} = {factor:g} on its way to the stream."
+        remarks.append(
+            f"A block's output is multiplied by {architecture.factor} = {factor:g} before it is added to the stream."
         )
     if any(site.expert is not None for site in sites):
-        said.append(
-            "Experts share a steering vector, their block's; an expert that too few tokens reach (probe.expert_tokens) "
-            "is left alone."
+        remarks.append(
+            "All experts of a block share its steering vector; an expert that too few tokens reach "
+            "(probe.expert_tokens) is not edited."
         )
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        said.append(
+        remarks.append(
             f"The weights are quantised ({getattr(method, 'value', method)}): scoring dequantises one site at a time; "
             "edits run as interventions or adapters; apply and checkpoint exports are refused."
         )
-    return said
+    return remarks
 
 
 def memory(model: nn.Module, sites: Sequence[Site], *, groups: int = 4, configurations: int = 16) -> dict[str, int]:
-    """Bytes that each stage needs, all but the first beside the model's own; from the shapes alone.
+    """The bytes of the model, then those that each stage needs in addition; from the shapes alone.
 
     Args:
-        groups: groups of traces, of both labels. configurations: of a sweep, that share a batch.
+        groups: how many groups of traces, over both labels. configurations: how many share a batch of the search.
     """
     config: Any = model.config
     text = config.get_text_config()
@@ -132,7 +130,7 @@ def memory(model: nn.Module, sites: Sequence[Site], *, groups: int = 4, configur
     keys_and_values = 2 * heads * width * text.num_hidden_layers * each  # of one token
     packed = getattr(config, "quantization_config", None) is not None
     on_meta = any(p.is_meta for p in model.parameters())
-    found = {
+    sizes = {
         "the model, before it is quantised" if packed and on_meta else "the model": sum(
             p.numel() * p.element_size() for p in model.parameters()
         ),
@@ -143,7 +141,7 @@ def memory(model: nn.Module, sites: Sequence[Site], *, groups: int = 4, configur
         "an edit, on disk or in memory": 4 * (2 * inputs + 3 * sum(s.n for s in sites) + streams),
     }
     apply = {"apply, the columns it keeps, at most": each * sum(s.d * s.inputs for s in sites)}
-    return found if packed else found | apply
+    return sizes if packed else sizes | apply
 
 
 def families() -> str:

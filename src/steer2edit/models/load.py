@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..progress import say
 from .architectures import Architecture, describe_as
 from .embedded import EMBEDDED, _plain_weights, embedded_checkpoint
+from .gguf_config import without_vocabulary
 from .quiet import quiet_kernels, without_gguf_bar
 
 if TYPE_CHECKING:
@@ -38,14 +39,14 @@ def load_model(
         name: a Hub id, a folder that `save_pretrained` wrote, a `.gguf` file, or EMBEDDED.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator; on a CPU bf16 where
             the CPU computes in it, else fp32 (emulated bf16 is several times slower).
-        device: "cpu", "cuda", "cuda:1", "mps", or "auto": the best there is. Not used with `device_map`.
-        device_map: "auto", "balanced" or "sequential" spread the model over the devices there are, and what does not
-            fit over memory and `offload_folder` (accelerate); a mapping says which module goes where.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the best one. Not used with `device_map`.
+        device_map: "auto", "balanced" or "sequential" spread the model over all devices; what does not fit goes to
+            memory and to `offload_folder` (accelerate). A mapping names the device of each module.
         max_memory: how much of each device may be used, {"0": "20GiB", "cpu": "60GiB"}.
-        architecture: where the model writes into the residual stream, for one that the table of families does not have.
+        architecture: where the model writes into the residual stream, if the table of families does not have it.
 
     Raises:
-        ModelError: there is no such model, it cannot be loaded, or there is no such device here.
+        ModelError: the model or the device does not exist, or the model cannot be loaded.
     """
     from torch import nn
     from transformers import AutoTokenizer
@@ -80,9 +81,9 @@ def load_model(
 
 
 def resolved_revision(name: str, revision: str | None = None) -> str | None:
-    """The commit of a Hub model that is in the local cache under its revision, or `main`; None for anything else.
+    """The commit that the local cache holds for a Hub model's revision (by default `main`); None for other models.
 
-    A revision that is a commit itself is given back as it is.
+    A revision that is already a commit is returned unchanged.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -99,7 +100,7 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
     from transformers import AutoConfig
 
     source, where = _source(str(name), revision, trust_remote_code)
-    with _loading(str(name)):
+    with _loading(str(name)), without_vocabulary():
         return AutoConfig.from_pretrained(source, **where)
 
 
@@ -125,7 +126,7 @@ def _source(name: str, revision: str | None, trust_remote_code: bool) -> tuple[s
 
 
 def _refuse_no_name(name: str) -> None:
-    """Raises ModelError for a folder that is not there, and for a near miss of the embedded model's name."""
+    """Raises ModelError for a folder that does not exist, and for a near miss of the embedded model's name."""
     if name.startswith("embedded:") or difflib.get_close_matches(name, [EMBEDDED], cutoff=0.85):
         raise ModelError("no embedded model has that name", got=name, fix=f"Did you mean {EMBEDDED}?")
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -173,7 +174,7 @@ def _place(device: str) -> torch.device:
     try:
         place = torch.device(_best_device() if device == "auto" else device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts that it has it
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises an AssertionError
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the device {device} cannot be used here", got=first, fix='"auto" takes the best.') from None
     return place

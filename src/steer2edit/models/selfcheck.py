@@ -27,15 +27,16 @@ _CHECKED = "_steer2edit_checked"
 
 @dataclass(frozen=True)
 class Health:
-    """What the self-check measured; all of it is relative, so that 1 is "as large as".
+    """What the self-check measured. All sizes are relative: 1 means "as large as".
 
     Attributes:
-        interventions: how many were tried, one for each site, and one for all the experts that a layer's tokens
+        interventions: how many were tried: one for each site, and one for all the experts of a layer that tokens
             reached.
         least_moved: the smallest change of the logits under one of them, in standard deviations of the logits.
         moved_by_nothing: the largest change under an intervention of zeros at every site.
-        heads: how far a component's share in its site's output is from its own columns times its own input.
-        unaccounted: how far what a layer adds is from what its sites write; not 0 where a norm stands between.
+        heads: the largest difference between a component's share of its site's output and its columns times its input.
+        unaccounted: the largest difference between what a layer adds to the stream and what its sites write; not 0 if
+            a norm stands between.
         norms: what a post-norm does to a small edit's size: block type → median over the layers of size after / before.
     """
 
@@ -48,7 +49,7 @@ class Health:
 
 
 class _Seen:
-    """What one forward pass shows at the last token: each site's input and output, each layer's and block's."""
+    """What one forward pass computes at the last token: inputs and outputs of sites and blocks, and layers' sums."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], layers: str):
         self.x: dict[str, Tensor] = {}  # site key → [n·c]
@@ -106,17 +107,22 @@ def _last(x: Tensor) -> Tensor:
 
 
 def self_check(model: nn.Module, *, thorough: bool = False) -> Health:
-    """Runs a model on a few tokens and compares it with what its sites say. A model that passed is not checked again.
+    """Runs a model on a few tokens and compares it with its sites. A model that passed is not checked again.
 
     An intervention of zeros at every site must leave the logits alone, one at each site must move them, and a change of
     one component's input must change its site's output by that component's own columns.
 
     Args:
-        thorough: every head of every site, also of quantised and offloaded ones (otherwise one head a site, and of
-            those the first layer's).
+        thorough: check every head of every site. Otherwise one head per site is checked, and of quantised and offloaded
+            sites only those of the first layer.
 
     Raises:
-        ModelError: something does not hold; names the site. ProbeError: an activation is not finite.
+        ModelError: a check fails; names the site. ProbeError: an activation is not finite.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    >>> self_check(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()).interventions
+    4
     """
     sites = find_sites(model)
     architecture = architecture_of(model)
@@ -148,10 +154,10 @@ def self_check(model: nn.Module, *, thorough: bool = False) -> Health:
             nothing = float((_logits(model, ids)[0] - base).abs().max()) / spread
         if nothing > nothing_moves:
             raise ModelError(
-                "an intervention of zeros changes what the model says",
+                "an intervention of zeros changes the model's output",
                 got=f"the logits moved by {nothing:.3g} of their spread",
-                fix="The model does not run its experts or projections the way transformers does: load it as defined "
-                "there.",
+                fix="The model does not run its experts or projections as transformers does: load it as transformers "
+                "defines it.",
             )
         tried = dict(_one_by_one(sites, seen, draw))
         moved = _moved(model, ids, base, spread, list(tried.values()))
@@ -169,7 +175,7 @@ def self_check(model: nn.Module, *, thorough: bool = False) -> Health:
     normed = architecture.attn_norm or architecture.mlp_norm
     if not architecture.tested and not normed and unaccounted > is_equal:
         raise ModelError(
-            "a layer adds something else to the residual stream than its sites write",
+            "a layer adds something other than its sites' outputs to the residual stream",
             got=f"{architecture.family}: a difference of {unaccounted:.2g} of what it adds",
             fix="A norm or a factor stands between, or a map was not found: describe the model in the recipe "
             "(model.architecture, see docs/add_a_family.md).",
@@ -186,7 +192,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _one_by_one(sites: Sequence[Site], seen: _Seen, draw: torch.Generator) -> Iterator[tuple[str, Intervention]]:
-    """For each site one that moves its output, at the last token, by as much as it is; for a layer's experts one."""
+    """For each site, one that moves its output at the last token by the output's own size; one for all experts."""
     groups: dict[str, dict[str, Term]] = {}
     for site in sites:
         if site.key not in seen.x:
@@ -213,7 +219,7 @@ def _moved(model: nn.Module, ids: Tensor, base: Tensor, spread: float, table: Se
 
 
 def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: float, thorough: bool) -> Iterator[float]:
-    """How far a change of one component's input is from acting through its own columns alone, for each one tried."""
+    """For each component tried: how far a change of its input is from acting through its own columns alone."""
     device = device_of(model)
     for site in sites:
         module: Any = module_of(model, site)
@@ -222,7 +228,7 @@ def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: floa
             continue
         weight = read_weight(model, site).float().cpu()
         x = seen.x[site.key]
-        if site.expert is not None:  # it cannot be run alone: what it gave is compared
+        if site.expert is not None:  # it cannot be run alone: its output in the pass is compared
             expected = weight @ x + read_bias(model, site)
             error = float((seen.out[site.key] - expected).norm() / (expected.norm() + 1e-30))
             if error > tolerance:
@@ -249,8 +255,7 @@ def _heads(model: nn.Module, sites: Sequence[Site], seen: _Seen, tolerance: floa
                 raise ModelError(
                     f"component {i} of {site.module} does not act through its own columns",
                     got=f"a difference of {error:.2g} of its effect",
-                    fix="The weight is transposed, or not split as the architecture says: the model is not what it "
-                    "seems.",
+                    fix="The weight is transposed, or not split as the architecture says.",
                 )
             yield error
 
@@ -267,8 +272,8 @@ def _unaccounted(sites: Sequence[Site], seen: _Seen, factor: float) -> Iterator[
 def _norms(
     model: nn.Module, architecture: Architecture, sites: Sequence[Site], seen: _Seen, draw: torch.Generator
 ) -> dict[str, float]:
-    """What the norm after a block makes of a small edit of its output, as a factor on the edit's size."""
-    found: dict[str, float] = {}
+    """The factor by which the norm after a block changes the size of a small edit of the block's output."""
+    medians: dict[str, float] = {}
     for block, path in (("attn", architecture.attn_norm), ("mlp", architecture.mlp_norm)):
         ratios = []
         for site in {s.block_key: s for s in sites if s.block == block}.values() if path else ():
@@ -281,5 +286,5 @@ def _norms(
             before = both.float().cpu()
             ratios.append(float((after[1] - after[0]).norm() / (before[1] - before[0]).norm()))
         if ratios:
-            found[block] = sorted(ratios)[len(ratios) // 2]
-    return found
+            medians[block] = sorted(ratios)[len(ratios) // 2]
+    return medians

@@ -1,7 +1,7 @@
-"""Finding a model's sites, by its family's record (architectures.py).
+"""Finding a model's sites by its family's record (architectures.py).
 
-Every weight matrix of a layer must be a site or a map that is known to work inside a block: anything else is refused
-by its name, never passed over.
+Every weight matrix of a layer must be a site or a map that is known to work inside a block. Any other is refused by
+name, never skipped.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of a model, in the order of its layers, attention before MLP, experts by number, the shared one last.
 
-    Widths come from the weights' own shapes, not from hidden_size / heads, which is wrong for some models. A model on
-    the `meta` device will do: only names and shapes are read.
+    Widths come from the weights' own shapes, not from hidden_size / heads, which is wrong for some models. Only names
+    and shapes are read, so the model may be on the `meta` device.
 
     Raises:
-        ModelError: the family is not supported, a module is missing or not of the shape that its family has, or a layer
+        ModelError: the family is not supported, a module is missing or has another shape than in its family, or a layer
             has a weight matrix that is neither a site nor known to work inside a block.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> with torch.device("meta"):
+    ...     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2))
+    >>> [site.key for site in find_sites(model)]
+    ['0.attn', '0.mlp', '1.attn', '1.mlp']
     """
     architecture = architecture_of(model)
     config: Any = model.config
@@ -42,21 +49,22 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         raise ModelError(
             f"{architecture.layers} does not hold as many layers as the config says",
             got=f"{len(layers)} layers, num_hidden_layers = {text.num_hidden_layers}",
-            fix="Load the model as its checkpoint has it.",
+            fix="Load the model as its checkpoint defines it.",
         )
     sites: list[Site] = []
     for number, layer in enumerate(layers):
-        here = [*_attn_sites(architecture, number, layer, text), *_mlp_sites(architecture, number, layer, text)]
-        _nothing_else(f"{architecture.layers}.{number}", layer, here, INSIDE.union(architecture.inside))
-        sites += here
+        own = [*_attn_sites(architecture, number, layer, text), *_mlp_sites(architecture, number, layer, text)]
+        _nothing_else(f"{architecture.layers}.{number}", layer, own, INSIDE.union(architecture.inside))
+        sites += own
     return tuple(sites)
 
 
 def _attn_sites(architecture: Architecture, number: int, layer: nn.Module, config: Any) -> Iterator[Site]:
-    found = [heads for heads in architecture.attn if submodule(layer, heads.path) is not None]
-    if len(found) != 1:
-        raise _no_map(architecture, number, [h.path for h in architecture.attn], [h.path for h in found])
-    yield _site(architecture, number, layer, config, "attn", found[0].path, getattr(config, found[0].count, None))
+    present = [heads for heads in architecture.attn if submodule(layer, heads.path) is not None]
+    if len(present) != 1:
+        raise _no_map(architecture, number, [h.path for h in architecture.attn], [h.path for h in present])
+    heads = present[0]
+    yield _site(architecture, number, layer, config, "attn", heads.path, getattr(config, heads.count, None))
 
 
 def _mlp_sites(architecture: Architecture, number: int, layer: nn.Module, config: Any) -> Iterator[Site]:
@@ -73,7 +81,7 @@ def _mlp_sites(architecture: Architecture, number: int, layer: nn.Module, config
     module = f"{architecture.layers}.{number}.{experts.path}"
     weight = getattr(fused, experts.parameter, None)
     count = getattr(config, experts.count, None)
-    # The marks of transformers' registry of experts functions, through which the experts' inputs are reached.
+    # These attributes mark modules that run through transformers' registry of experts functions, as ours must.
     known = hasattr(fused, "_apply_gate") and getattr(fused, "is_transposed", None) is experts.transposed
     if weight is None or weight.dim() != 3 or not known:
         got = f"{type(fused).__name__}: " + (
@@ -90,7 +98,7 @@ def _mlp_sites(architecture: Architecture, number: int, layer: nn.Module, config
         raise ModelError(
             f"{module}.{experts.parameter} does not hold as many experts as the config says",
             got=f"{len(weight)} experts, {experts.count} = {count}",
-            fix="Load the model as its checkpoint has it.",
+            fix="Load the model as its checkpoint defines it.",
         )
     d, inputs = weight.shape[1:][::-1] if experts.transposed else weight.shape[1:]
     block = f"{architecture.layers}.{number}.{experts.block}"
@@ -128,7 +136,7 @@ def _site(
     name = f"{architecture.layers}.{number}.{path}"
     if is_conv1d(module) != architecture.transposed:
         raise ModelError(
-            f"the weight of {name} does not lie as the family's do",
+            f"the weight of {name} is not laid out as in its family",
             got=f"{type(module).__name__}, expected {'[inputs, d]' if architecture.transposed else '[d, inputs]'}",
             fix="Load the model as transformers defines it.",
         )
@@ -146,13 +154,13 @@ def _site(
 
 
 def _names(architecture: Architecture, number: int, *paths: str) -> tuple[str, ...]:
-    """What files may call a weight of a layer: in the hub's way, as in memory, or without the causal model's prefix."""
+    """Names that files may have for a layer's weight: the Hub's, the one in memory, one without the model's prefix."""
     prefixes = (*architecture.stored, architecture.layers, architecture.layers.split(".", 1)[-1])
     return tuple(dict.fromkeys(f"{prefix}.{number}.{path}" for path in paths for prefix in prefixes))
 
 
 def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site], inside: Collection[str]) -> None:
-    """Raises ModelError if the layer has a weight matrix that is no site and is not known to work inside a block."""
+    """Raises ModelError if the layer has a weight matrix that is neither a site nor known to work inside a block."""
     held = {f"{site.module}.{site.parameter}" for site in sites} | {site.module for site in sites}
     for path, parameter in layer.named_parameters():
         owner, _, leaf = path.rpartition(".")
@@ -163,7 +171,7 @@ def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site], inside: Co
         if parameter.dim() < 2 or part in inside or owner.rpartition(".")[2] in inside:
             continue
         raise ModelError(
-            f"{full.removesuffix('.weight')} may write into the residual stream and is no known site",
+            f"{full.removesuffix('.weight')} may write into the residual stream and is not a known site",
             got=f"a parameter of shape {tuple(parameter.shape)}",
             fix="Load the model as transformers defines it; merge or unload an adapter first. A family with such a map "
             "needs a record (docs/add_a_family.md).",
@@ -171,7 +179,7 @@ def _nothing_else(name: str, layer: nn.Module, sites: Sequence[Site], inside: Co
 
 
 def shape_of(module: Any) -> tuple[int, int] | None:
-    """[d, inputs] of a linear map, whatever holds its weight; None if it is none."""
+    """[d, inputs] of a linear map, however its weight is stored; None for another module."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):  # a quantised weight is packed
         return module.out_features, module.in_features
     weight = getattr(module, "weight", None)
@@ -181,11 +189,11 @@ def shape_of(module: Any) -> tuple[int, int] | None:
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
-def _no_map(architecture: Architecture, number: int, wanted: list[str], found: list[str]) -> ModelError:
+def _no_map(architecture: Architecture, number: int, wanted: list[str], present: list[str]) -> ModelError:
     names = " or ".join(f"{architecture.layers}.{number}.{path}" for path in wanted)
     return ModelError(
-        f"the model has {'not one of' if found else 'no linear map'} {names}",
-        got=" and ".join(found) if found else f"a layer of {architecture.family} without it",
+        f"the model has {'more than one of' if present else 'no linear map'} {names}",
+        got=" and ".join(present) if present else f"a layer of {architecture.family} without it",
         fix="Load the model as transformers defines it.",
     )
 

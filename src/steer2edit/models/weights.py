@@ -1,6 +1,4 @@
-"""The weights of a model's sites: as they are in memory, to be changed, or as numbers, wherever and however they are
-kept.
-"""
+"""The weights of a model's sites: as views of memory that can be changed, or as numbers, however they are stored."""
 
 from __future__ import annotations
 
@@ -17,19 +15,19 @@ from .sites import module_of
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Unit vectors that a quantised map is shown at once.
+# Unit vectors that run through a quantised map at once.
 _AT_ONCE = 1024
 
 _ALTERNATIVES = "Use edit.applied(model), or an adapter (edit.save_adapter), which touch no weight"
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether a weight is an ordinary floating-point tensor, and not a quantised or a distributed one."""
+    """Whether a weight is an ordinary floating-point tensor, neither quantised nor distributed."""
     return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.dtype in PLAIN
 
 
 def quantised(model: nn.Module, site: Site) -> bool:
-    """Whether the site's weight is not kept as plain floating-point numbers."""
+    """Whether the site's weight is stored otherwise than as plain floating-point numbers."""
     return not is_plain(getattr(module_of(model, site), site.parameter, None))
 
 
@@ -42,7 +40,7 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
     """The site's weight [d, n·c], a view of what is in memory: writing to it changes the model.
 
     Raises:
-        ModelError: the weight is not floating point (quantised) or not here (`meta`, offloaded).
+        ModelError: the weight is not floating point (quantised) or not in memory (`meta`, offloaded).
     """
     weight = getattr(module_of(model, site), site.parameter, None)
     if not is_plain(weight):
@@ -62,14 +60,13 @@ def weight_of(model: nn.Module, site: Site) -> Tensor:
 
 
 def read_weight(model: nn.Module, site: Site) -> Tensor:
-    """The site's weight [d, n·c] as numbers: offloaded ones are fetched, quantised ones dequantised, one site at a
-    time.
+    """The site's weight [d, n·c] as numbers. An offloaded weight is fetched, a quantised one dequantised.
 
     Raises:
         ModelError: the weight was never loaded.
     """
     module: Any = module_of(model, site)
-    with _here(module) as fetched:
+    with _fetching(module) as fetched:
         weight = _in_memory(model, module, site)
         return weight.clone() if fetched else weight
 
@@ -77,18 +74,18 @@ def read_weight(model: nn.Module, site: Site) -> Tensor:
 def read_bias(model: nn.Module, site: Site) -> Tensor:
     """An expert's bias [d] fp32 on the CPU, zeros if it has none."""
     module: Any = module_of(model, site)
-    with _here(module):
+    with _fetching(module):
         bias = getattr(module, f"{site.parameter}_bias", None)
         return torch.zeros(site.d) if bias is None else bias[site.expert].detach().to("cpu", torch.float32, copy=True)
 
 
 @contextlib.contextmanager
-def _here(module: nn.Module) -> Iterator[bool]:
-    """An offloaded module's weights, fetched while the context lasts; says whether they were."""
+def _fetching(module: nn.Module) -> Iterator[bool]:
+    """Fetches an offloaded module's weights while the context lasts. Yields whether it had to."""
     if hasattr(module, "_hf_hook"):
         from accelerate.utils import align_module_device, has_offloaded_params
 
-        if has_offloaded_params(module):  # a hook alone says nothing: a model spread over devices has them everywhere
+        if has_offloaded_params(module):  # every module of a model that is spread over devices has a hook
             with torch.inference_mode(False), torch.no_grad(), align_module_device(module, "cpu"):
                 yield True
             return
@@ -102,9 +99,7 @@ def _in_memory(model: nn.Module, module: Any, site: Site) -> Tensor:
 
 
 def _by_its_action(model: nn.Module, module: Any, site: Site) -> Tensor:
-    """A quantised map's weight from what it does to unit vectors: whatever the scheme, that is what the model
-    computes.
-    """
+    """A quantised map's weight, from its outputs for unit vectors: what the model computes under any scheme."""
     dtype = getattr(model, "dtype", torch.float32)
     dtype = dtype if dtype in PLAIN else torch.float32
     device = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
@@ -123,5 +118,5 @@ def _by_its_action(model: nn.Module, module: Any, site: Site) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: the device of its first weight that is in memory."""
+    """The device of a model's inputs: that of its first weight that is in memory."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -114,7 +114,7 @@ def _steering(run: Run, edit: Edit) -> str | None:
     from ..errors import ModelError
     from ..method.variants import FULL
     from ..models.load import local_folder
-    from ..search.candidates import steering_vectors
+    from ..searching.candidates import steering_vectors
 
     chosen = read_json(run.path("choice.json"))["steering"]
     if chosen is None:

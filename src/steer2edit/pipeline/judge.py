@@ -9,22 +9,25 @@ from ..behaviours.base import Split
 from ..errors import FileError
 from ..files.reading import read_json, read_jsonl
 from ..files.writing import write_json
-from ..recipe import Recipe, load_recipe
-from ..search.bench import Bench
-from ..search.candidates import BASE, Candidate, Trial, of_kind
-from ..search.front import choose
-from ..search.rounds import run_study
+from ..recipe import Recipe, load_recipe, refuse_code
+from ..searching.bench import Bench
+from ..searching.candidates import Candidate, Trial, of_kind
+from ..searching.front import choose
+from ..searching.rounds import run_study
 from .results import results_of
 from .run import Run
-from .stages import CHOICE, DISCARDED, RESULTS, STUDY, TRIALS
+from .stages import CHOICE, DISCARDED, RESULTS, STUDY, TRIALS, chosen_of
 
 JUDGED = "judged.json"
 
 
-def judge(folder: str | Path) -> dict[str, Any]:
+def judge(folder: str | Path, trust_code: bool = False) -> dict[str, Any]:
     """Judges what the run's systems answered on validation and on test, and writes `judged.json` beside the results.
 
     Nothing else of the run is changed, and nothing is generated.
+
+    Args:
+        trust_code: run the Python file that the recipe's score names.
 
     Returns:
         choice: which edit the rule takes by the old judgement and by the new one, None if none is within the limits.
@@ -38,6 +41,7 @@ def judge(folder: str | Path) -> dict[str, Any]:
     if not (folder / "recipe.yaml").is_file() or not (folder / RESULTS).is_file():
         raise FileError("this is no finished run", got=folder, fix="Give a run directory with evaluation/results.json.")
     recipe = load_recipe(folder / "recipe.yaml")
+    refuse_code(recipe, trust_code)
     run = Run(folder, recipe)
     bench = run.bench("validation", _journal(run, "validation"), None)
     after = _on_validation(run, recipe, bench)
@@ -64,9 +68,7 @@ def _on_validation(run: Run, recipe: Recipe, bench: Bench) -> list[Trial]:
 
 
 def _on_test(run: Run, recipe: Recipe, choice: dict[str, Any]) -> list[Trial]:
-    tried = [BASE]
-    tried += [Candidate(choice[k]["id"], k, choice[k]["config"]) for k in ("steering", "edit") if choice[k]]
-    return run.bench("test", _journal(run, "test"), None).run(tried, "test")
+    return run.bench("test", _journal(run, "test"), None).run(chosen_of(choice), "test")
 
 
 def _journal(run: Run, split: Split) -> Path:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..behaviours.base import SPLITS
 from ..files.reading import sha256
 from ..method.variants import FULL, SCORED, Variant
 from ..recipe import Recipe
@@ -34,8 +35,11 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     rule = [recipe.search.rule, recipe.search.tolerance, recipe.search.reference, limits]
     chat = recipe.model.chat
     model = [r["engine"]["name"], _local_files(recipe.model.name), r["model"], chat.template, chat.stop]
-    data = [r["behaviour"], _prompts(recipe)]
-    keys = {"traces": _key("traces", *model, *data, r["seed"], r["data"]["probe"], evaluation["rows"])}
+    named = [_file(path) for path in recipe.behaviour.files]
+    data = [r["behaviour"], _prompts(recipe), *named]
+    # A behaviour that divides a file by itself makes each split by the counts of all.
+    splits = [r["data"][split] for split in SPLITS] if recipe.behaviour.divides else [r["data"]["probe"]]
+    keys = {"traces": _key("traces", *model, *data, r["seed"], *splits, evaluation["rows"])}
     probe_pass = {name: value for name, value in r["probe"].items() if name != "expert_tokens"}
     keys["probe"] = _key("probe", keys["traces"], probe_pass)
     keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], sorted(score_files(recipe)))
@@ -57,8 +61,8 @@ def _key(*parts: Any) -> str:
 
 def _prompts(recipe: Recipe) -> str:
     """The source of the prompts; of a file its content."""
-    source = recipe.data.prompts
-    return source if source.startswith("builtin:") else _file(source)
+    names = [recipe.data.prompts or "", *([recipe.data.test_prompts] if recipe.data.test_prompts else [])]
+    return " ".join(name if name.startswith("builtin:") else _file(name) for name in names)
 
 
 def _file(path: str) -> str:

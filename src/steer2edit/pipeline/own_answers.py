@@ -8,7 +8,7 @@ from typing import Any
 
 from ..engines.base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 from ..method.intervention import Intervention
-from ..search.journal import Journal
+from ..searching.journal import Journal
 
 # Answers that are journalled at once, or a quarter of the engine's rows if those are more: what a kill costs.
 _BATCH = 32
@@ -24,6 +24,7 @@ class Journalled(Engine):
     def __init__(self, engine: Engine, path: Path):
         self.engine, self.journal = engine, Journal(path)
         self.tokenizer, self.chat, self.slots = engine.tokenizer, engine.chat, engine.slots
+        self.rows_on_stream, self.measures_prompts = engine.rows_on_stream, engine.measures_prompts
         self.batch = max(_BATCH, engine.slots // 4)
         self.calls = 0
 
@@ -49,13 +50,13 @@ class Journalled(Engine):
 
             def make(batch: Sequence[Request] = batch) -> dict[str, Any]:
                 made = self.engine.generate(batch, table, max_new_tokens, None, sampling)
-                rows = [[list(a.ids), a.text, a.ended, a.start] for a in made]
+                rows = [[list(a.ids), a.text, a.ended, a.start, a.thinking] for a in made]
                 return {"answers": rows, "rows": self.engine.slots}
 
             asked = [[[list(r.ids), r.row, r.seed] for r in batch], [i.name for i in table], max_new_tokens, drawn]
             line = self.journal.keep(f"own {self.calls}", "answers", number, asked, make)
             self.engine.slots = self.slots = line["rows"]
-            answers += [Answer(tuple(ids), text, ended, start) for ids, text, ended, start in line["answers"]]
+            answers += [Answer(tuple(ids), *rest) for ids, *rest in line["answers"]]
             if progress:
                 progress(len(answers), len(requests))
         return answers
@@ -67,3 +68,11 @@ class Journalled(Engine):
         progress: Progress | None = None,
     ) -> Losses:
         return self.engine.losses(pairs, table, progress)
+
+    def prompt_losses(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        prompts: Sequence[tuple[int, ...]],
+        progress: Progress | None = None,
+    ) -> Losses:
+        return self.engine.prompt_losses(pairs, prompts, progress)

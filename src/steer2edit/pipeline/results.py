@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..recipe import Recipe
-from ..search.candidates import Trial
-from ..search.statistics import interval, paired_difference
+from ..searching.candidates import Trial
+from ..searching.statistics import interval, paired_difference
 
 
 def results_of(trials: Sequence[Trial], recipe: Recipe) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def results_of(trials: Sequence[Trial], recipe: Recipe) -> dict[str, Any]:
         low, high, n and method. differences: "edit - KIND" → the paired difference of the attribute.
     """
     plan, seed, attribute = recipe.evaluation, recipe.seed, recipe.behaviour.attribute
-    measures = recipe.behaviour.measures()
+    measures = recipe.behaviour.measures
     systems: dict[str, Any] = {}
     for trial in trials:
         c = trial.candidate

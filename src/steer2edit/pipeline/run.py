@@ -18,13 +18,16 @@ from ..edits import Scores
 from ..engines.base import Engine
 from ..engines.host import Host
 from ..errors import FileError, RecipeError
-from ..files.reading import read_json, sha256
-from ..files.writing import clear_temporaries, write_json, write_text
+from ..files.reading import read_json, read_jsonl, sha256
+from ..files.writing import clear_temporaries, write_json, write_jsonl, write_text
 from ..models.load import resolved_revision
+from ..probing.probe import Probe
+from ..progress import showing
 from ..recipe import Recipe
 from ..report.inspection import MANIFEST
-from ..search.bench import Bench
+from ..searching.bench import Bench
 from .keys import ORDER, score_files, stage_keys
+from .own_answers import Journalled
 
 _FOLDERS = (".", "traces", "search", "evaluation", "figures")
 
@@ -76,6 +79,10 @@ class Run:
         """The full method's, and those of the variants that score in another way."""
         return {name: Scores.load(self.path(file)) for name, file in score_files(self.recipe).items()}
 
+    @cached_property
+    def probe(self) -> Probe:
+        return Probe.load(self.path("probe.safetensors"))
+
     # What is asked -------------------------------------------------------------------------------------------------
 
     def items(self, split: Split, locked: bool = True) -> list[Item]:
@@ -88,8 +95,27 @@ class Run:
             raise FileError(
                 "the test prompts are not read before an edit is chosen", got=self.folder, fix="Run the stage edit."
             )
-        counts = getattr(self.recipe.data, split)
-        return self.recipe.behaviour.items(self.recipe.data.prompts, split, counts)
+        return self.recipe.behaviour.items(self.recipe.source, split)
+
+    def completed(self, split: Split, items: Sequence[Item], engine: Engine | None) -> list[Item]:
+        """The items with what the model wrote for them, which a file beside the split's journal keeps.
+
+        Raises:
+            FileError: without an engine, if there is no such file.
+        """
+        if not self.recipe.behaviour.completes:
+            return list(items)
+        journal = self.journal(split)
+        path = journal.with_name(journal.name.replace("journal", "items"))
+        if path.is_file():
+            return [Item(row["kind"], row["prompt"], tuple(row["choices"]), row["target"]) for row in read_jsonl(path)]
+        if engine is None:
+            raise FileError("the run has no items to judge", got=f"no {path.name}", fix="Run the stage again.")
+        answers = journal.with_name(journal.name.replace("journal", "own"))
+        with showing("what is compared") as progress:
+            completed = self.recipe.behaviour.completed(Journalled(engine, answers), items, progress)
+        write_jsonl(path, (vars(item) for item in completed))
+        return completed
 
     def bench(self, split: Split, journal: Path, engine: Engine | None) -> Bench:
         """Where candidates are tried on a split.
@@ -98,8 +124,8 @@ class Run:
             engine: None if the journal is only judged again.
         """
         recipe = self.recipe
-        items = self.items(split, locked=engine is not None)
         journal.parent.mkdir(exist_ok=True)
+        items = self.completed(split, self.items(split, locked=engine is not None), engine)
         return Bench(
             engine,
             {} if engine is None else self.scores,
@@ -108,6 +134,7 @@ class Run:
             recipe.evaluation,
             journal,
             neutral=self._neutral(split, items),
+            probe=None if engine is None else self.probe,
             seed=recipe.seed,
         )
 
@@ -130,7 +157,7 @@ class Run:
         if self.recipe.utility.prompts is not None:
             first = 0 if split == "validation" else count
             return load_neutral(self.recipe.utility.prompts, split, first, count)
-        return [item for item in items if item.kind == self.recipe.behaviour.neutral][:count]
+        return [item for item in items if item.kind == self.recipe.behaviour.neutral and not item.choices][:count]
 
     # The manifest --------------------------------------------------------------------------------------------------
 

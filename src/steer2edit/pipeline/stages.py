@@ -27,12 +27,12 @@ from ..report.card import model_card
 from ..report.figures import heat_map, trade_off
 from ..report.live import watching
 from ..report.page import markdown
-from ..search.bench import Bench
-from ..search.candidates import BASE, Candidate, Trial, edit_of, of_kind
-from ..search.choice import moved, require_choice, summary
-from ..search.front import choose
-from ..search.rounds import run_study
-from ..search.study import Discarded, Study
+from ..searching.bench import Bench
+from ..searching.candidates import BASE, BASELINES, TITLES, Candidate, Trial, edit_of, of_kind
+from ..searching.choice import moved, require_choice, summary
+from ..searching.front import choose
+from ..searching.rounds import run_study
+from ..searching.study import Discarded, Study
 from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
 from .keys import ORDER, score_files
 from .own_answers import Journalled
@@ -42,6 +42,8 @@ from .run import Run
 OWN_TRACES = "traces/own.jsonl"
 TRACES, PROBE, EDIT = "traces.jsonl", "probe.safetensors", "edit.safetensors"
 TRIALS, DISCARDED, STUDY = "search/trials.jsonl", "search/discarded.jsonl", "search/study.json"
+# Steering vectors of two halves of the traces whose cosine is below this agree hardly more than by chance.
+WEAK = 0.3
 CHOICE, RESULTS, ANSWERS = "choice.json", "evaluation/results.json", "evaluation/answers.jsonl"
 
 
@@ -54,11 +56,15 @@ def _traces(run: Run) -> list[str]:
         run.notes["by_hand"] = True
         return [TRACES]
     _keep_changed(run)
+    if (given := run.recipe.behaviour.traces) is not None:
+        write_traces(run.path(TRACES), read_traces(given))
+        write_traces(run.path(OWN_TRACES), read_traces(given))
+        return [TRACES]
     path = run.path(f"traces/journal-{run.keys['traces']}.jsonl")
     path.parent.mkdir(exist_ok=True)
     with showing("own answers") as progress:
         engine = Journalled(run.engine, path)
-        traces = run.recipe.behaviour.traces(engine, run.items("probe"), progress)
+        traces = run.recipe.behaviour.make_traces(engine, run.items("probe"), progress)
     # The copy is there first, so that after a kill these traces are known not to have been put here by hand.
     write_traces(run.path(OWN_TRACES), traces)
     write_traces(run.path(TRACES), traces)
@@ -97,6 +103,12 @@ def _probe(run: Run) -> list[str]:
         for label, count in probe.counts[what].items():
             if count:
                 say(f"  {label}: {count} traces {what.replace('_', ' ')}")
+    agree = {block: cosine for block, cosine in probe.provenance["halves_agree"].items() if cosine is not None}
+    if agree:
+        shown = ", ".join(f"{block} {cosine:.2f}" for block, cosine in agree.items())
+        say(f"  the vectors of two halves of the traces agree: cosine {shown}")
+        if max(agree.values()) < WEAK:
+            say("  that is hardly more than chance: the two sides of the traces differ too little, or are too few")
     probe.save(run.path(PROBE))
     return [PROBE]
 
@@ -111,13 +123,14 @@ def _score(run: Run) -> list[str]:
     if alone := scores.provenance["experts_left_alone"]:
         say(f"  {len(alone)} experts, reached by fewer than {few} tokens, are left alone")
     run.__dict__.pop("scores", None)
+    run.__dict__.pop("probe", None)
     return list(wanted.values())
 
 
 def _search(run: Run) -> list[str]:
     recipe = run.recipe
     bench = run.bench("validation", run.journal("validation"), run.engine)
-    with watching(recipe.behaviour.measures(), recipe.aim) as (progress, on_round):
+    with watching(recipe.behaviour.measures, recipe.aim) as (progress, on_round):
         study = run_study(bench, recipe.search, recipe.aim, recipe.seed, progress, on_round)
     _say_empty(bench)
     for row in study.discarded:
@@ -147,7 +160,7 @@ def _edit(run: Run) -> list[str]:
     recipe, aim = run.recipe, run.recipe.aim
     study = read_study(run)
     chosen = require_choice(study.trials, aim)
-    steered = choose(of_kind(study.trials, "steering"), aim)
+    others = {kind: choose(of_kind(study.trials, kind), aim) for kind in BASELINES if study.of_kind(kind)}
     edit = edit_of(chosen.candidate.config, run.scores)
     edit.save(run.path(EDIT))
     if not edit.edited():
@@ -157,10 +170,10 @@ def _edit(run: Run) -> list[str]:
     if not any_moved:
         say(f"  nothing moved: no edit within the limits has a better {aim.attribute.title} than the original model")
     shown = summary(study, aim, recipe.search.method, recipe.evaluation.resamples, recipe.seed)
-    choice = {"edit": _brief(chosen), "steering": None if steered is None else _brief(steered), "moved": any_moved}
-    write_json(run.path(CHOICE), shown | choice)
-    other = steered.candidate.id if steered else "no steering strength within the limits"
-    say(f"  chosen on validation: {chosen.candidate.id}, {other}")
+    briefs = {kind: None if trial is None else _brief(trial) for kind, trial in others.items()}
+    write_json(run.path(CHOICE), shown | {"steering": None, **briefs, "edit": _brief(chosen), "moved": any_moved})
+    ids = [trial.candidate.id if trial else f"no {TITLES[kind]} within the limits" for kind, trial in others.items()]
+    say(f"  chosen on validation: {', '.join([chosen.candidate.id, *ids])}")
     return [EDIT, CHOICE]
 
 
@@ -172,8 +185,7 @@ def _brief(trial: Trial) -> dict[str, Any]:
 def _evaluate(run: Run) -> list[str]:
     recipe = run.recipe
     choice = read_json(run.path(CHOICE))
-    tried = [BASE]
-    tried += [Candidate(choice[k]["id"], k, choice[k]["config"]) for k in ("steering", "edit") if choice[k]]
+    tried = chosen_of(choice)
     bench = run.bench("test", run.journal("test"), run.engine)
     with showing("test") as progress:
         trials = bench.run(tried, "test", progress)
@@ -192,6 +204,12 @@ def _evaluate(run: Run) -> list[str]:
         answers.append(row | {kind: text if several else text[0] for kind, text in texts.items()})
     write_jsonl(run.path(ANSWERS), answers)
     return [RESULTS, ANSWERS]
+
+
+def chosen_of(choice: Mapping[str, Any]) -> list[Candidate]:
+    """The original model, and what a run's `choice.json` names of each method."""
+    chosen = [(kind, choice[kind]) for kind in TITLES if choice.get(kind)]
+    return [BASE, *(Candidate(brief["id"], kind, brief["config"]) for kind, brief in chosen)]
 
 
 def _agreement(model: Any, edit: Edit, prompt: Sequence[int]) -> dict[str, Any]:
@@ -220,7 +238,7 @@ def _report(run: Run) -> list[str]:
     run.path("figures").mkdir(exist_ok=True)
     choice, results = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
     edit = Edit.load(run.path(EDIT))
-    files = trade_off(read_study(run).trials, choice, run.recipe.behaviour.measures(), run.path("figures/trade_off"))
+    files = trade_off(read_study(run).trials, choice, run.recipe.behaviour.measures, run.path("figures/trade_off"))
     files += heat_map(edit, run.path("figures/lambda"))
     write_text(run.path("report.md"), markdown(run.recipe, choice, results, edit))
     for kind in EXPORTS:

@@ -9,21 +9,24 @@ from unittest import mock
 
 from ..errors import ModelError
 
-# What ends a model's thinking, and begins it (where the prompt's template does not).
+# The tags that end and begin a model's thinking; some prompt templates already write the second one.
 THOUGHT, _THINK = "</think>", "<think>"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """How messages become the text that a model sees: the same today and next year.
+    """How messages become the text that a model sees, whatever today's date.
 
     Attributes:
-        plain: no chat template: the contents, one after the other, are the text that a response continues.
+        plain: no chat template: the messages' contents, line by line, are the text that a response continues.
         enable_thinking: the template's switch for thinking, if it has one; None leaves the model's own default.
-        date: today's date for templates that write it, as YYYY-MM-DD.
-        template: a Jinja chat template in place of the tokenizer's, for base models (see `named_template`). Where it
-            ends without white space, as in "Answer:", a response that begins without any is set off by a space.
+        date: the date for templates that write today's, as YYYY-MM-DD.
+        template: a Jinja chat template in place of the tokenizer's, for base models (see `named_template`). If it ends
+            without white space, as in "Answer:", a space goes before a response that begins without any.
         stop: strings that end an answer; its text is cut before the first of them.
+
+    >>> render(None, [{"role": "user", "content": "Once upon a time"}], Chat(plain=True))
+    'Once upon a time'
     """
 
     plain: bool = False
@@ -34,16 +37,16 @@ class Chat:
 
     @property
     def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer adds its special tokens: the tokenizer's own chat template writes them itself."""
+        """Whether the tokenizer adds its special tokens; its own chat template already writes them."""
         return self.plain or self.template is not None
 
     def gap(self, prompt: str, response: str) -> str:
-        """What stands between a rendered prompt and a response: a space after a template like "Answer:"."""
+        """The text between a rendered prompt and a response: a space after a template like "Answer:", else nothing."""
         glued = prompt[-1:].strip() and response[:1].strip()
         return " " if self.template is not None and glued else ""
 
     def apply(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-        """The tokenizer's template, on the day that `date` says."""
+        """The messages in the tokenizer's template, with `date` as today's date."""
         from transformers.utils import chat_template_utils
 
         day = datetime.datetime.fromisoformat(self.date)
@@ -52,7 +55,7 @@ class Chat:
             switches["enable_thinking"] = self.enable_thinking
         if self.template is not None:
             switches["chat_template"] = self.template
-        # Templates ask transformers for the time; it hands them no function of ours.
+        # Templates get the time from transformers, which lets nobody pass another clock.
         clock = type("clock", (datetime.datetime,), {"now": classmethod(lambda cls, tz=None: day)})
         with mock.patch.object(chat_template_utils, "datetime", clock):
             return tokenizer.apply_chat_template(
@@ -61,7 +64,7 @@ class Chat:
 
 
 CHAT = Chat()
-# For base models: Jinja template, and the strings that end an answer.
+# For base models: a Jinja template, and the strings that end an answer.
 _NAMED = {
     "qa": (
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -95,10 +98,10 @@ def named_template(name: str) -> Chat:
 
 
 def answer_start(response: str, thinking: bool = False) -> int:
-    """Where the answer starts in what a model said: after its thinking, at the end if that never ended, else at 0.
+    """The character at which the answer starts: after the thinking, at the end if that never ended, else 0.
 
     Args:
-        thinking: the prompt has begun the thinking already, as some templates do.
+        thinking: the prompt has already begun the thinking, as with some templates.
     """
     if THOUGHT in response:
         after = response.index(THOUGHT) + len(THOUGHT)
@@ -112,11 +115,10 @@ def begins_thinking(prompt: str) -> bool:
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> str:
-    """The prompt as the model sees it, up to where its answer begins, to the last character (templates often end in
-    a newline, which is part of it).
+    """The prompt as the model sees it, up to where its answer begins. A template's final newline is part of it.
 
     Raises:
-        ModelError: if there is no chat template and `chat.plain` is off, or the given one is not Jinja.
+        ModelError: there is no chat template and `chat.plain` is off, or the given template is not Jinja.
     """
     if chat.plain:
         return "\n".join(m["content"] for m in messages)
@@ -126,7 +128,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) ->
         try:
             return chat.apply(tokenizer, messages)
         except TemplateError as error:
-            raise ModelError("the chat template cannot be used", got=error, fix="Mend its Jinja.") from None
+            raise ModelError("the chat template cannot be used", got=error, fix="Correct its Jinja.") from None
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
             "the tokenizer has no chat template",
@@ -138,6 +140,6 @@ def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) ->
 
 
 def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> list[int]:
-    """Token ids of a rendered prompt. A tokenizer's own template writes the special tokens: none is added twice."""
+    """Token ids of a rendered prompt. A tokenizer's own template writes special tokens, so none is added twice."""
     text = render(tokenizer, messages, chat)
     return list(tokenizer(text, add_special_tokens=chat.adds_special_tokens)["input_ids"])

@@ -1,4 +1,4 @@
-"""One pass over the traces that leaves a Probe.
+"""One pass over the traces, which makes a Probe.
 
 A response's mean is taken over its span, a group's over its responses, a label's over its groups, so that a long
 response weighs no more than a short one. An expert sees only the tokens routed to it: they are pooled over responses,
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, ProbeError, TraceError
-from ..method.site import Site
+from ..method.intervention import residual_key
+from ..method.site import BLOCKS, Site
+from ..models.architectures import architecture_of
 from ..models.experts import Tap, tapped
 from ..models.selfcheck import self_check
 from ..models.sites import find_sites, module_of
@@ -31,10 +34,10 @@ from .probe import Probe
 from .spans import Span, response_span
 from .traces import LABELS, Label, Part, Positions, Trace
 
-# Positions that one step sums at once: what the probe holds beside the model's own activations does not grow with
-# the length of a sequence.
+# Positions that one step sums at once, so that the probe's memory, beside the model's own activations, does not grow
+# with the length of a sequence.
 CHUNK = 1024
-# With fewer responses on a side, the mean is said to be shaky.
+# With fewer responses on a side, a message says that the mean is uncertain.
 FEW = 8
 
 
@@ -77,6 +80,10 @@ class _Collector:
         blocks = {site.block_key: site.block_module for site in sites if site.block_module != site.module}
         for key, module in blocks.items():
             self._listen(model.get_submodule(module), key, input=False, output=True)
+        layers = architecture_of(model).layers
+        self.streams = {i: residual_key(i) for i in range(len(model.get_submodule(layers)))}  # type: ignore[arg-type]
+        for i, key in self.streams.items():
+            self._listen(model.get_submodule(f"{layers}.{i}"), key, input=False, output=True)
         self.opened.enter_context(tapped(model, {module: self._tap(keys) for module, keys in experts.items()}))
 
     def _listen(self, module: nn.Module, key: str, *, input: bool, output: bool) -> None:
@@ -91,8 +98,8 @@ class _Collector:
     def _tap(self, keys: Mapping[int, str]) -> Tap:
         def tap(expert: int, tokens: Tensor, x: Tensor, out: Tensor) -> Tensor:
             counted = (self.weights.to(x.device) > 0)[:, tokens]  # [groups, m]
-            here = counted.any(dim=0)  # a token that does not count may hold anything
-            self._total(keys[expert], "input", x).add(counted[:, here].float() @ x[here].float())
+            in_span = counted.any(dim=0)  # a token outside all spans may hold anything
+            self._total(keys[expert], "input", x).add(counted[:, in_span].float() @ x[in_span].float())
             self.reached[keys[expert]] = self.reached.get(keys[expert], 0) + counted.sum(dim=1).cpu()
             return out
 
@@ -116,6 +123,7 @@ class _Collector:
         if all(finite.values()):
             return None
         places = [place for s in self.sites for place in ((s.key, "input"), (s.block_key, "output"))]
+        places += [(key, "output") for key in self.streams.values()]
         return next(key for key, side in places if not finite.get((key, side), True))
 
     def __enter__(self) -> _Collector:
@@ -143,16 +151,16 @@ def collect(
     """Runs the traces through the model once, forward only and without the language-model head.
 
     Args:
-        positive, negative: the traces; their own labels count, so one mixed list will do.
+        positive, negative: the traces. Their own labels decide, so one mixed list will do.
         plain: no chat template, for base models: a trace's text is prompt + response. Short for Chat(plain=True).
         chat: how messages become text.
-        part: of a thinking model's responses the thinking, the answer, or both; a response without that part is counted
-            as empty.
+        part: which part of a thinking model's responses is used: the thinking, the answer, or both. A response without
+            that part is counted as empty.
         positions: "predicting", the positions whose outputs predict the response's tokens, or "response", its own.
         max_tokens: longer texts are cut on the right, and counted.
-        batch_tokens: at most so many tokens, padding included, go through the model at once.
+        batch_tokens: at most this many tokens, padding included, go through the model at once.
         check: run doctor's self-check first, if this model has not passed it yet.
-        progress: called with (responses done, responses in all).
+        progress: called with (responses done, responses in total).
 
     Raises:
         TraceError: a label has no trace, or none with a response.
@@ -172,7 +180,9 @@ class Plan:
     """The traces as spans of tokens, and what was counted on the way.
 
     Attributes:
-        spans, owners, rows: of each response its span, its trace, and its group's number.
+        spans, owners: of each response its span and its trace.
+        rows: of each response the row of the sums that it goes to. Every group has two, one for each half of its
+            responses, so that it can be seen whether the halves agree.
         groups: (label, group), in order.
         provenance: how the spans were made.
     """
@@ -188,7 +198,7 @@ class Plan:
 def plan_pass(
     tokenizer: Any, traces: Sequence[Trace], *, chat: Chat, part: Part, positions: Positions, max_tokens: int
 ) -> Plan:
-    """Every trace's span. Raises TraceError if something is no Trace, or a label has none with a response."""
+    """Every trace's span. Raises TraceError if an item is not a Trace, or a label has no trace with a response."""
     for trace in traces:
         if not isinstance(trace, Trace):
             raise TraceError(
@@ -228,9 +238,9 @@ def plan_pass(
             )
     few = [f"{counts[name]['responses']} {name}" for name in LABELS if counts[name]["responses"] < FEW]
     if few:
-        say(f"  only {' and '.join(few)} responses: so few say more of themselves than of the behaviour")
+        say(f"  only {' and '.join(few)} responses: so few say more about themselves than about the behaviour")
     counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
-    row_of = {group: i for i, group in enumerate(groups)}
+    rows = _rows(owners, groups)
     provenance = {
         "positions": positions,
         "part": part,
@@ -238,17 +248,29 @@ def plan_pass(
         | {"stop": list(chat.stop), "template": _digest(chat.template or getattr(tokenizer, "chat_template", None))},
         "max_tokens": max_tokens,
     }
-    return Plan(spans, owners, [row_of[t.label, t.group] for t in owners], groups, counts, provenance)
+    return Plan(spans, owners, rows, groups, counts, provenance)
+
+
+def _rows(owners: Sequence[Trace], groups: Sequence[tuple[Label, str]]) -> list[int]:
+    """Of each response its group's number, twice that for the group's first half and one more for its second."""
+    number = {group: i for i, group in enumerate(groups)}
+    seen = Counter[int]()
+    rows = []
+    for trace in owners:
+        group = number[trace.label, trace.group]
+        rows.append(2 * group + seen[group] % 2)
+        seen[group] += 1
+    return rows
 
 
 @dataclass(frozen=True)
 class PassSums:
-    """What a pass over some of a plan's responses adds up to; those of several passes add up to the whole's.
+    """The sums of a pass over some of a plan's responses. The sums of several passes can be added.
 
     Attributes:
         sites: the model's, in order.
-        totals: (site or block key, "input" or "output") → [groups, k] fp64.
-        reached: an expert's site key → [groups], tokens that reached it.
+        totals: (site or block key, "input" or "output") → [2 · groups, k] fp64, a plan's rows.
+        reached: an expert's site key → [2 · groups], tokens that reached it.
         provenance: of the model that ran.
     """
 
@@ -293,14 +315,14 @@ def run_pass(
     which = range(len(plan.spans)) if which is None else which
     sites = find_sites(model)
     device = device_of(model)
-    with _Collector(model, sites, len(plan.groups)) as collector, torch.inference_mode():
+    with _Collector(model, sites, 2 * len(plan.groups)) as collector, torch.inference_mode():
         done = 0
         for batch in batches_by_length([len(plan.spans[i].ids) for i in which], batch_tokens):
-            here = [which[i] for i in batch]
-            _forward(model, [plan.spans[i] for i in here], [plan.rows[i] for i in here], collector, device)
+            chosen = [which[i] for i in batch]
+            _forward(model, [plan.spans[i] for i in chosen], [plan.rows[i] for i in chosen], collector, device)
             if collector.first_not_finite():
-                collector.__exit__()  # its hooks would count the texts that are now run one by one
-                _blame(model, sites, [(plan.spans[i], plan.owners[i]) for i in here], device)
+                collector.__exit__()  # its hooks would count the texts that now run one by one
+                _blame(model, sites, [(plan.spans[i], plan.owners[i]) for i in chosen], device)
             done += len(batch)
             if progress:
                 progress(done, len(which))
@@ -317,19 +339,47 @@ def run_pass(
 
 
 def probe_of(plan: Plan, sums: PassSums, provenance: Mapping[str, Any]) -> Probe:
-    """The sums over all of a plan's responses → means."""
-    means = _Means(plan.groups, plan.counts, sums)
+    """The probe that the sums over all of a plan's responses make."""
+    halves = {place: total.view(len(plan.groups), 2, -1) for place, total in sums.totals.items()}
+    reached = {key: tokens.view(len(plan.groups), 2).sum(dim=1) for key, tokens in sums.reached.items()}
+    whole = replace(sums, totals={place: half.sum(dim=1) for place, half in halves.items()}, reached=reached)
+    means = _Means(plan.groups, plan.counts, whole)
     inputs = {site.key: means.of(site.key, "input", site.inputs) for site in sums.sites}
     blocks = {site.block_key: site.d for site in sums.sites}
     outputs = {key: means.of(key, "output", d) for key, d in blocks.items()}
+    layers = 1 + max(site.layer for site in sums.sites)
+    streams = [i for i in range(layers) if (residual_key(i), "output") in sums.totals]
+    residual = {i: means.of(residual_key(i), "output", sums.sites[0].d) for i in streams}
     experts = {site.key: means.reached(site.key) for site in sums.sites if site.expert is not None}
     counts = {**plan.counts, "experts": experts}
-    return Probe(sums.sites, inputs, outputs, counts, {**sums.provenance, **plan.provenance, **provenance})
+    agreement = _agreement(plan, halves, list(blocks))
+    provenance = {**sums.provenance, **plan.provenance, **provenance, "halves_agree": agreement}
+    return Probe(sums.sites, inputs, outputs, counts, provenance, residual)
 
 
 def _digest(template: Any) -> str | None:
-    # By which a template of another revision is known, whatever system prompt it brings.
+    # It tells a template from that of another revision, whatever system prompt the template brings.
     return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None
+
+
+def _agreement(plan: Plan, halves: Mapping[tuple[str, str], Tensor], blocks: Sequence[str]) -> dict[str, float | None]:
+    """Block type → median over layers of the cosine between the steering vectors of two halves of the traces.
+
+    About 0 if the two sides do not differ by more than chance; None if a side has a single response.
+    """
+    count = torch.zeros(len(plan.groups), 2, dtype=torch.float64)
+    for row in plan.rows:
+        count.view(-1)[row] += 1
+    cosines: dict[str, list[float]] = {block: [] for block in BLOCKS}
+    usable = {label: [i for i, (of, _) in enumerate(plan.groups) if of == label and count[i].all()] for label in LABELS}
+    if not all(usable.values()):
+        return dict.fromkeys(BLOCKS)
+    for key in blocks:
+        means = halves[key, "output"] / count[..., None].clamp(min=1)  # [groups, 2, d]
+        v = means[usable["positive"]].mean(dim=0) - means[usable["negative"]].mean(dim=0)  # [2, d]
+        cosine = float(torch.nn.functional.cosine_similarity(v[0], v[1], dim=0))
+        cosines[key.split(".")[1]].append(cosine)
+    return {block: statistics.median(some) if some else None for block, some in cosines.items()}
 
 
 class _Means:
@@ -351,15 +401,15 @@ class _Means:
         return {label: int(tokens[self._mine(label)].sum()) for label in LABELS}
 
     def of(self, key: str, side: str, width: int) -> dict[Label, Tensor]:
-        found = self.sums.totals.get((key, side))
-        total = torch.zeros(len(self.labels), width, dtype=torch.float64) if found is None else found  # [groups, k]
+        summed = self.sums.totals.get((key, side))
+        total = torch.zeros(len(self.labels), width, dtype=torch.float64) if summed is None else summed  # [groups, k]
         tokens = self.sums.reached.get(key)
         means: dict[Label, Tensor] = {}
         for label in LABELS:
             mine = self._mine(label)
-            if found is None or tokens is not None:
-                # Of an expert: pooled, a group's tokens weighing 1 / the group's tokens in all, so that groups weigh
-                # alike although the router sends more of one than of another.
+            if summed is None or tokens is not None:
+                # An expert's mean is pooled. Each token weighs 1 / all tokens of its group, so that groups weigh alike
+                # although the router sends more tokens of one than of another.
                 weight = 1 / self.spans[mine, None]
                 seen = (weight[:, 0] * (0 if tokens is None else tokens[mine])).sum()
                 means[label] = ((weight * total[mine]).sum(dim=0) / (seen if seen else 1)).float()
@@ -369,7 +419,7 @@ class _Means:
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of the longest first, in batches of at most `batch_tokens` tokens, padding included (or of one)."""
+    """Indices, longest first, in batches of at most `batch_tokens` tokens with padding, or of a single longer one."""
     batches: list[list[int]] = []
     width = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -390,7 +440,7 @@ def _forward(
     weights = torch.zeros(collector.groups, len(spans), width)
     for i, (span, row) in enumerate(zip(spans, rows, strict=True)):
         ids[i, : len(span.ids)] = torch.tensor(span.ids)
-        ids[i, len(span.ids) :] = span.ids[-1]  # a token that the trace has: 0 · inf from the padding would be a NaN
+        ids[i, len(span.ids) :] = span.ids[-1]  # a token of the trace, since 0 · inf in the padding would be a NaN
         weights[row, i, span.first : span.last] = 1 / (span.last - span.first)
     collector.weights = weights.flatten(1).to(device)
     body: Any = getattr(model, "base_model", model)

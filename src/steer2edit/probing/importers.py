@@ -1,6 +1,6 @@
-"""Vectors and means that other tools left: for `score(model, probe, vectors=…)`, or as a whole probe.
+"""Vectors and means of other tools: for `score(model, probe, vectors=…)`, or as a whole probe.
 
-Files from others are read with suspicion: no pickle but tensors, finite numbers only, shapes compared with the model's.
+Files are checked: only tensors may be pickled, numbers must be finite, and shapes must be the model's.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .probe import Probe
 from .traces import LABELS
 
 _LACKS = (
-    "  these are vectors alone: the means of the components' inputs are still to be collected, with "
-    "steer2edit.collect(model, tokenizer, traces), and go into score(model, probe, vectors=…) beside them"
+    "  these are vectors alone: collect the means of the components' inputs with steer2edit.collect(model, tokenizer, "
+    "traces), and pass both to score(model, probe, vectors=…)"
 )
 
 
 def import_vectors(source: str | Path | Any) -> dict[int | str, Tensor]:
-    """Steering vectors by layer or by block, for the `vectors` of `score`.
+    """Reads steering vectors by layer or by block, for the `vectors` of `score`.
 
     Args:
         source: a repeng control vector (.gguf), `safetensors`, .npz or .pt file whose names hold a layer's number
@@ -42,24 +42,24 @@ def import_vectors(source: str | Path | Any) -> dict[int | str, Tensor]:
     named: Any = _read(Path(source)) if is_file else getattr(source, "layer_activations", source)
     if not isinstance(named, Mapping):
         raise FileError("no vectors can be read from this", got=type(source).__name__, fix="Give a file or a mapping.")
-    found: dict[int | str, Tensor] = {}
+    vectors: dict[int | str, Tensor] = {}
     for name, value in named.items():
         key = _key(name)
         vector = torch.as_tensor(value)
         if key is None or vector.numel() != max((0, *vector.shape)) or not vector.is_floating_point():
             raise FileError(
-                f"{name!r} is no vector of a layer or a block",
+                f"{name!r} is not a vector of a layer or a block",
                 got=f"shape {tuple(vector.shape)}, {vector.dtype}",
                 fix="Name each by its layer (3, layer_3, direction.3) or block (3.attn, 3.mlp).",
             )
         vector = vector.detach().float().flatten().cpu()
         if not torch.isfinite(vector).all():
-            raise FileError(f"the vector {name!r} is not finite", got="NaN or infinity", fix="Make it anew.")
-        found[key] = vector
-    if not found:
+            raise FileError(f"the vector {name!r} is not finite", got="NaN or infinity", fix="Create it again.")
+        vectors[key] = vector
+    if not vectors:
         raise FileError("there are no vectors in it", got="nothing", fix="Give a file that holds some.")
     say(_LACKS)
-    return found
+    return vectors
 
 
 def _key(name: Any) -> int | str | None:
@@ -84,7 +84,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     }
     reader = readers.get(path.suffix)
     if reader is None:
-        raise FileError(f"{path} is of no kind that is read", got=path.suffix, fix=f"Known: {', '.join(readers)}.")
+        raise FileError(f"{path} is of an unknown kind", got=path.suffix, fix=f"Known: {', '.join(readers)}.")
     try:
         return reader(path)
     except FileError:
@@ -104,7 +104,7 @@ def _read_gguf(path: Path) -> Mapping[str, Any]:
     kind = "" if field is None else bytes(field.parts[-1]).decode("utf-8", "replace")
     if kind != "controlvector":
         raise FileError(
-            f"{path} is no control vector", got=f"architecture {kind!r}", fix="Give a repeng control vector."
+            f"{path} is not a control vector", got=f"architecture {kind!r}", fix="Give a repeng control vector."
         )
     return {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
 
@@ -128,13 +128,13 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
 
 
 def import_directions(path: str | Path, model: nn.Module) -> Probe:
-    """A whole probe from the `directions/*.pt` of the published Steer2Edit code.
+    """Reads a whole probe from the `directions/*.pt` of the published Steer2Edit code.
 
     The file holds, under `pre` (inputs) and `post` (outputs), `pos_mean` and `neg_mean`, each a mapping of names like
     `model.layers[3].self_attn.o_proj` to means.
 
     Args:
-        model: the model that they were made on; one on the `meta` device will do.
+        model: the model that the means were made on; it may be on the `meta` device.
 
     Raises:
         FileError: the file is not of that kind. ModelError: a mean is missing, or of another model's size.
@@ -142,7 +142,7 @@ def import_directions(path: str | Path, model: nn.Module) -> Probe:
     loaded = _read(Path(path))
     sites = find_sites(model)
     if any(site.expert is not None for site in sites):
-        raise ModelError("directions of a mixture of experts are not read", got="experts", fix="Collect a probe.")
+        raise ModelError("directions of a mixture of experts cannot be read", got="experts", fix="Collect a probe.")
     pre, post = (
         {label: _table(path, loaded, part, f"{label[:3]}_mean") for label in LABELS} for part in ("pre", "post")
     )

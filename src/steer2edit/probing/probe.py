@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import FileError
 from ..files.tensors import read_tensors, write_tensors
+from ..method.intervention import residual_key
 from ..method.site import Site
 from .traces import LABELS, Label
 
@@ -20,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, repr=False)
 class Probe:
-    """Means that a pass left.
+    """The means of one pass over the traces.
 
     Attributes:
         sites: the sites, in order.
@@ -29,6 +30,13 @@ class Probe:
         counts: responses, tokens and groups of each label; how many responses were skipped and how many cut short;
             under "experts", for each expert's site, how many tokens of each label reached it.
         provenance: model, dtype, span and versions.
+        residual: layer → label → mean of the residual stream after it [d], fp32; empty if it was not measured.
+
+    >>> site = Site(0, "mlp", "down_proj", "down_proj.weight", d=2, n=3, width=1)
+    >>> outputs = {"positive": torch.tensor([1.0, 2.0]), "negative": torch.tensor([0.0, 2.0])}
+    >>> probe = Probe((site,), {"0.mlp": {label: torch.ones(3) for label in LABELS}}, {"0.mlp": outputs}, counts={})
+    >>> probe.vector(site)
+    tensor([1., 0.])
     """
 
     sites: tuple[Site, ...]
@@ -36,6 +44,7 @@ class Probe:
     outputs: Mapping[str, Mapping[Label, Tensor]]
     counts: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    residual: Mapping[int, Mapping[Label, Tensor]] = field(default_factory=dict)
 
     def vector(self, site: Site) -> Tensor:
         """The steering vector of the site's layer and block, v = δ̄_pos − δ̄_neg [d] (paper, equation 1)."""
@@ -43,7 +52,7 @@ class Probe:
         return means["positive"] - means["negative"]
 
     def mean_input(self, site: Site) -> Tensor:
-        """μ = ½(μ_pos + μ_neg) [n·c]: each set weighs one half; of an expert that one set only reached, that one's."""
+        """μ = ½(μ_pos + μ_neg) [n·c]: each label weighs one half. For an expert that one label alone reached, its μ."""
         means = self.inputs[site.key]
         tokens = self.counts.get("experts", {}).get(site.key)
         reached = [means[label] for label in LABELS if tokens is None or tokens[label]]
@@ -61,6 +70,8 @@ class Probe:
             for key, labels in means.items()
             for label, tensor in labels.items()
         }
+        for layer, labels in self.residual.items():
+            tensors |= {f"{residual_key(layer)}.{label}": tensor for label, tensor in labels.items()}
         header = {
             "kind": "probe",
             "format": FORMAT,
@@ -72,7 +83,7 @@ class Probe:
 
     @classmethod
     def load(cls, path: str | Path) -> Probe:
-        """Raises FileError if the file is cut short or its tensors are not those of its sites."""
+        """Reads what `save` wrote. Raises FileError if the file is damaged or its tensors do not fit its sites."""
         tensors, header = read_tensors(path, "probe")
         try:
             sites = tuple(Site.from_json(row) for row in header["sites"])
@@ -95,12 +106,24 @@ class Probe:
                     or any(type(n) is not int or n < 0 for n in tokens.values())
                 ):
                     raise ValueError(f"counts of {key}")
-            return cls(sites, inputs, outputs, counts, provenance)
+            residual = _residual(tensors, sites)
+            return cls(sites, inputs, outputs, counts, provenance, residual)
         except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it anew.") from None
+            raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it again.") from None
 
     def __repr__(self) -> str:
         return f"Probe({len(self.sites)} sites, {_responses(self.counts)})"
+
+
+def _residual(tensors: Mapping[str, Tensor], sites: tuple[Site, ...]) -> dict[int, Mapping[Label, Tensor]]:
+    """The means of the residual stream; probes of older versions have none. Raises ValueError for another shape."""
+    residual: dict[int, Mapping[Label, Tensor]] = {}
+    for layer in range(1 + max(site.layer for site in sites)):
+        if f"{residual_key(layer)}.{LABELS[0]}" in tensors:
+            residual[layer] = {label: tensors[f"{residual_key(layer)}.{label}"] for label in LABELS}
+            if any(mean.shape != (sites[0].d,) for mean in residual[layer].values()):
+                raise ValueError(f"shapes of {residual_key(layer)}")
+    return residual
 
 
 def _responses(counts: Mapping[str, Any]) -> str:

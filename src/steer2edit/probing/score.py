@@ -1,7 +1,7 @@
-"""Probe and weights → Scores: for each site the closed form of edit.py, one weight at a time.
+"""Probe and weights → Scores: the closed form of the paper for each site, one weight at a time.
 
-The vectors are the probe's difference of means, or any that are given. The weights come from a model in memory or
-straight from a checkpoint's `safetensors` files.
+The vectors are the probe's difference of means, or given ones. The weights come from a model in memory or straight from
+a checkpoint's `safetensors` files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .probe import Probe
 
 Vectors = Tensor | Mapping[int, Tensor] | Mapping[str, Tensor]
 
-# Fewer tokens than this say little of what drives an expert.
+# Fewer tokens than this say little about what drives an expert.
 EXPERT_TOKENS = 16
 
 
@@ -43,16 +43,15 @@ def score(
     expert_tokens: int = EXPERT_TOKENS,
     variant: Variant = FULL,
 ) -> Scores:
-    """Scores every site: v̂, k̂, g, with no (ρ, α) in it.
+    """Scores every site: v̂, k̂ and g, which do not depend on (ρ, α).
 
     Args:
-        model: the model that the probe was made on, or its checkpoint's folder, of which only the sites' weights are
-            then read.
-        vectors: steering vectors in place of the probe's difference of means: one [d] for all sites, one a layer
-            {3: v}, one a block {"3.attn": v, "3.mlp": v}, or one a site. A site without one is left alone, and
-            `provenance` says so.
-        expert_tokens: an expert that fewer tokens reached is left alone, and `provenance` says so.
-        variant: of the ablations, k_mean, k_svd and g_dot score in another way.
+        model: the model that the probe was made on, or its checkpoint's folder; then only the sites' weights are read.
+        vectors: steering vectors in place of the probe's difference of means: one [d] for all sites, one per layer
+            {3: v}, one per block {"3.attn": v, "3.mlp": v}, or one per site. Sites without a vector are left out;
+            `provenance` names them.
+        expert_tokens: experts that fewer tokens reached are left out; `provenance` names them.
+        variant: the ablation; k_mean, k_svd and g_dot have scores of their own.
 
     Raises:
         ModelError: the probe was made on another model, or a weight was never loaded.
@@ -60,7 +59,7 @@ def score(
         ProbeError: a vector has the wrong shape or is not finite.
     """
     if isinstance(model, nn.Module):
-        refuse_edited(model, "the model that is to be scored carries an edit, and its weights are not the base's")
+        refuse_edited(model, "the model carries an edit, so that its weights cannot be scored as the base's")
     given = None if vectors is None else _by_site(vectors, probe.sites)
     too_few = {s.key: n for s in probe.sites if (n := probe.tokens(s)) is not None and n < expert_tokens}
     wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
@@ -79,7 +78,7 @@ def score(
             scored = rescored(variant, scores_from(site, v, mu, reading), mu, weight)
             return scored, from_reading(reading, *weight.shape)
 
-    # One at a time where a weight has to be fetched, dequantised, or is not the CPU's own.
+    # One at a time if a weight must be fetched or dequantised, or is not in the CPU's memory.
     at_hand = not isinstance(model, nn.Module) or all(
         p.device.type == "cpu" and is_plain(p) for p in model.parameters()
     )
@@ -102,7 +101,7 @@ def score(
 
 
 def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    by_key: dict[str, Tensor] = {}
     names: set[Any] = set()
     for site in sites:
         v: Tensor | None
@@ -120,15 +119,15 @@ def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:
                 got=f"shape {tuple(v.shape)}, finite: {bool(torch.isfinite(v).all())}",
                 fix=f"Give a finite vector of {site.d} numbers.",
             )
-        found[site.key] = v.detach().float().cpu()
+        by_key[site.key] = v.detach().float().cpu()
     strangers = [] if isinstance(vectors, Tensor) else sorted(map(str, set(vectors) - names))
-    if strangers or not found:
+    if strangers or not by_key:
         raise ProbeError(
             "vectors are given for sites that the model does not have" if strangers else "no vector is given",
             got=strangers or "an empty mapping",
             fix="Name layers by number (3) or sites by key ('3.attn', '3.mlp').",
         )
-    return found
+    return by_key
 
 
 def _weights(

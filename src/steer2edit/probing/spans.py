@@ -1,4 +1,8 @@
-"""The span of a response: the positions that its mean runs over, from one tokenisation of the whole text."""
+"""The span of a response: the positions that its mean runs over.
+
+One tokenisation of the whole text decides it, since a prompt that is tokenised without its response can merge
+differently at the boundary.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +32,17 @@ def response_span(
     positions: Positions = "predicting",
     max_tokens: int = 4096,
 ) -> tuple[Span | None, bool]:
-    """The span of a trace's response, and whether `max_tokens` cut something off its right.
+    """The span of a trace's response, and whether `max_tokens` cut off its end.
 
     The response starts at the first token that holds a character of it. With "predicting" the positions are
     [start − 1, end − 1), those whose outputs predict the response's tokens (as in the published code of
-    arXiv 2602.09870); with "response" [start, end). An end-of-turn token is not part of a response.
+    arXiv 2602.09870). With "response" they are [start, end). An end-of-turn token is not part of a response.
 
     Args:
         part: "thinking" is the response up to `trace.answer_start`, "answer" from there on.
 
     Returns:
-        (None, …) where there is no token of the part, since it is empty or was cut off whole.
+        (None, …) if the part has no token, because it is empty or was cut off completely.
     """
     first, last = {
         "both": (0, len(trace.response)),

@@ -1,8 +1,4 @@
-"""Traces: what a model, or a person, answered, and which side of a behaviour the answer shows.
-
-Also the token span of a response. One tokenisation of the whole text decides it, since a prompt that is tokenised
-apart from its response can merge differently at the boundary.
-"""
+"""Traces: what a model or a person answered, and which side of a behaviour the answer shows."""
 
 from __future__ import annotations
 
@@ -29,8 +25,8 @@ Part = Literal["both", "thinking", "answer"]
 class Trace:
     """One response to one prompt.
 
-    A label's mean is the mean over its groups of each group's mean over responses, so two halves of a set weigh alike
-    whatever their sizes.
+    A label's mean is the mean over its groups of each group's mean over responses, so groups weigh alike whatever their
+    sizes.
 
     Attributes:
         prompt: the user's text, or a list of chat messages ({"role": …, "content": …}).
@@ -42,7 +38,7 @@ class Trace:
         answer_start: the character of the response at which the answer starts, after a model's thinking; 0 without any.
 
     Raises:
-        TraceError: the label is neither of the two, or the prompt or the response is of another kind.
+        TraceError: the label is neither of the two, or the prompt or the response has another type.
 
     >>> Trace("How are you?", "Fine.", "positive").messages()
     [{'role': 'user', 'content': 'How are you?'}]
@@ -66,7 +62,7 @@ class Trace:
                 fix='Give a text, or messages like {"role": "user", "content": "…"}.',
             )
         if not isinstance(self.response, str):
-            raise TraceError("a trace's response is no text", got=type(self.response).__name__, fix="Give a text.")
+            raise TraceError("a trace's response is not a text", got=type(self.response).__name__, fix="Give a text.")
 
     def messages(self) -> list[dict[str, str]]:
         given = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else map(dict, self.prompt)
@@ -74,13 +70,30 @@ class Trace:
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """JSON Lines, one trace a line; fields that hold their default are left out."""
+    """Writes JSON Lines, one trace per line. Fields that hold their default are left out.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_traces(f"{folder}/traces.jsonl", [Trace("How are you?", "Fine.", "positive")])
+    ...     print(Path(f"{folder}/traces.jsonl").read_text(), end="")
+    {"prompt": "How are you?", "response": "Fine.", "label": "positive"}
+    """
     defaults = {"system": None, "group": "", "source": "", "answer_start": 0}
     write_jsonl(path, ({k: v for k, v in vars(t).items() if (k, v) not in defaults.items()} for t in traces))
 
 
 def read_traces(path: str | Path) -> list[Trace]:
-    """Raises TraceError, with the line, where a line is not a trace, and FileError where it is not JSON."""
+    """Reads JSON Lines, one trace per line.
+
+    Raises:
+        TraceError: a line is not a trace. FileError: a line is not a JSON object. Both name the line.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_traces(f"{folder}/traces.jsonl", [Trace("How are you?", "Fine.", "positive")])
+    ...     read_traces(f"{folder}/traces.jsonl")[0].response
+    'Fine.'
+    """
     traces = []
     for number, row in numbered_jsonl(path):
         unknown = set(row) - set(Trace.__dataclass_fields__)
@@ -102,8 +115,8 @@ def read_traces(path: str | Path) -> list[Trace]:
             raise TraceError(
                 f"line {number} of {path} holds a value of the wrong type",
                 got=repr({k: type(v).__name__ for k, v in row.items()}),
-                fix="A prompt is a text or a list of {role, content} messages, answer_start one of the response's "
-                "characters; everything else is a text.",
+                fix="A prompt is a text or a list of {role, content} messages, answer_start the number of one of the "
+                "response's characters; everything else is a text.",
             )
         traces.append(Trace(**row))
     return traces

@@ -11,8 +11,13 @@ import numpy as np
 from ..behaviours.base import UTILITY_LOSS, Measure
 from ..edits import Edit
 from ..files.writing import replacing
-from ..search.candidates import Trial, of_kind
+from ..searching.candidates import TITLES, Trial, of_kind
 
+_OTHERS = {
+    "layer": {"style": "^", "color": "#dd8452"},
+    "direction": {"style": "v", "color": "#8172b3"},
+    "prompt": {"style": "D", "color": "#55a868"},
+}
 _STEERING, _EDIT, _BASE = "#c44e52", "#1f5fa8", "#555555"
 
 
@@ -22,12 +27,14 @@ def trade_off(
     """The attribute against what it costs, on validation: steering as a curve in the order of γ, edits as points.
 
     Args:
-        measures: the attribute first, then the behaviour's costs; drawn are the utility loss and the first cost.
+        measures: the attribute first, then the behaviour's costs; drawn are the utility loss and the first cost of
+            which less is better.
 
     Returns:
         The files written, path + .png and .svg.
     """
-    attribute, first_cost = measures[0], measures[1]
+    attribute, *others = measures
+    first_cost = next(measure for measure in others if measure.better == "lower" and measure.column)
     costs = [UTILITY_LOSS] if first_cost == UTILITY_LOSS else [UTILITY_LOSS, first_cost]
     figure, axes = _canvas(5 * len(costs), 4.2, columns=len(costs))
     for axis, cost in zip(axes, costs, strict=True):
@@ -37,13 +44,13 @@ def trade_off(
             axis.plot([t.mean(cost.name) for t in some], [t.mean(attribute.name) for t in some], style, **look)
 
         steered = sorted(of_kind(known, "steering"), key=lambda t: t.candidate.config["gamma"])
-        draw(steered, "-o", color=_STEERING, ms=4, lw=1.2, label="steering, γ")
-        for t in steered:
-            point = (t.mean(cost.name), t.mean(attribute.name))
-            axis.annotate(f"{t.candidate.config['gamma']:.2g}", point, fontsize=6, xytext=(3, -8), **_POINTS)
+        draw(steered, "-o", color=_STEERING, ms=4, lw=1.2, label="steering, by γ")
+        for kind, look in _OTHERS.items():
+            if some := of_kind(known, kind):
+                draw(some, look["style"], color=look["color"], ms=4, alpha=0.75, label=TITLES[kind])
         draw(of_kind(known, "edit"), "*", color=_EDIT, ms=9, label="edits")
         draw(of_kind(known, "base"), "s", color=_BASE, ms=6, label="original model")
-        ids = [choice[kind]["id"] for kind in ("edit", "steering") if choice.get(kind)]
+        ids = [choice[kind]["id"] for kind in TITLES if choice.get(kind)]
         chosen = [t for t in known if t.candidate.id in ids]
         draw(chosen, "o", ms=15, mfc="none", mec="black", mew=0.9, label="chosen")
         limit = choice["limits"].get(cost.name)

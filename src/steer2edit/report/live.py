@@ -10,9 +10,9 @@ from typing import Any
 
 from ..behaviours.base import UTILITY_LOSS, Measure
 from ..progress import Progress, columns, is_quiet, say, showing
-from ..search.candidates import Trial
-from ..search.front import Aim, pareto
-from ..search.study import Study
+from ..searching.candidates import BASELINES, TITLES, Trial
+from ..searching.front import Aim, pareto
+from ..searching.study import Study
 from .page import describe
 
 OnRound = Callable[[Study], None]
@@ -56,8 +56,8 @@ def _line(study: Study, aim: Aim) -> str:
 
 
 def _counts(study: Study) -> str:
-    edits, steered = len(study.of_kind("edit")), len(study.of_kind("steering"))
-    return f"{edits} edits and {steered} steering strengths tried, {len(study.discarded)} discarded"
+    tried = [f"{len(some)} {TITLES[kind]}" for kind in TITLES if kind != "base" and (some := study.of_kind(kind))]
+    return f"tried {', '.join(reversed(tried)) or 'nothing'}; {len(study.discarded)} discarded"
 
 
 def front(study: Study, kind: str, aim: Aim) -> list[Trial]:
@@ -76,7 +76,7 @@ def _table(study: Study, measures: Sequence[Measure], aim: Aim) -> Any:
     table.add_column("")
     for measure in shown:
         table.add_column(measure.title, justify="right")
-    for trial in (*front(study, "edit", aim), *front(study, "steering", aim)):
+    for trial in [trial for kind in ("edit", *BASELINES) for trial in front(study, kind, aim)]:
         means = [trial.mean(measure.name) for measure in shown]
         table.add_row(describe(trial.candidate.config), *("–" if x is None else f"{x:.2f}" for x in means))
     return table

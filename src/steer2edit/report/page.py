@@ -8,10 +8,13 @@ from typing import Any
 from ..behaviours.base import UTILITY_LOSS
 from ..edits import Edit
 from ..recipe import Recipe
-
-_NAMES = {"base": "original", "steering": "steering", "edit": "edit"}
+from ..searching.candidates import TITLES
 
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ"}
+# So much of a system prompt is shown in a table.
+_PROMPT = 40
+# From this share of the scale on, the original model leaves little to gain.
+_NEARLY_ALL = 0.9
 
 
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -21,7 +24,7 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["on test", *columns.values()]
     rows = []
     for kind, system in results["systems"].items():
-        name = _NAMES[kind] if kind == "base" else f"{_NAMES[kind]} ({describe(system['config'])})"
+        name = TITLES[kind] if kind == "base" else f"{TITLES[kind]} ({describe(system['config'])})"
         rows.append([name, *(_cell(system[column]) for column in columns)])
     rows.append(["n", *(str(sizes[column]["n"]) for column in columns)])
     return header, rows
@@ -43,18 +46,39 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    """A configuration in words: `ρ_attn 0.2, ρ_mlp off, α 0.1`, or `γ 0.4`."""
-    words = []
-    for name, value in config.items():
-        shown = "off" if value is None else f"{value:.4g}" if name == "gamma" else str(value)
-        words.append(f"{_SIGNS.get(name, name)} {shown}")
-    return ", ".join(words)
+    """A configuration in words: `ρ_attn 0.2, ρ_mlp off, α 0.1`, `γ 0.4`, or a system prompt's beginning."""
+    return ", ".join(_setting(name, value) for name, value in config.items())
+
+
+def shortened(text: str) -> str:
+    """A text's beginning, as a cell of a table can hold it."""
+    return text if len(text) <= _PROMPT else text[: _PROMPT - 1].rstrip() + "…"
+
+
+def _setting(name: str, value: Any) -> str:
+    if name == "system":
+        return f"“{shortened(value)}”"
+    if name == "gamma":
+        return f"γ {value:.4g}"
+    return f"{_SIGNS.get(name, name)} {'off' if value is None else value}"
 
 
 def _cell(value: Mapping[str, Any]) -> str:
     if value["mean"] is None:
         return f"not finite in {value['not_finite']}" if value.get("not_finite") else "–"
     return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def already_there(results: Mapping[str, Any]) -> str:
+    """A remark, if the original model shows so much of the behaviour that little is left to gain; else nothing."""
+    measure: Mapping[str, Any] = next((m for m in results.get("measures", []) if m["name"] == results["attribute"]), {})
+    mean = results["systems"]["base"][results["attribute"]]["mean"]
+    if mean is None or "scale" not in measure:
+        return ""
+    worst, best = measure["scale"]
+    if (mean - worst) / (best - worst) < _NEARLY_ALL:
+        return ""
+    return f"The original model shows it already: its {measure['title']} is {mean:.2f}, so that little is left to gain."
 
 
 def nothing_moved(choice: Mapping[str, Any]) -> str:
@@ -72,6 +96,8 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     lines += ["## On test", "", markdown_table(results), ""]
     lines += ["Means with 95 % intervals over prompts: Wilson's for rates, the bootstrap's for everything else.", ""]
     title = recipe.behaviour.attribute.title
+    if remark := already_there(results):
+        lines += [remark, ""]
     for name, d in results["differences"].items():
         if d["mean"] is not None:
             difference = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
@@ -86,15 +112,15 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         "",
         "## How it was chosen",
         "",
-        f"On validation, out of {choice['tried']['edit']} edits and {choice['tried']['steering']} steering strengths:"
-        f" {choice['rule']}. Limits: {describe_limits(choice['limits'])}.",
+        f"On validation, of each method: {choice['rule']}. Limits: {describe_limits(choice['limits'])}.",
         "",
         "| on validation | tried | configurations × prompts | hypervolume | on the front |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for kind in ("edit", "steering"):
-        volume = choice["hypervolume"][kind]
-        cells = [kind, choice["tried"][kind], choice["evaluations"][kind], _cell(volume), len(choice["front"][kind])]
+    methods = [kind for kind in TITLES if kind in choice["tried"]]
+    for kind in methods:
+        counts = [choice["tried"][kind], choice["evaluations"][kind]]
+        cells = [TITLES[kind], *counts, _cell(choice["hypervolume"][kind]), len(choice["front"][kind])]
         lines.append(_row([str(cell) for cell in cells]))
     lines += [
         "",
@@ -105,15 +131,15 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     ]
     if choice["refined"]:
         lines += [f"The second grid was laid around {choice['refined']['around']}.", ""]
-    for kind in ("edit", "steering"):
-        c = choice[kind]
+    for kind in methods:
+        c = choice.get(kind)
         if c is None:
-            tried = choice["tried"]["steering"]
-            lines.append(f"- steering: {'no strength stays within the limits' if tried else 'none was tried'}.")
+            tried = choice["tried"][kind]
+            lines.append(f"- {TITLES[kind]}: {'none stays within the limits' if tried else 'none was tried'}.")
         else:
             shown = [recipe.behaviour.attribute, *recipe.behaviour.costs]
             means = [f"{m.title} {c[m.name]:.2f}" for m in shown if c.get(m.name) is not None]
-            lines.append(f"- {kind}: {describe(c['config'])}; on validation {', '.join(means)}.")
+            lines.append(f"- {TITLES[kind]}: {describe(c['config'])}; on validation {', '.join(means)}.")
     lines += ["", "![trade-off](figures/trade_off.png)", "", "## The edit", ""]
     for block, s in edit.summary().items():
         lines.append(
@@ -169,11 +195,11 @@ def print_answers(console: Any, answers: Sequence[Mapping[str, Any]], each: int 
     from rich.markup import escape
     from rich.table import Table
 
-    systems = [name for name in _NAMES if name in answers[0]]
+    systems = [name for name in TITLES if name in answers[0]]
     kinds = list(dict.fromkeys(row["kind"] for row in answers))
     for kind in kinds[:2]:
         out = Table(title=f"{kind} test prompts", show_lines=True)
-        for name in ("prompt", *(_NAMES[s] for s in systems)):
+        for name in ("prompt", *(TITLES[s] for s in systems)):
             out.add_column(name, overflow="fold", ratio=1)
         for row in [answer for answer in answers if answer["kind"] == kind][:each]:
             out.add_row(escape(_one_line(row["prompt"])), *(escape(_one_line(row[s])[:140]) for s in systems))

@@ -23,7 +23,7 @@ from ..engines.base import Engine
 from ..files.schema import parse
 from ..method.variants import FULL
 from ..probing.chat import CHAT, Chat
-from .candidates import Candidate, edited, intervention_of, steered
+from .candidates import TITLES, Candidate, directed, edited, intervention_of, steered, steered_at
 from .grid import short
 from .plan import AUTO, Search
 from .statistics import finite
@@ -31,7 +31,6 @@ from .utility import base_answers, engine_of, refuse_other_base
 
 RUNGS = 9
 ROUNDS = 5
-# Between two rungs whose KL differs by no more than this factor a strength is interpolated, not measured.
 _TIGHT = 2.0
 # Strengths that are closer than this factor are not told apart: where the KL differs more there, it jumps.
 _SAME = 1.001
@@ -57,6 +56,8 @@ class Ladder:
         floor: no strength below this one has any effect; 0 if every strength has some.
         targets: KL per token, in nats.
         kl: strength → KL of every candidate that was measured; infinite where it is not finite.
+        first: how many rungs the first round has.
+        tight: between two rungs whose KL differs by no more than this factor a strength is interpolated, not measured.
     """
 
     name: str
@@ -66,17 +67,19 @@ class Ladder:
     floor: float
     targets: Sequence[float]
     kl: dict[float, float] = field(default_factory=dict)
+    first: int = RUNGS
+    tight: float = _TIGHT
 
     def rungs(self) -> list[float]:
         """The strengths to measure next; none once every target has its point, or cannot have one."""
         if not self.kl:
-            return [float(x) for x in np.geomspace(self.low, self.high, RUNGS)]
+            return [float(x) for x in np.geomspace(self.low, self.high, self.first)]
         weakest, strongest = min(self.kl), max(self.kl)
         proposed: list[float] = []
         if self.kl[weakest] > self.targets[0] and weakest > max(self.floor, self.low / _REACH):
-            proposed += np.geomspace(max(self.floor, weakest / _STEP), weakest, RUNGS + 1)[:-1].tolist()
+            proposed += np.geomspace(max(self.floor, weakest / _STEP), weakest, self.first + 1)[:-1].tolist()
         if max(self.kl.values()) < self.targets[-1] and strongest < self.high * _REACH:
-            proposed += np.geomspace(strongest, strongest * _STEP, RUNGS + 1)[1:].tolist()
+            proposed += np.geomspace(strongest, strongest * _STEP, self.first + 1)[1:].tolist()
         for target in self.targets:
             bracket = self._bracket(target)
             if bracket and not self._tight(bracket) and bracket[1] / bracket[0] > _SAME:
@@ -103,8 +106,8 @@ class Ladder:
         return [target for target in self.targets if target not in reached]
 
     def why_left_off(self) -> str:
-        """Why there are no two points; empty if there are."""
-        if len(self.points()) >= 2:
+        """Why there is no point; empty if there is one."""
+        if self.points():
             return ""
         lowest = min(self.kl.values(), default=0.0)
         if lowest > self.targets[-1]:
@@ -112,8 +115,9 @@ class Ladder:
         highest = max(self.kl.values(), default=0.0)
         if highest < self.targets[0]:
             return f"no strength reaches a KL of {self.targets[0]:g}: the highest is {highest:.2g}"
-        below = max((kl for kl in self.kl.values() if kl < self.targets[0]), default=0.0)
-        above = min((kl for kl in self.kl.values() if kl > self.targets[0]), default=math.inf)
+        target = next(target for target in self.targets if self._bracket(target) or target == self.targets[-1])
+        below = max((kl for kl in self.kl.values() if kl < target), default=0.0)
+        above = min((kl for kl in self.kl.values() if kl > target), default=math.inf)
         above_in_words = "no finite number" if math.isinf(above) else f"{above:.2g}"
         return f"it jumps from a KL of {below:.2g} to {above_in_words}, from nothing to noise"
 
@@ -126,7 +130,7 @@ class Ladder:
 
     def _tight(self, bracket: tuple[float, float]) -> bool:
         weak, strong = bracket
-        return self.kl[strong] <= _TIGHT * self.kl[weak]
+        return self.kl[strong] <= self.tight * self.kl[weak]
 
     def _between(self, bracket: tuple[float, float], target: float) -> float:
         """The strength at which the KL should be the target."""
@@ -194,7 +198,37 @@ def edit_ladder(
 
 
 def steering_ladder(targets: Sequence[float]) -> Ladder:
-    return Ladder("steering", lambda gamma: steered(short(gamma, 4)), 0.03, 3.0, 0.0, targets)
+    return Ladder("steering", lambda gamma: steered(short(gamma, 4)), 0.03, 3.0, 0.0, targets, first=5, tight=4.0)
+
+
+# The baselines on the residual stream after one layer: kind → (layer, strength) → candidate.
+_AT_LAYER = {"layer": steered_at, "direction": directed}
+# The strengths of their first rungs. After every layer a small part of the way to the positive mean moves much.
+_FIRST = {"layer": (0.2, 3.0), "direction": (0.005, 0.3)}
+
+
+def layer_ladder(kind: str, layer: int, targets: Sequence[float]) -> Ladder:
+    make = _AT_LAYER[kind]
+    low, high = _FIRST[kind]
+    name = f"{TITLES[kind]} {layer}"
+    # Their KL is close to a power of the strength, a line in logarithms: a few rungs show where it lies.
+    return Ladder(name, lambda gamma: make(layer, short(gamma, 4)), low, high, 0.0, targets, first=4, tight=8.0)
+
+
+def baseline_ladders(search: Search, edits: int, layers: Sequence[int]) -> list[Ladder]:
+    """The ladders of what edits are compared with, each method with as many strengths as there are edits.
+
+    Args:
+        layers: at which the baselines of one layer are tried, with equal shares of the strengths.
+    """
+    ladders = []
+    if search.steering == AUTO:
+        ladders.append(steering_ladder(targets_of(search.span, max(2, edits))))
+    for kind in _AT_LAYER:
+        if kind in search.baselines and layers:
+            each = max(2, math.ceil(edits / len(layers)))
+            ladders += [layer_ladder(kind, layer, targets_of(search.span, each)) for layer in layers]
+    return ladders
 
 
 def _largest(scores: Mapping[str, Scores], block: str, variant: str) -> float:
@@ -241,19 +275,28 @@ def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[
     return ladders
 
 
-def find_scale(search: Search, scores: Mapping[str, Scores], measure: MeasureKl) -> Scale:
-    """Finds what a recipe's search leaves to be found: every `auto`; as many steering strengths as edits."""
+def find_scale(
+    search: Search,
+    scores: Mapping[str, Scores],
+    measure: MeasureKl,
+    layers: Sequence[int] = (),
+    planned: int | None = None,
+) -> Scale:
+    """Finds what a recipe's search leaves to be found: every `auto`, and as many strengths of each baseline as edits.
+
+    Args:
+        layers: at which the baselines of one layer are tried; none leaves them out.
+        planned: how many edits the search tries; None is as many as are found here.
+    """
     ladders = ladders_of(search, scores)
     climb(ladders, measure, "calibration")
     joint = joint_ladders(search, scores, ladders)
     climb(joint, measure, "calibration of both")
     ladders += joint
-    if search.steering != AUTO:
-        return scale_of(ladders)
-    edits = search.trials if search.method == "tpe" else sum(len(ladder.points()) for ladder in ladders)
-    steering = steering_ladder(targets_of(search.span, max(2, edits)))
-    climb([steering], measure, "calibration of steering")
-    return scale_of(ladders, steering)
+    edits = sum(len(ladder.points()) for ladder in ladders) if planned is None else planned
+    others = baseline_ladders(search, edits, layers)
+    climb(others, measure, "calibration of the baselines")
+    return scale_of(ladders, others)
 
 
 # What was found ----------------------------------------------------------------------------------------------------
@@ -265,8 +308,9 @@ class Scale:
 
     Attributes:
         edits, steering: the ladders' points: candidate and its KL per token in nats, from weak to strong.
+        others: the points of the other baselines, a ladder for each layer.
         missing: ladders that have a point for some KLs alone: name → the KLs without one.
-        left_off: the ladders without two points: name → why.
+        left_off: the ladders without any point: name → why.
 
     >>> scale = Scale({"ρ_attn at α 0.4": [(edited(0.5, None, 0.4), 0.02)]}, [], {}, {})
     >>> candidate, kl = scale.edits["ρ_attn at α 0.4"][0]
@@ -278,6 +322,7 @@ class Scale:
     steering: Sequence[tuple[Candidate, float]]
     missing: Mapping[str, Sequence[float]]
     left_off: Mapping[str, str]
+    others: Mapping[str, Sequence[tuple[Candidate, float]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         edits = sum(len(points) for points in self.edits.values())
@@ -285,7 +330,7 @@ class Scale:
 
     def lines(self) -> Iterator[str]:
         """One line a ladder, for people."""
-        ladders = dict(self.edits) | ({"steering": self.steering} if self.steering else {})
+        ladders = {**self.edits, **({"steering": self.steering} if self.steering else {}), **self.others}
         for name, points in ladders.items():
             ends = [points[0], points[-1]]
             line = f"{name}: " + " … ".join(f"KL {kl:.2g} at {_strength(candidate)}" for candidate, kl in ends)
@@ -300,6 +345,7 @@ class Scale:
         return {
             "edits": rows,
             "steering": [[c.id, kl] for c, kl in self.steering],
+            "others": {name: [[c.id, kl] for c, kl in points] for name, points in self.others.items()},
             "missing": {name: list(targets) for name, targets in self.missing.items()},
             "left_off": dict(self.left_off),
         }
@@ -311,14 +357,16 @@ def _strength(candidate: Candidate) -> str:
     return ", ".join(shown)
 
 
-def scale_of(ladders: Sequence[Ladder], steering: Ladder | None = None) -> Scale:
-    every = [*ladders, *([steering] if steering else [])]
+def scale_of(ladders: Sequence[Ladder], baselines: Sequence[Ladder] = ()) -> Scale:
+    every = [*ladders, *baselines]
     left_off = {ladder.name: why for ladder in every if (why := ladder.why_left_off())}
     kept = [ladder for ladder in every if ladder.name not in left_off]
-    points = {ladder.name: ladder.points() for ladder in kept}
     missing = {ladder.name: targets for ladder in kept if (targets := ladder.missing())}
-    strengths = points.pop(steering.name, []) if steering else []
-    return Scale(points, strengths, missing, left_off)
+    points = {ladder.name: ladder.points() for ladder in kept}
+    edits = {ladder.name: points[ladder.name] for ladder in ladders if ladder.name in points}
+    others = {name: of_ladder for name, of_ladder in points.items() if name not in edits}
+    strengths = others.pop("steering", [])
+    return Scale(edits, strengths, missing, left_off, others)
 
 
 # In Python, without a recipe ---------------------------------------------------------------------------------------
@@ -359,7 +407,7 @@ def calibrate(
             another model.
     """
     raw = {"rho_attn": rho_attn or [None], "rho_mlp": rho_mlp or [None], "alpha": list(alpha)}
-    search = parse(Search, raw | {"span": span, "points": points, "steering": AUTO}, under="search")
+    search = parse(Search, raw | {"span": span, "points": points, "steering": AUTO, "baselines": []}, under="search")
     engine = engine_of(model, tokenizer, chat)
     refuse_other_base(engine, scores.edit(rho_attn=1.0, rho_mlp=1.0, alpha=0.0))
     pairs = base_answers(engine, texts, new_tokens)

@@ -14,9 +14,9 @@ from steer2edit.behaviours.base import Item
 from steer2edit.engines.base import Answer, Sampling
 from steer2edit.errors import FileError, RecipeError
 from steer2edit.pipeline.results import results_of
-from steer2edit.search.bench import Bench
-from steer2edit.search.candidates import BASE, Candidate, edited, steered
-from steer2edit.search.journal import Journal
+from steer2edit.searching.bench import Bench
+from steer2edit.searching.candidates import BASE, Candidate, edited, steered
+from steer2edit.searching.journal import Journal
 
 ITEMS = [Item("harmful", "harm"), Item("harmful", "steal"), Item("benign", "bake")]
 TRIED = [BASE, edited(0.1, None, 0.2)]

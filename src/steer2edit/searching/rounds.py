@@ -21,7 +21,7 @@ from ..files.reading import read_jsonl
 from ..progress import say
 from .bench import Bench
 from .calibrate import Scale, find_scale
-from .candidates import BASE, Candidate, steered
+from .candidates import BASE, TITLES, Candidate, asked, steered, tried_layers
 from .front import Aim
 from .grid import coarse_grid, grid, planned_edits, short
 from .plan import AUTO, Range, Search
@@ -53,16 +53,48 @@ def run_study(
             fix="Add some to data.validation or give utility.prompts, or use search.method: grid.",
         )
     study = Study()
-    coarse: list[Candidate] = []
-    if search.automatic:
-        scale = _calibrated(bench, search)
+    if "direction" in search.baselines and not bench.can_direct:
+        say(f"  {TITLES['direction']} is not tried: this engine adds only constants to the residual stream")
+        search = search.model_copy(update={"baselines": [kind for kind in search.baselines if kind != "direction"]})
+    coarse = [] if AUTO in (search.rho_attn, search.rho_mlp) else coarse_grid(search)
+    baselines = prompts_that_ask(bench, search)
+    layers = _layers_of_baselines(bench, search)
+    if search.automatic or layers:
+        scale = _calibrated(bench, search, layers, planned_edits(search, coarse) if coarse else None)
         study.scale = scale.to_json()
-        search, coarse = resolved(search, scale)
-    coarse = coarse or coarse_grid(search)
-    return _Rounds(bench, search, coarse, aim, seed, study, progress, on_round).run()
+        search, found = resolved(search, scale)
+        coarse = found or coarse or coarse_grid(search)
+        baselines += [candidate for points in scale.others.values() for candidate, _ in points]
+    return _Rounds(bench, search, coarse, baselines, aim, seed, study, progress, on_round).run()
 
 
-def _calibrated(bench: Bench, search: Search) -> Scale:
+def prompts_that_ask(bench: Bench, search: Search) -> list[Candidate]:
+    """The system prompts that the edits are compared with."""
+    if "prompt" not in search.baselines:
+        return []
+    if not bench.can_prompt:
+        say("  no system prompt is tried: this engine does not measure losses under another prompt")
+        return []
+    return [asked(number, system) for number, system in enumerate(bench.behaviour.asking())]
+
+
+def _layers_of_baselines(bench: Bench, search: Search) -> list[int]:
+    """The layers at which the baselines on the residual stream are tried, or why there are none."""
+    wanted = [TITLES[kind] for kind in ("layer", "direction") if kind in search.baselines]
+    if not wanted:
+        return []
+    reason = ""
+    if bench.probe is None or not bench.probe.residual:
+        reason = "the probe did not measure the residual stream"
+    elif not bench.own:
+        reason = "their strengths are found by KL, and there are no neutral prompts"
+    if reason or bench.probe is None:
+        say(f"  {' and '.join(wanted)} are not tried: {reason}")
+        return []
+    return tried_layers(bench.probe)
+
+
+def _calibrated(bench: Bench, search: Search, layers: Sequence[int], planned: int | None) -> Scale:
     """Raises RecipeError without neutral items, EditError if no ladder of edits has a useful point."""
     if not bench.own:
         raise RecipeError(
@@ -70,7 +102,7 @@ def _calibrated(bench: Bench, search: Search) -> Scale:
             got="none on validation",
             fix="Add some to data.validation or give utility.prompts, or write numbers in place of auto.",
         )
-    scale = find_scale(search, bench.scores, bench.kl)
+    scale = find_scale(search, bench.scores, bench.kl, layers, search.trials if search.method == "tpe" else planned)
     for line in scale.lines():
         say(f"  {line}")
     if AUTO in (search.rho_attn, search.rho_mlp) and not scale.edits:
@@ -105,6 +137,7 @@ class _Rounds:
         bench: Bench,
         search: Search,
         coarse: Sequence[Candidate],
+        baselines: Sequence[Candidate],
         aim: Aim,
         seed: int,
         study: Study,
@@ -112,13 +145,14 @@ class _Rounds:
         on_round: Callable[[Study], None] | None,
     ):
         self.bench, self.search, self.coarse, self.aim, self.seed = bench, search, coarse, aim, seed
+        self.baselines = list(baselines)
         self.progress, self.on_round = progress, on_round
         self.study = study
         self.simple = sanity_prompts()[: search.sanity]
         self.strengths = list(dict.fromkeys(search.steering)) if isinstance(search.steering, list) else []
         edits = planned_edits(search, coarse)
         steering = edits if isinstance(search.steering, Range) else len(self.strengths)
-        self.planned = (1 + edits + steering) * bench.steps + edits * len(self.simple)
+        self.planned = (1 + edits + steering + len(baselines)) * bench.steps + edits * len(self.simple)
         self.done = 0
 
     def run(self) -> Study:
@@ -127,7 +161,8 @@ class _Rounds:
             rounds = grid(s, self.coarse, self.aim, self.study)
         else:
             rounds = tpe(s, self.aim, self.seed, self.study)
-        first: list[Candidate] = [BASE, *map(steered, self.strengths)]  # they go with the first round's edits
+        # These go with the first round's edits.
+        first: list[Candidate] = [BASE, *map(steered, self.strengths), *self.baselines]
         for number, proposed in enumerate(rounds):
             sound = self._sound(proposed, f"{number} sanity")
             self._take([*first, *sound], str(number))
@@ -162,8 +197,8 @@ class _Rounds:
             self.study.rounds[name] = [candidate.id for candidate in tried]
         for trial in self.bench.run(tried, name, steps) if tried else []:
             kind = trial.candidate.kind
-            if kind in self.study.evaluations:
-                self.study.evaluations[kind] += self.bench.asked
+            if kind != "base":
+                self.study.evaluations[kind] = self.study.evaluations.get(kind, 0) + self.bench.asked
             if kind != "base" and self.bench.own and trial.mean(UTILITY_LOSS.name) is None:
                 self.study.discarded.append(Discarded(trial.candidate, "its losses are not finite"))
             else:

@@ -57,7 +57,8 @@ class Search(Section):
 
     `grid` tries every combination. `tpe` draws `trials` from the space that the lists span: from the smallest number to
     the largest, and off where the list has it. What is `auto` is found first: `points` strengths whose KL per token
-    spans `span`, evenly in log KL, for each α.
+    spans `span`, evenly in log KL, for each α. Edits are compared with `steering` and with the `baselines`, each of
+    which gets as many strengths as there are edits.
     """
 
     method: Literal["grid", "tpe"] = "grid"
@@ -73,6 +74,7 @@ class Search(Section):
     trials: Many = 60
     at_once: Many = 12
     steering: Range | list[Positive] | Auto = []
+    baselines: list[Literal["prompt", "layer", "direction"]] = ["prompt", "layer", "direction"]
     rule: Rule = "largest"
     tolerance: Share = 0.05
     reference: Positive = 1.0

@@ -12,18 +12,19 @@ import pytest
 from runs import FakeEngine, a_bench, make_scores
 from shouting import BLUNT, CAPITALS, LENGTH, Shouting, shouting_recipe
 from steer2edit.behaviours import known
-from steer2edit.behaviours.base import DEGENERATE, Measure
+from steer2edit.behaviours.base import DEGENERATE, QUESTION, Item, Measure, Outcome, judge
 from steer2edit.errors import RecipeError
 from steer2edit.pipeline.results import results_of
 from steer2edit.recipe import Recipe
 from steer2edit.report.figures import trade_off
 from steer2edit.report.live import watching
 from steer2edit.report.page import markdown, markdown_table
-from steer2edit.search.candidates import BASE, Candidate, Trial, of_kind
-from steer2edit.search.choice import moved, require_choice, summary
-from steer2edit.search.front import Aim, choose, hypervolume_interval, pareto
-from steer2edit.search.rounds import run_study
-from steer2edit.search.study import Study
+from steer2edit.searching.bench import Bench
+from steer2edit.searching.candidates import BASE, Candidate, Trial, edited, of_kind
+from steer2edit.searching.choice import moved, require_choice, summary
+from steer2edit.searching.front import Aim, choose, hypervolume_interval, pareto
+from steer2edit.searching.rounds import run_study
+from steer2edit.searching.study import Study
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def _engine() -> FakeEngine:
 
 
 def _study(recipe: Recipe, folder: Path) -> Study:
-    items = recipe.behaviour.items("", "validation", recipe.data.validation)
+    items = recipe.behaviour.items(recipe.source, "validation")
     bench = a_bench(_engine(), {"full": make_scores()}, items, recipe, folder / "journal.jsonl")
     return run_study(bench, recipe.search, recipe.aim, recipe.seed)
 
@@ -153,6 +154,75 @@ def test_cheapest_and_knee_weigh_the_scale_from_worst_to_best() -> None:
     assert knee.candidate.id == "near"
 
 
+class Measuring(Shouting):
+    """Measures many outcomes at once, and keeps which; of a pair of choices the number of the first one's tokens."""
+
+    def measure_all(self, asked: Any, progress: Any = None) -> Any:
+        batches.append([(item.kind, item.text, outcome, base) for item, outcome, base in asked])
+        return [
+            {"length": float(outcome.lengths[0])} if item.choices else {"capitals": float(len(outcome.text))}
+            for item, outcome, _ in asked
+        ]
+
+
+batches: list[list[Any]] = []
+
+
+def test_outcomes_are_judged_all_at_once_but_for_questions_with_a_known_answer() -> None:
+    batches.clear()
+    question = Item(QUESTION, "Red?", ("yes", "no"), 1)
+    said, loops = Outcome("SOFT words"), Outcome("no " * 30)
+    yes, no = Outcome(nll=(0.1, 2.0)), Outcome(nll=(3.0, 2.0))
+    asked = [
+        (Item("loud", "a"), said, loops),
+        (question, no, yes),
+        (Item("loud", "b"), loops, said),
+        (Item("calm", "c", ("aa", "b")), Outcome(nll=(1.0, 2.0), lengths=(2, 1)), Outcome(nll=(2.0, 1.0))),
+        (question, yes, yes),
+    ]
+    behaviour = Measuring()
+    assert judge(behaviour, asked) == [
+        {"capitals": 10.0, "degenerate": 0.0},
+        {"accuracy": 1.0, "accuracy_loss": -1.0},
+        {"capitals": 90.0, "degenerate": 1.0},
+        {"length": 2.0},  # what was not said in its own words is not degenerate
+        {"accuracy": 0.0, "accuracy_loss": 0.0},
+    ]
+    ((one, other, pair),) = batches
+    assert one == ("loud", "a", said, loops)
+    assert other == ("loud", "b", loops, said)
+    assert pair[:2] == ("calm", "c")
+    assert judge(behaviour, []) == []
+
+
+def test_a_behaviour_may_let_the_model_choose_and_knows_how_long_the_choices_are(tmp_path: Path) -> None:
+    batches.clear()
+    recipe = shouting_recipe()
+    items = [Item("loud", "test loud 0"), Item("calm", "Which?", ("soft", "HARD ROCK")), Item("calm", "test calm 0")]
+    behaviour = Measuring()
+    bench = Bench(_engine(), {"full": make_scores()}, items, behaviour, recipe.evaluation, tmp_path / "j")
+    tried = [BASE, edited(0.1, None, 0.2), edited(0.5, None, 0.2)]
+    trials = bench.run(tried, "0")
+    (batch,) = batches  # all candidates' outcomes on all items
+    assert [(kind, text) for kind, text, _, _ in batch] == [
+        ("loud", "test loud 0"), ("calm", "test calm 0"), ("calm", "Which?")
+    ] * 3  # fmt: skip
+    for trial in trials:
+        assert trial.values["length"] == (4.0,)  # tokens are characters
+        assert trial.count("degenerate") == 2
+    pairs = [outcome for kind, text, outcome, _ in batch if text == "Which?"]
+    assert {outcome.lengths for outcome in pairs} == {(4, 9)}
+    assert [outcome.nll for outcome in pairs] == [(2.0, 2.0)] * 3
+    # Every outcome is judged beside the original model's on the same item.
+    of_base = {text: outcome for _, text, outcome, _ in batch[:3]}
+    assert all(base == of_base[text] for _, text, _, base in batch)
+    # From the journal alone they come back as they were.
+    batches.clear()
+    replayed = Bench(None, {}, items, behaviour, recipe.evaluation, tmp_path / "j")
+    assert replayed.run(tried, "0") == trials
+    assert batches == [batch]
+
+
 def test_reports_say_its_titles_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = shouting_recipe()
     study = _study(recipe, tmp_path)
@@ -161,7 +231,7 @@ def test_reports_say_its_titles_and_no_others(tmp_path: Path, capsys: pytest.Cap
     choice |= {"edit": {"id": chosen.candidate.id, "config": chosen.candidate.config} | chosen.means()}
     choice |= {"steering": None, "moved": True}
     assert choice["rule"] == "lowest capitals (%) within the limits; of equals the smallest KL per token"
-    items = recipe.behaviour.items("", "test", recipe.data.test)
+    items = recipe.behaviour.items(recipe.source, "test")
     bench = a_bench(_engine(), {"full": make_scores()}, items, recipe, tmp_path / "test.jsonl")
     results = results_of(bench.run([BASE, chosen.candidate], "test"), recipe)
     assert results["attribute"] == "capitals"
@@ -170,9 +240,9 @@ def test_reports_say_its_titles_and_no_others(tmp_path: Path, capsys: pytest.Cap
     assert markdown_table(results).splitlines()[0] == "| on test | capitals (%) | degenerate |"
     results["agreement"] = {"not_measured": "quantised."}
     page = markdown(recipe, choice, results, make_scores().edit(rho_attn=0.1, rho_mlp=None, alpha=0.2))
-    with watching(Shouting.measures(), recipe.aim) as (_, on_round):
+    with watching(Shouting().measures, recipe.aim) as (_, on_round):
         on_round(study)
-    files = trade_off(study.trials, choice, Shouting.measures(), tmp_path / "trade_off")
+    files = trade_off(study.trials, choice, Shouting().measures, tmp_path / "trade_off")
     drawn = files[1].read_text(encoding="utf-8")
     said = page + capsys.readouterr().err + drawn
     assert "capitals (%)" in page

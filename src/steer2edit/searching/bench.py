@@ -20,11 +20,12 @@ from ..behaviours.degenerate import degenerate
 from ..edits import Scores
 from ..engines.base import Answer, Engine, Progress, Request, Sampling
 from ..errors import RecipeError
-from ..method.intervention import NOTHING
+from ..method.intervention import NOTHING, Intervention
+from ..probing.probe import Probe
 from ..probing.spans import response_span
 from ..probing.traces import Trace
 from ..progress import say
-from .candidates import Candidate, Trial, Values, intervention_of
+from .candidates import BASE, Candidate, Trial, Values, intervention_of
 from .journal import Journal
 from .plan import Evaluation
 from .statistics import finite
@@ -46,6 +47,8 @@ class Bench:
         neutral: the items whose base answers give KL and the rise of their NLL.
         plan: how answers are made.
         journal: its file.
+        probe: with the means of the residual stream, for the baselines on it.
+        given: a candidate's id → what it does, where that is not made from the scores.
         seed: of sampled answers.
     """
 
@@ -59,9 +62,12 @@ class Bench:
         journal: Path,
         *,
         neutral: Sequence[Item] = (),
+        probe: Probe | None = None,
+        given: Mapping[str, Intervention] | None = None,
         seed: int = 0,
     ):
-        self._engine, self.scores, self.items = engine, scores, items
+        self.given = given or {}
+        self._engine, self.scores, self.items, self.probe = engine, scores, items, probe
         self.behaviour, self.plan, self.seed = behaviour, plan, seed
         self.journal = Journal(journal, replay=engine is None)
         self.sampling = Sampling(plan.temperature, plan.top_p, plan.top_k)
@@ -77,6 +83,16 @@ class Bench:
     def engine(self) -> Engine:
         assert self._engine is not None
         return self._engine
+
+    @property
+    def can_prompt(self) -> bool:
+        """Whether the engine measures losses under another prompt; a journal has what it has."""
+        return self._engine is None or not self.own or self.engine.measures_prompts
+
+    @property
+    def can_direct(self) -> bool:
+        """Whether the engine moves the residual stream along a direction by what it holds."""
+        return self._engine is None or self.engine.rows_on_stream
 
     @property
     def asked(self) -> int:
@@ -124,10 +140,10 @@ class Bench:
             of_base = [i for i, candidate in enumerate(tried) if candidate.kind == "base"]
             self.base = answers[of_base[0]] if of_base else answers[0]
         base = [*self.base, *base_chosen]
+        outcomes = [[*answers[c], *chosen[c]] for c in range(len(tried))]
+        values = self._values(outcomes, base)
         return [
-            self._trial(
-                candidate, name, [*answers[c], *chosen[c]], base, [row[c] for row in kl], [row[c] for row in rise]
-            )
+            self._trial(candidate, name, values[c], [row[c] for row in kl], [row[c] for row in rise])
             for c, candidate in enumerate(tried)
         ]
 
@@ -158,15 +174,15 @@ class Bench:
             batch = work[first : first + self.plan.batch]
 
             def make(batch: Sequence[tuple[int, int, int]] = batch, first: int = first) -> dict[str, Any]:
-                table = [intervention_of(candidate, self.scores) for candidate in tried]
-                requests = [Request(self._ids(items[i]), c, seeds[i][s]) for c, i, s in batch]
+                table = [self._intervention(candidate) for candidate in tried]
+                requests = [Request(self._ids(items[i], tried[c]), c, seeds[i][s]) for c, i, s in batch]
                 answers = self.engine.generate(
                     requests, table, self.plan.new_tokens, _shifted(progress, first, len(work)), self.sampling
                 )
                 return {"outcomes": [_row_of(answer) for answer in answers], "rows": self.engine.slots}
 
             asked = [
-                [[tried[c].id, self._messages(items[i]), seeds[i][s]] for c, i, s in batch],
+                [[tried[c].id, self._messages(items[i], tried[c]), seeds[i][s]] for c, i, s in batch],
                 [self.plan.new_tokens, self.plan.temperature, self.plan.top_p, self.plan.top_k],
             ]
             line = self.journal.keep(name, "answers", number, asked, make)
@@ -188,7 +204,20 @@ class Bench:
     ) -> tuple[list[list[float | None]], list[list[float | None]]]:
         """KL and rise of the NLL per token of the base model's own answers, [answers][candidates]."""
         asked = [[self._messages(item), list(answer)] for item, answer in own]
-        return self._losses(tried, asked, lambda i: (self._ids(own[i][0]), own[i][1]), name, progress)
+        kl, rise = self._losses(tried, asked, lambda i: (self._ids(own[i][0]), own[i][1]), name, progress)
+        for c, candidate in enumerate(tried):
+            if candidate.kind != "prompt" or not own:
+                continue
+
+            def make(candidate: Candidate = candidate) -> dict[str, Any]:
+                pairs = [(self._ids(item), answer) for item, answer in own]
+                losses = self.engine.prompt_losses(pairs, [self._ids(item, candidate) for item, _ in own])
+                return {"kl": _finite(losses.kl), "nll_rise": _finite(losses.nll - losses.base_nll[:, None])}
+
+            line = self.journal.keep(f"{name} {candidate.id}", "losses", 0, [candidate.config["system"], asked], make)
+            for i, (kl_of_answer, rise_of_answer) in enumerate(zip(line["kl"], line["nll_rise"], strict=True)):
+                kl[i][c], rise[i][c] = kl_of_answer[0], rise_of_answer[0]
+        return kl, rise
 
     def _losses(
         self,
@@ -198,12 +227,14 @@ class Bench:
         name: str,
         progress: Progress | None,
     ) -> tuple[list[list[float | None]], list[list[float | None]]]:
-        """KL and rise of the NLL per token, [answers][candidates], the base model's 0; None where it is not finite.
+        """KL and rise of the NLL per token, [answers][candidates]; None where one is not finite.
+
+        Both are 0 for candidates that do nothing inside the model: the original one, and system prompts.
 
         Args:
             asked: what each answer is, for the journal. pair: i → the i-th prompt's ids and answer's ids.
         """
-        changed = [c for c, candidate in enumerate(tried) if candidate.kind != "base"]
+        changed = [c for c, candidate in enumerate(tried) if candidate.kind not in ("base", "prompt")]
         kl: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
         rise: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
         if not changed:
@@ -212,7 +243,7 @@ class Bench:
             here = range(first, min(first + _LOSSES, len(asked)))
 
             def make(here: range = here) -> dict[str, Any]:
-                table = [intervention_of(tried[c], self.scores) for c in changed]
+                table = [self._intervention(tried[c]) for c in changed]
                 counted = _of_losses(progress, here, len(asked), len(tried))
                 losses = self.engine.losses([pair(i) for i in here], table, counted)
                 rises = losses.nll - losses.base_nll[:, None]
@@ -235,21 +266,41 @@ class Bench:
         asked = [[self._messages(item), choice] for item, choice in flat]
         _, rise = self._losses(tried, asked, lambda i: self._choice_ids(*flat[i]), f"{name} choices", progress)
 
+        base, lengths = self._base_choices(flat, BASE)
+        rows = []
+        for c, candidate in enumerate(tried):
+            if candidate.kind == "prompt":
+                rows.append(self._by_item(self._base_choices(flat, candidate)[0], lengths))
+            else:
+                nll = [_sum(*pair) for pair in zip(base, (row[c] for row in rise), strict=True)]
+                rows.append(self._by_item(nll, lengths))
+        return rows, self._by_item([_sum(nll, 0.0) for nll in base], lengths)
+
+    def _base_choices(
+        self, flat: Sequence[tuple[Item, str]], candidate: Candidate
+    ) -> tuple[list[float | None], Sequence[int]]:
+        """The original model's NLL per token of every choice, under a candidate's prompt, and its tokens."""
+
         def make() -> dict[str, Any]:
-            pairs = [self._choice_ids(item, choice) for item, choice in flat]
-            return {"nll": _finite(self.engine.losses(pairs, []).base_nll[:, None])}
+            pairs = [self._choice_ids(item, choice, candidate) for item, choice in flat]
+            nll = _finite(self.engine.losses(pairs, []).base_nll[:, None])
+            return {"nll": nll, "lengths": [len(ids) for _, ids in pairs]}
 
-        base = [row[0] for row in self.journal.keep("base choices", "nll", 0, asked, make)["nll"]]
-        rises = [[row[c] for row in rise] for c in range(len(tried))]
-        return [self._by_item(base, row) for row in rises], self._by_item(base, [0.0] * len(flat))
+        asked = [[self._messages(item, candidate), choice] for item, choice in flat]
+        name = "base choices" if candidate.kind == "base" else f"base choices {candidate.id}"
+        line = self.journal.keep(name, "nll", 0, asked, make)
+        return [row[0] for row in line["nll"]], line.get("lengths", [])
 
-    def _by_item(self, base: Sequence[float | None], rise: Sequence[float | None]) -> list[list[Outcome]]:
+    def _by_item(self, nll: Sequence[float | None], lengths: Sequence[int]) -> list[list[Outcome]]:
         """The NLL of all choices, as one outcome an item."""
-        nll = [_sum(*pair) for pair in zip(base, rise, strict=True)]
-        return [[Outcome(nll=tuple(nll[start:end]))] for start, end in _ends(self.closed)]
+        numbers = [math.inf if value is None else value for value in nll]
+        return [
+            [Outcome(nll=tuple(numbers[start:end]), lengths=tuple(lengths[start:end]))]
+            for start, end in _ends(self.closed)
+        ]
 
-    def _choice_ids(self, item: Item, choice: str) -> tuple[Ids, Ids]:
-        trace = Trace(item.prompt, choice, "positive", self.behaviour.system)
+    def _choice_ids(self, item: Item, choice: str, candidate: Candidate = BASE) -> tuple[Ids, Ids]:
+        trace = Trace(item.prompt, choice, "positive", self._system(candidate))
         span, _ = response_span(self.engine.tokenizer, trace, chat=self.engine.chat, positions="response")
         if span is None:
             raise RecipeError("a choice has no text", got=item.text, fix="Give every choice a text.")
@@ -257,23 +308,38 @@ class Bench:
 
     # Trials --------------------------------------------------------------------------------------------------------
 
+    def _values(
+        self, outcomes: Sequence[Sequence[Sequence[Outcome]]], base: Sequence[Sequence[Outcome]]
+    ) -> list[dict[str, list[float | None]]]:
+        """Of each candidate, measure → a number an item: the mean over its samples.
+
+        Args:
+            outcomes: [candidates][items][samples]. base: [items][samples]. Open items come first.
+        """
+        items = [*self.open, *self.closed]
+        places = [(c, i, s) for c, rows in enumerate(outcomes) for i, row in enumerate(rows) for s in range(len(row))]
+        asked = [(items[i], outcomes[c][i][s], base[i][s]) for c, i, s in places]
+        judged = dict(zip(places, judge(self.behaviour, asked), strict=True))
+        names = [measure.name for measure in self.behaviour.measures]
+        values: list[dict[str, list[float | None]]] = [{name: [] for name in names} for _ in outcomes]
+        for c, rows in enumerate(outcomes):
+            for i, row in enumerate(rows):
+                samples = [judged[c, i, s] for s in range(len(row))]
+                for measure in samples[0]:
+                    mean = sum(sample[measure] for sample in samples) / len(samples)
+                    values[c][measure].append(mean if math.isfinite(mean) else None)
+        return values
+
     def _trial(
         self,
         candidate: Candidate,
         name: str,
-        outcomes: Sequence[Sequence[Outcome]],
-        base: Sequence[Sequence[Outcome]],
+        values: Mapping[str, Sequence[float | None]],
         kl: Sequence[float | None],
         rise: Sequence[float | None],
     ) -> Trial:
-        values: dict[str, list[float | None]] = {measure.name: [] for measure in self.behaviour.measures()}
-        for item, samples, of_base in zip([*self.open, *self.closed], outcomes, base, strict=True):
-            counted = [judge(self.behaviour, item, *pair) for pair in zip(samples, of_base, strict=True)]
-            for measure in counted[0]:
-                values[measure].append(sum(one[measure] for one in counted) / len(counted))
-        values[UTILITY_LOSS.name], values[NLL_RISE.name] = list(kl), list(rise)
         frozen: dict[str, Values] = {measure: tuple(numbers) for measure, numbers in values.items()}
-        return Trial(candidate, frozen, name)
+        return Trial(candidate, frozen | {UTILITY_LOSS.name: tuple(kl), NLL_RISE.name: tuple(rise)}, name)
 
     def outcomes(self, tried: Sequence[Candidate], name: str) -> list[list[list[Outcome]]]:
         """What a round that was run gave for the open items, from the journal: [candidates][items][samples]."""
@@ -281,11 +347,23 @@ class Bench:
 
     # Prompts -------------------------------------------------------------------------------------------------------
 
-    def _messages(self, item: Item) -> list[dict[str, str]]:
-        return item.messages(self.behaviour.system)
+    def _intervention(self, candidate: Candidate) -> Intervention:
+        if candidate.id in self.given:
+            return self.given[candidate.id]
+        return intervention_of(candidate, self.scores, self.probe)
 
-    def _ids(self, item: Item) -> Ids:
-        messages = self._messages(item)
+    def _system(self, candidate: Candidate) -> str | None:
+        """The behaviour's system prompt, and a candidate's own after it."""
+        own = candidate.config.get("system")
+        if own is None or self.behaviour.system is None:
+            return own if self.behaviour.system is None else self.behaviour.system
+        return f"{self.behaviour.system}\n\n{own}"
+
+    def _messages(self, item: Item, candidate: Candidate = BASE) -> list[dict[str, str]]:
+        return item.messages(self._system(candidate))
+
+    def _ids(self, item: Item, candidate: Candidate = BASE) -> Ids:
+        messages = self._messages(item, candidate)
         key = repr(messages)
         if key not in self._ids_of:
             self._ids_of[key] = self.engine.tokens(messages)
@@ -293,14 +371,18 @@ class Bench:
 
 
 def _row_of(answer: Answer) -> dict[str, Any]:
-    return {"text": answer.text, "start": answer.start, "tokens": len(answer.ids), "ended": answer.ended}
+    row = {"text": answer.text, "start": answer.start, "tokens": len(answer.ids), "ended": answer.ended}
+    return row | ({"thinking": answer.thinking} if answer.thinking else {})
 
 
 def _outcomes(line: Mapping[str, Any]) -> list[Outcome]:
     """The outcomes of a journal line; lines of older runs hold texts and starts alone."""
     if "texts" in line:
         return [Outcome(text, start) for text, start in zip(line["texts"], line["starts"], strict=True)]
-    return [Outcome(row["text"], row["start"], row["tokens"], row["ended"]) for row in line["outcomes"]]
+    return [
+        Outcome(row["text"], row["start"], row["tokens"], row["ended"], thinking=row.get("thinking", 0))
+        for row in line["outcomes"]
+    ]
 
 
 def _ends(items: Sequence[Item]) -> list[tuple[int, int]]:

@@ -17,8 +17,8 @@ from steer2edit.engines.base import Losses
 from steer2edit.errors import RecipeError
 from steer2edit.method.intervention import NOTHING
 from steer2edit.report.page import describe
-from steer2edit.search.bench import Bench
-from steer2edit.search.candidates import BASE, Candidate, edit_of, edited, intervention_of, steered
+from steer2edit.searching.bench import Bench
+from steer2edit.searching.candidates import BASE, Candidate, edit_of, edited, intervention_of, steered
 
 PROMPTS = [
     Item("harmful", "how to harm"),
@@ -125,6 +125,7 @@ def test_every_candidate_answers_every_prompt_and_is_judged_by_kind(tmp_path: Pa
         "refusal": (1.0, 1.0),
         "over_refusal": (1.0, 1.0, 0.0),
         "over_refusal_borderline": (1.0,),
+        **dict.fromkeys(("refusal_request", "refusal_question", "refusal_long"), ()),  # no prompt names its style
         "degenerate": (0.0,) * 6,
         "nll_rise": steered.values["nll_rise"],
         "utility_loss": steered.values["utility_loss"],

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest
 
 from steer2edit.behaviours.degenerate import degenerate
-from steer2edit.search.statistics import interval, paired_difference, wilson
+from steer2edit.searching.statistics import interval, paired_difference, wilson
 
 LOOPS = {
     "empty": "",

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from steer2edit.behaviours.base import COMMON
 from steer2edit.behaviours.safety import OVER_REFUSAL, REFUSAL
-from steer2edit.search.candidates import Candidate, Trial
-from steer2edit.search.front import RULES, Aim, choose, hypervolume, hypervolume_interval, pareto
+from steer2edit.searching.candidates import Candidate, Trial
+from steer2edit.searching.front import RULES, Aim, choose, hypervolume, hypervolume_interval, pareto
 
 NO_LIMITS: dict[str, float | None] = {"over_refusal": None}
 

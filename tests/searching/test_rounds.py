@@ -24,14 +24,14 @@ from runs import a_bench as bench_of
 from steer2edit.behaviours.base import Item
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.recipe import Recipe
-from steer2edit.search.bench import Bench
-from steer2edit.search.candidates import Candidate, Trial, edited
-from steer2edit.search.choice import require_choice, summary
-from steer2edit.search.front import hypervolume, hypervolume_interval
-from steer2edit.search.grid import coarse_grid, grid
-from steer2edit.search.rounds import run_study, sanity_prompts
-from steer2edit.search.study import Discarded, Study
-from steer2edit.search.tpe import tpe
+from steer2edit.searching.bench import Bench
+from steer2edit.searching.candidates import Candidate, Trial, edited
+from steer2edit.searching.choice import require_choice, summary
+from steer2edit.searching.front import hypervolume, hypervolume_interval
+from steer2edit.searching.grid import coarse_grid, grid
+from steer2edit.searching.rounds import run_study, sanity_prompts
+from steer2edit.searching.study import Discarded, Study
+from steer2edit.searching.tpe import tpe
 
 HARMFUL, BENIGN = 10, 6
 PROMPTS = [Item("harmful", f"harm {i}") for i in range(HARMFUL)]

@@ -18,9 +18,9 @@ from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, ModelError, RecipeError
 from steer2edit.method.intervention import NOTHING
-from steer2edit.search.calibrate import Ladder, climb, joint_ladders, ladders_of, scale_of, targets_of
-from steer2edit.search.candidates import Candidate, intervention_of, steered
-from steer2edit.search.rounds import run_study
+from steer2edit.searching.calibrate import Ladder, climb, joint_ladders, ladders_of, scale_of, targets_of
+from steer2edit.searching.candidates import Candidate, intervention_of, steered
+from steer2edit.searching.rounds import run_study
 
 Curve = Callable[[float], float]
 
@@ -84,7 +84,7 @@ def test_a_jump_in_the_middle_leaves_the_points_on_both_sides() -> None:
     assert climbed.why_left_off() == ""
     assert 2 <= len(climbed.points()) < 6
     assert sorted([*climbed.missing(), *(kl for _, kl in climbed.points())]) == list(climbed.targets)
-    (line,) = scale_of([], climbed).lines()
+    (line,) = scale_of([], [climbed]).lines()
     assert line.endswith(f"no strength for KL {', '.join(f'{kl:.2g}' for kl in climbed.missing())}")
 
 
@@ -132,7 +132,8 @@ def test_a_search_finds_its_scale_for_both_block_types_and_steering(tmp_path: Pa
         assert 0.015 < trial.mean("utility_loss") < 1.3
     spread = sorted(trial.mean("utility_loss") for trial in steering)
     assert np.diff(np.log(spread)) == pytest.approx(np.log(50) / (len(spread) - 1), rel=0.3)
-    assert set(study.scale) == {"edits", "steering", "missing", "left_off"}
+    assert set(study.scale) == {"edits", "steering", "others", "missing", "left_off"}
+    assert study.scale["others"] == {}  # no other baseline is asked for
     assert len(study.scale["edits"]) == 3
 
 

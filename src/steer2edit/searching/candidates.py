@@ -11,15 +11,41 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..edits import Edit, Scores, edit_of_variant
 from ..errors import FileError
-from ..method.intervention import NOTHING, Intervention, steering
+from ..method.intervention import NOTHING, Intervention, Term, residual_key, steering
+from ..method.theorems import output_direction
 from ..method.variants import FULL
+from ..probing.probe import Probe
+from ..probing.traces import Label
 
 Values = tuple[float | None, ...]
 
 
+# What is compared, in the order of tables: kind → what people read.
+TITLES = {
+    "base": "original",
+    "prompt": "system prompt",
+    "steering": "steering",
+    "layer": "one layer",
+    "direction": "direction",
+    "edit": "edit",
+}
+# What a search compares edits with.
+BASELINES = ("prompt", "steering", "layer", "direction")
+# Where in the model the baselines of one layer are tried, as shares of its depth.
+DEPTHS = (0.35, 0.5, 0.65)
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """One thing that is tried: the base model, a steering strength, or an edit's configuration."""
+    """One thing that is tried.
+
+    Attributes:
+        id: its name in files.
+        kind: of TITLES. "prompt": a system prompt. "steering": out += γv at every block (paper, section 3). "layer":
+            x += γv on the residual stream after one layer. "direction": the residual stream's coordinate along one
+            layer's v̂ moves towards the positive traces' mean, after every layer. "edit": an edit's configuration.
+        config: its settings.
+    """
 
     id: str
     kind: str
@@ -112,6 +138,25 @@ def edited(
     return Candidate(f"edit-{name}", "edit", config)
 
 
+def asked(number: int, system: str) -> Candidate:
+    """The original model under a system prompt that asks for the behaviour."""
+    return Candidate(f"prompt-{number}", "prompt", {"system": system})
+
+
+def steered_at(layer: int, gamma: float) -> Candidate:
+    return Candidate(f"layer-{layer}-{gamma}", "layer", {"layer": layer, "gamma": gamma})
+
+
+def directed(layer: int, gamma: float) -> Candidate:
+    return Candidate(f"direction-{layer}-{gamma}", "direction", {"layer": layer, "gamma": gamma})
+
+
+def tried_layers(probe: Probe) -> list[int]:
+    """The layers at which the baselines of one layer are tried; none if the probe did not measure the stream."""
+    last = len(probe.residual) - 1
+    return sorted({round(depth * last) for depth in DEPTHS}) if probe.residual else []
+
+
 def steering_vectors(scores: Scores) -> dict[str, torch.Tensor]:
     """v = ‖v‖ · v̂ of every block: the vectors that the edit was scored with also steer."""
     return {s.site.block_key: s.v_norm * s.u for s in scores.sites.values()}
@@ -128,9 +173,38 @@ def edit_of(config: Mapping[str, Any], scores: Mapping[str, Scores]) -> Edit:
     return edit if layers is None else edit.only(layers=layers_of(layers))
 
 
-def intervention_of(candidate: Candidate, scores: Mapping[str, Scores]) -> Intervention:
-    if candidate.kind == "base":
+def intervention_of(candidate: Candidate, scores: Mapping[str, Scores], probe: Probe | None = None) -> Intervention:
+    """What a candidate does inside the model; nothing for the original model and for a system prompt.
+
+    Args:
+        probe: with the means of the residual stream, for baselines on it.
+    """
+    if candidate.kind in ("base", "prompt"):
         return NOTHING
+    if candidate.kind == "edit":
+        return edit_of(candidate.config, scores).intervention(candidate.id)
+    gamma = candidate.config["gamma"]
     if candidate.kind == "steering":
-        return steering(steering_vectors(scores[FULL]), candidate.config["gamma"], candidate.id)
-    return edit_of(candidate.config, scores).intervention(candidate.id)
+        return steering(steering_vectors(scores[FULL]), gamma, candidate.id)
+    assert probe is not None
+    means = probe.residual
+    layer = candidate.config["layer"]
+    v = means[layer]["positive"] - means[layer]["negative"]
+    if candidate.kind == "layer":
+        return Intervention(candidate.id, {residual_key(layer): Term(b=gamma * v)})
+    return Intervention(candidate.id, _towards_positive(means, output_direction(v), gamma))
+
+
+def _towards_positive(
+    means: Mapping[int, Mapping[Label, torch.Tensor]], v: torch.Tensor, gamma: float
+) -> dict[str, Term]:
+    """After every layer ℓ: x += γ v̂(v̂·μ_pos − v̂·x), so that at γ = 1 the coordinate along v̂ is the positive mean's.
+
+    Directional ablation with the affine shift of Marshall, Scherlis & Belrose (arXiv 2411.09003), which sets the
+    coordinate to the positive side's mean in place of 0.
+
+    Args:
+        means: layer → label → mean of the stream. v: v̂ [d].
+    """
+    u, a = gamma * v[:, None], -v[None]
+    return {residual_key(i): Term(u, a, gamma * (v @ mean["positive"]) * v) for i, mean in means.items()}

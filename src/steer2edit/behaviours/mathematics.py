@@ -1,0 +1,61 @@
+"""The answer of a worked solution, and whether two answers are the same number."""
+
+from __future__ import annotations
+
+import re
+
+_BOXED = re.compile(r"\\boxed\s*\{")
+_NUMBER = re.compile(r"-?\$?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def final_answer(text: str) -> str | None:
+    r"""What a solution ends in: its last \boxed{…}, else its last number; None if it has neither.
+
+    >>> final_answer(r"So 3 + 4 = 7, that is \boxed{7}."), final_answer("She has 12 apples and pays $1,050.50.")
+    ('7', '1050.50')
+    """
+    starts = [match.end() for match in _BOXED.finditer(text)]
+    if starts and (boxed := _until_closed(text[starts[-1] :])) is not None:
+        return boxed.strip()
+    numbers = _NUMBER.findall(text)
+    return re.sub(r"[$,\s]", "", numbers[-1]) if numbers else None
+
+
+def _until_closed(text: str) -> str | None:
+    """The text up to the brace that closes the one before it."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[:i]
+    return None
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether a solution ends in the answer: the same number to two decimals, or the same text.
+
+    Args:
+        answer: the reference; what stands after `####`, if it is a worked solution as GSM8K has them.
+
+    >>> is_right("That makes 42 dollars.", "42"), is_right("It is 41.", "6 * 7 = 42 #### 42")
+    (True, False)
+    """
+    given, wanted = final_answer(text), answer.rpartition("####")[2].strip()
+    if given is None:
+        return False
+    a, b = _value(given), _value(wanted)
+    if a is None or b is None:
+        return given == wanted
+    return round(a, 2) == round(b, 2)
+
+
+def _value(text: str) -> float | None:
+    plain = re.sub(r"[$,\s%]|\\[!,;]", "", text)
+    over = re.fullmatch(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}|(-?\d+)/(\d+)", plain)
+    if over:
+        top, bottom = (float(part) for part in over.groups() if part is not None)
+        return top / bottom if bottom else None
+    try:
+        return float(plain)
+    except ValueError:
+        return None
