@@ -59,6 +59,7 @@ def small_recipe(model: str, behaviour: Mapping[str, Any], **changes: Any) -> Re
             "rho_attn": [0.1, 0.3],
             "rho_mlp": [None],
             "alpha": [0.2],
+            "variants": ["full"],
             "steering": [0.1, 0.4],
             "baselines": [],
             "limits": {"degenerate": None, "utility_loss": None},

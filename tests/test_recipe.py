@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from runs import tiny_recipe
+from steer2edit.behaviours.base import SPLITS
 from steer2edit.engines import plan
 from steer2edit.errors import FileError, RecipeError
 from steer2edit.models.architectures import Architecture, Experts, Heads
@@ -46,11 +48,14 @@ def test_every_shipped_recipe_parses_and_starts_with_a_line_that_says_what_it_is
     assert shipped_recipes()[name].startswith("# ")
 
 
-def test_the_demo_switches_mlp_edits_off_and_asks_for_as_many_prompts_as_there_are() -> None:
+def test_the_demo_switches_mlp_edits_off_and_asks_for_no_more_prompts_than_there_are() -> None:
     recipe = load_recipe("demo")
     assert recipe.search.rho_mlp == [None]
     assert recipe.model.name == "embedded:smollm2-135m-instruct"
-    assert recipe.data.probe == {"harmful": 80, "benign": 80}
+    assert recipe.data.probe == {"harmful": 80, "benign": 80, "borderline": 80}
+    for split in SPLITS:
+        asked = getattr(recipe.data, split)
+        assert Counter(item.kind for item in recipe.behaviour.items(recipe.source, split)) == asked
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,7 @@ def test_the_sections_search_and_data_may_be_left_out_where_defaults_do() -> Non
     recipe = parse_recipe(raw)
     assert recipe == parse_recipe(raw | {"search": {}})
     assert (recipe.search.rho_attn, recipe.search.rho_mlp, recipe.search.steering) == ("auto", "auto", "auto")
-    assert recipe.search.baselines == ["prompt", "layer", "direction"]
+    assert recipe.search.baselines == ["system", "layer", "direction"]
     del raw["data"]  # safety has prompts and the probe's counts by default, and no others
     with pytest.raises(RecipeError, match=r"^the recipe has no data\.validation \(got: nothing\)"):
         parse_recipe(raw)
@@ -317,7 +322,7 @@ def test_a_behaviour_that_is_none_is_refused_with_those_that_are_known(name: Any
 
 @pytest.mark.parametrize(
     ("baselines", "kept"),
-    [([], []), (["direction"], ["direction"]), (["layer", "prompt"], ["layer", "prompt"])],
+    [([], []), (["direction"], ["direction"]), (["layer", "system"], ["layer", "system"])],
 )
 def test_a_recipe_says_which_baselines_there_are(baselines: list[str], kept: list[str]) -> None:
     assert parse_recipe(_with("search.baselines", baselines)).search.baselines == kept

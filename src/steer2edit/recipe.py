@@ -70,9 +70,11 @@ def _behaviour(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("Write the behaviour's name and its options as keys")
     name = value.get("name", "safety")
-    if name not in BEHAVIOURS:
+    if not isinstance(name, str) or name not in BEHAVIOURS:
         raise RecipeError(
-            "the recipe's behaviour.name is not known", got=name, fix=nearest(str(name), list(BEHAVIOURS), "Known")
+            "the recipe's behaviour.name is not known",
+            got=str(name),
+            fix=nearest(name if isinstance(name, str) else "", list(BEHAVIOURS), "Known"),
         )
     return parse(BEHAVIOURS[name], value, under="behaviour")
 
@@ -95,29 +97,26 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, raw: Any) -> Any:
-        """The prompts and the probe's counts that the behaviour has by default."""
+        """What the behaviour has by default: prompts, counts, and keys of other sections."""
         if not isinstance(raw, dict):
             return raw
-        raw = {"behaviour": {}, "data": {}, "search": {}, **raw}
-        data, evaluation = raw["data"], raw.get("evaluation")
-        section = raw["behaviour"]
+        raw = {"behaviour": {}, "data": {}, "search": {}, "evaluation": {}, "utility": {}, **raw}
+        section, evaluation = raw["behaviour"], raw["evaluation"]
         if isinstance(section, dict) and section.get("name") == "brevity" and isinstance(evaluation, dict):
-            raw["behaviour"] = {"longest": evaluation.get("new_tokens", 24)} | section
-        if isinstance(data, dict):
-            behaviour = _behaviour(raw["behaviour"])
-            defaults: dict[str, Any] = {"prompts": behaviour.prompts}
-            for split in SPLITS:
-                counts = getattr(behaviour, split)
-                defaults[split] = None if counts is None else dict(counts)
-                if isinstance(data.get(split), int) and len(behaviour.kinds) == 1:
-                    data = data | {split: {behaviour.kinds[0]: data[split]}}
-            raw["data"] = {key: value for key, value in defaults.items() if value is not None} | data
-            if behaviour.evaluation:
-                raw["evaluation"] = {**behaviour.evaluation, **(raw.get("evaluation") or {})}
-            if behaviour.search and isinstance(raw["search"], dict):
-                raw["search"] = {**behaviour.search, **raw["search"]}
-            if behaviour.neutral_prompts is not None:
-                raw["utility"] = {"prompts": behaviour.neutral_prompts} | raw.get("utility", {})
+            raw["behaviour"] = {"longest": evaluation.get("new_tokens", Evaluation().new_tokens)} | section
+        behaviour = _behaviour(raw["behaviour"])
+        data: dict[str, Any] = {} if behaviour.prompts is None else {"prompts": behaviour.prompts}
+        for split in SPLITS:
+            if (counts := getattr(behaviour, split)) is not None:
+                data[split] = dict(counts)
+        if isinstance(raw["data"], dict) and len(behaviour.kinds) == 1:
+            numbers = {split: n for split in SPLITS if isinstance(n := raw["data"].get(split), int)}
+            raw["data"] = raw["data"] | {split: {behaviour.kinds[0]: n} for split, n in numbers.items()}
+        utility = {} if behaviour.neutral_prompts is None else {"prompts": behaviour.neutral_prompts}
+        defaults = {"data": data, "evaluation": behaviour.evaluation, "search": behaviour.search, "utility": utility}
+        for key, values in defaults.items():
+            if isinstance(raw[key], dict):
+                raw[key] = {**values, **raw[key]}
         return raw
 
     @model_validator(mode="after")
@@ -144,6 +143,12 @@ class Recipe(Section):
                 )
         if self.data.prompts is None and not self.behaviour.divides:
             raise RecipeError("the recipe has no data.prompts", got="nothing", fix="Add the key data.prompts.")
+        if self.data.test_prompts is not None and not self.behaviour.second_file:
+            raise RecipeError(
+                f"the behaviour {self.behaviour.name} does not read data.test_prompts",
+                got=self.data.test_prompts,
+                fix="Write `split` into each line of data.prompts.",
+            )
         names = [measure.name for measure in self.behaviour.measures]
         for name in self.search.limits:
             if name not in names:
@@ -164,7 +169,7 @@ class Recipe(Section):
         s = self.search
         default = self.behaviour.limits
         limits = {m: s.limits.get(m.name, default.get(m.name, m.limit)) for m in self.behaviour.measures}
-        return Aim(self.behaviour.attribute, limits, s.rule, s.tolerance, s.reference)
+        return Aim(self.behaviour.attribute, limits, s.rule, s.tolerance, s.reference, self.behaviour.ranked)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

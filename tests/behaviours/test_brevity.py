@@ -283,9 +283,10 @@ def test_problems_that_differ_in_signs_alone_are_different_problems(tmp_path: Pa
     assert len(items) == len(set(items)) >= 11
 
 
-def test_an_answer_is_a_text_or_left_out(tmp_path: Path) -> None:
-    rows = [{"question": f"Problem {i}?"} for i in range(9)]
-    assert {item.target for item in brevity().items(_source(_file(tmp_path, rows)), "test")} == {None}
+def test_an_answer_is_a_text(tmp_path: Path) -> None:
+    rows = [{"question": f"Problem {i}?", "answer": "7"} for i in range(9)]
+    with pytest.raises(FileError, match=r"line 10 of problems\.jsonl is no question"):
+        brevity().items(_source(_file(tmp_path, [*rows, {"question": "P?"}])), "test")
     with pytest.raises(FileError) as error:
         brevity().items(_source(_file(tmp_path, [*rows, {"question": "P?", "answer": 42}])), "test")
     assert three_parts(error.value) == (
@@ -316,14 +317,12 @@ def _trial(values: Mapping[str, float]) -> Trial:
     return Trial(Candidate("edit", "edit", {}), common | {name: (x,) for name, x in values.items()}, "0")
 
 
-def test_problems_without_answers_can_be_searched() -> None:
-    """What cannot be measured limits nothing by default."""
+def test_an_edit_that_loses_right_answers_is_not_allowed_by_default() -> None:
     recipe = parse_recipe({"name": "a", "model": {"name": "m"}, "behaviour": {"name": "brevity"}})
     item = Item(PROBLEM, "Q", target="42")
     right, wrong, base = Outcome("42", tokens=3), Outcome("7", tokens=3), Outcome("It is 42", tokens=30)
     assert recipe.aim.allows(_trial(recipe.behaviour.measure(item, right, base)))
-    assert not recipe.aim.allows(_trial(recipe.behaviour.measure(item, wrong, base)))  # it lost the right answer
-    assert recipe.aim.allows(_trial(recipe.behaviour.measure(Item(PROBLEM, "Q"), right, base)))
+    assert not recipe.aim.allows(_trial(recipe.behaviour.measure(item, wrong, base)))
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,10 @@ def test_validation_has_two_choices_and_test_all(tmp_path: Path) -> None:
         assert {item.kind for item in closed} == {CHOICE}
         assert [item.text for item in opened] == [item.text for item in closed][:3]
     for item in validation[3:]:
-        assert (item.choices, item.target) == ((f"True {_number(item)}.1", f"False {_number(item)}.0"), 1)
+        assert (item.choices, item.target) == ((f"True {_number(item)}.1", f"False {_number(item)}.0"), [1, False])
     for item in test[3:]:
         wanted = ("True {}.1", "True {}.0", "False {}.0", "False {}.1")  # the best answer first, and once
-        assert (item.choices, item.target) == (tuple(text.format(_number(item)) for text in wanted), 2)
+        assert (item.choices, item.target) == (tuple(text.format(_number(item)) for text in wanted), [2, True])
 
 
 def test_no_question_need_be_answered_freely(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_answers_that_stand_twice_are_one_choice(tmp_path: Path) -> None:
     row = {"question": "Q?", "best_answer": "Yes.", "correct_answers": ["Sure.", "Yes.", "Sure."]}
     rows = [row | {"question": f"Q {i}?", "incorrect_answers": ["No.", "No."]} for i in range(9)]
     (item, *_) = truthfulness(opened=0).items(_source(write_rows(tmp_path / "q.jsonl", rows)), "test")
-    assert (item.choices, item.target) == (("Yes.", "Sure.", "No."), 2)
+    assert (item.choices, item.target) == (("Yes.", "Sure.", "No."), [2, True])
 
 
 def test_a_seed_divides_in_one_way_and_another_in_another(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_test_questions_can_have_a_file_of_their_own(tmp_path: Path) -> None:
     assert [_number(item) for item in behaviour.items(few, "test")] == [100, 101]
     with pytest.raises(RecipeError) as error:
         behaviour.items(_source(path, test_prompts=other, test=7), "test")
-    assert three_parts(error.value) == (f"{other} has too few questions", "6, 7 asked", "Ask for fewer.")
+    assert three_parts(error.value) == ("test.jsonl has too few lines", "6, 7 asked", "Ask for fewer.")
 
 
 def test_a_question_in_both_files_is_a_leak(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_a_question_in_both_files_is_a_leak(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         truthfulness().items(_source(_file(tmp_path), test_prompts=other), "probe")
     assert three_parts(error.value) == (
-        "a question stands in data.prompts and in data.test_prompts",
-        "'question 3'",
-        "Leave it in one of them: test questions must be new to everything before.",
+        "the same prompt stands in data.prompts and in data.test_prompts",
+        "1, such as 'question 3'",
+        "Leave it in one of them: test prompts must be new to everything before.",
     )
 
 
@@ -193,7 +193,7 @@ def test_the_bundled_questions_fit() -> None:
     where = _source("builtin:misconceptions")
     items = {split: truthfulness().items(where, split) for split in SPLITS}
     assert [len({item.text for item in items[split]}) for split in SPLITS] == [60, 40, 80]
-    assert all(len(item.choices) > item.target >= 1 for item in items["test"] if item.kind == CHOICE)
+    assert all(len(item.choices) > item.target[0] >= 1 for item in items["test"] if item.kind == CHOICE)
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def _outcome(*choices: tuple[float, int]) -> Outcome:
 
 
 def _measure(correct: int, *choices: tuple[float, int]) -> Mapping[str, float]:
-    item = Item(CHOICE, "Q?", tuple(f"choice {i}" for i in range(len(choices))), correct)
+    item = Item(CHOICE, "Q?", tuple(f"choice {i}" for i in range(len(choices))), [correct, len(choices) > 2])
     return truthfulness().measure(item, _outcome(*choices), Outcome())
 
 
@@ -316,7 +316,7 @@ def _by_hand(
     values: dict[str, list[float]] = {name: [] for name in ("truthful", "margin", "mc1", "mc2")}
     for item in items:
         scored = [nll_by_hand(model, tokenizer, prompt(item), choice) for choice in item.choices]
-        correct = item.target
+        correct = item.target[0]
         whole = [-nll * count for nll, count in scored]
         p = [math.exp(x - max(whole)) for x in whole]
         values["truthful"].append(float(scored[0][0] < scored[correct][0]))

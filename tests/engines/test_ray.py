@@ -160,7 +160,7 @@ def test_a_run_on_the_cluster_chooses_what_a_run_here_chooses(
 ) -> None:
     be_quiet()
     changes = {"search__method": "tpe", "search__trials": 6, "search__at_once": 3}
-    changes["search__baselines"] = ["prompt", "layer", "direction"]
+    changes["search__baselines"] = ["system", "layer", "direction"]
     raw = tiny_recipe(section.name, **changes).model_dump(mode="json")
     raw["search"]["rho_attn"] = [0.1, 0.5]
     for name, engine in (("here", {}), ("there", {"distributed": "ray", "address": cluster.address})):
@@ -176,7 +176,7 @@ def test_a_run_on_the_cluster_chooses_what_a_run_here_chooses(
     assert agree[0] == {block: pytest.approx(cosine, abs=1e-4) for block, cosine in agree[1].items()}
     ours, theirs = (read_json(tmp_path / name / "choice.json") for name in ("here", "there"))
     assert ours["edit"]["config"] == theirs["edit"]["config"]
-    for kind in ("steering", "prompt", "layer", "direction"):
+    for kind in ("steering", "system", "layer", "direction"):
         assert ours[kind]["config"] == theirs[kind]["config"]
     trials = [read_jsonl(tmp_path / name / "search/trials.jsonl") for name in ("here", "there")]
     assert [t["id"] for t in trials[0]] == [t["id"] for t in trials[1]]

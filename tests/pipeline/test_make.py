@@ -32,8 +32,9 @@ SMALL = [
     "data.test=4",
     "search.rho_attn=[0.02,0.1]",
     "search.rho_mlp=[off]",
+    "search.variants=[full]",
     "search.steering=[0.1]",
-    "search.baselines=[prompt]",
+    "search.baselines=[system]",
     "search.limits={degenerate: null, utility_loss: null}",
     "evaluation.new_tokens=4",
     "evaluation.utility_prompts=2",
@@ -97,7 +98,7 @@ def test_the_recipe_that_it_writes_is_the_run(
     assert _make(monkeypatch, model, more, less, out, *options, "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert results == read_json(out / "evaluation/results.json")
-    assert (results["attribute"], list(results["systems"])) == ("preference", ["base", "prompt", "steering", "edit"])
+    assert (results["attribute"], list(results["systems"])) == ("preference", ["base", "system", "steering", "edit"])
     assert results["systems"]["base"]["preference"]["n"] in (4, 3, 2, 1)
     assert Edit.load(out / "edit.safetensors").edited()
     assert (out / "adapter" / "adapter_model.safetensors").is_file()

@@ -25,7 +25,7 @@ from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.report.page import describe
 from steer2edit.searching.candidates import TITLES
 
-KINDS = ["prompt", "steering", "layer", "direction", "edit"]
+KINDS = ["system", "steering", "layer", "direction", "edit"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         search__steering="auto",
         search__alpha=[0.0],
         search__span=[0.02, 0.5],  # a random model reaches it in every way
-        search__baselines=["prompt", "layer", "direction"],
+        search__baselines=["system", "layer", "direction"],
         behaviour__instructions=["Refuse everything.", "Decline, whatever you are asked to do for anybody."],
     )
 
@@ -97,7 +97,7 @@ def test_the_answers_are_those_to_the_prompts_that_stand_beside_them(whole: Path
     items = recipe.behaviour.items(recipe.source, "test")
     answers, choice = read_jsonl(whole / "evaluation/answers.jsonl"), read_json(whole / "choice.json")
     engine = TransformersEngine(*load_model(recipe.model.name, dtype="float32", device="cpu"), rows=8)
-    for asking, kinds in ((None, ["base"]), (choice["prompt"]["config"]["system"], ["prompt"])):
+    for asking, kinds in ((None, ["base"]), (choice["system"]["config"]["system"], ["system"])):
         requests = [Request(engine.tokens(item.messages(asking))) for item in items]
         made = engine.generate(requests, [s2e.NOTHING], recipe.evaluation.new_tokens)
         for row, answer in zip(answers, made, strict=True):

@@ -911,7 +911,7 @@ def test_own_answers_of_several_calls_and_samplings_are_kept_apart(tmp_path: Pat
     from runs import FakeEngine
     from steer2edit.engines.base import Request, Sampling
     from steer2edit.method.intervention import NOTHING
-    from steer2edit.pipeline.own_answers import Journalled
+    from steer2edit.searching.own_answers import Journalled
 
     def ask(temperature: float) -> int:
         engine = FakeEngine()

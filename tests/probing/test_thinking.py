@@ -25,7 +25,6 @@ from steer2edit.engines.base import Answer, Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import ModelError, TraceError
 from steer2edit.method.intervention import NOTHING, Intervention
-from steer2edit.pipeline.own_answers import Journalled
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
 from steer2edit.probing.chat import THOUGHT as THOUGHT_ENDS
@@ -34,6 +33,7 @@ from steer2edit.probing.spans import Span, response_span
 from steer2edit.probing.traces import Trace, read_traces, write_traces
 from steer2edit.progress import be_quiet
 from steer2edit.searching.candidates import BASE
+from steer2edit.searching.own_answers import Journalled
 
 USER = [{"role": "user", "content": "Hello"}]
 CALLED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML

@@ -85,7 +85,7 @@ def a_recipe(**changes: Any) -> Recipe:
         "search__rho_attn": [0.05, 0.1, 0.2, 0.3],
         "search__alpha": [0.0],
         "search__steering": "auto",
-        "search__baselines": ["prompt", "layer", "direction"],
+        "search__baselines": ["system", "layer", "direction"],
     }
     return tiny_recipe(**(plain | changes))
 
@@ -94,7 +94,7 @@ def a_recipe(**changes: Any) -> Recipe:
 
 
 def test_a_baseline_is_named_after_its_setting() -> None:
-    assert asked(1, SYSTEM) == Candidate("prompt-1", "prompt", {"system": SYSTEM})
+    assert asked(1, SYSTEM) == Candidate("system-1", "prompt", {"system": SYSTEM})
     assert steered_at(2, 0.5) == Candidate("layer-2-0.5", "layer", {"layer": 2, "gamma": 0.5})
     assert directed(2, 0.5) == Candidate("direction-2-0.5", "direction", {"layer": 2, "gamma": 0.5})
     assert [*TITLES] == ["base", *BASELINES, "edit"]
@@ -204,7 +204,7 @@ def test_a_baseline_answers_and_costs_what_it_does_to_the_model(
         requests = [Request(engine.tokens(item.messages(asking))) for item in ITEMS]
         return [answer.text for answer in engine.generate(requests, [NOTHING], 6)]
 
-    told = {"base": answers(system), "prompt-0": answers(instructed)}
+    told = {"base": answers(system), "system-0": answers(instructed)}
     for candidate in tried[2:4]:
         with by_hand(world.model, changes(world, candidate)):
             told[candidate.id] = answers(system)
@@ -222,7 +222,7 @@ def test_a_baseline_answers_and_costs_what_it_does_to_the_model(
                 logits = world.model(torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
             return logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
 
-        base, others = log_of(system), {"prompt-0": log_of(instructed)}
+        base, others = log_of(system), {"system-0": log_of(instructed)}
         for candidate in tried[2:4]:
             with by_hand(world.model, changes(world, candidate)):
                 others[candidate.id] = log_of(system)
@@ -326,11 +326,11 @@ def test_a_journal_cut_after_any_line_gives_the_rows_of_an_unbroken_bench(tmp_pa
     made = [(row["round"], row["what"]) for row in map(json.loads, lines) if row["what"] != "answers"]
     assert made == [
         ("0", "losses"),
-        ("0 prompt-0", "losses"),
+        ("0 system-0", "losses"),
         ("0 prompt-1", "losses"),
         ("0 choices", "losses"),
         ("base choices", "nll"),
-        ("base choices prompt-0", "nll"),
+        ("base choices system-0", "nll"),
         ("base choices prompt-1", "nll"),
     ]
     for kept in range(len(lines) + 1):
@@ -384,7 +384,7 @@ def test_every_method_gets_as_many_configurations_as_there_are_edits(world: Worl
     counts = {kind: len(study.of_kind(kind)) for kind in (*BASELINES, "edit")}
     assert counts == {"prompt": 3, "steering": 4, "layer": 4, "direction": 4, "edit": 4}
     assert study.evaluations == {kind: count * len(ITEMS) for kind, count in counts.items()}
-    assert [trial.candidate.config["system"] for trial in study.of_kind("prompt")] == recipe.behaviour.asking()
+    assert [trial.candidate.config["system"] for trial in study.of_kind("system")] == recipe.behaviour.asking()
     for kind in ("layer", "direction"):
         at = [trial.candidate.config["layer"] for trial in study.of_kind(kind)]
         assert sorted(at) == sorted(layers * 2)
@@ -446,7 +446,7 @@ def test_with_tpe_there_are_as_many_of_each_as_trials(trials: int, tmp_path: Pat
     assert {trial.round for trial in study.trials if trial.candidate.kind != "edit"} == {"0"}
 
 
-@pytest.mark.parametrize("kinds", [[], ["prompt"], ["layer"], ["direction"], ["direction", "prompt"]])
+@pytest.mark.parametrize("kinds", [[], ["system"], ["layer"], ["direction"], ["direction", "system"]])
 def test_only_the_baselines_that_a_recipe_names_are_tried(kinds: list[str], tmp_path: Path) -> None:
     recipe = a_recipe(search__baselines=kinds, search__steering=[0.2])
     study = _study(recipe, _bench(_fake(), tmp_path / "j", recipe))
@@ -458,10 +458,10 @@ def test_only_the_baselines_that_a_recipe_names_are_tried(kinds: list[str], tmp_
 
 def test_the_recipes_instructions_are_asked_in_place_of_the_behaviours(tmp_path: Path) -> None:
     for instructions in (["Refuse.", "Decline."], []):
-        recipe = a_recipe(behaviour__instructions=instructions, search__baselines=["prompt"])
+        recipe = a_recipe(behaviour__instructions=instructions, search__baselines=["system"])
         study = _study(recipe, _bench(_fake(), tmp_path / f"{len(instructions)}", recipe))
         told = [asked(i, system) for i, system in enumerate(instructions)]
-        assert [trial.candidate for trial in study.of_kind("prompt")] == told
+        assert [trial.candidate for trial in study.of_kind("system")] == told
 
 
 @pytest.mark.parametrize(
@@ -520,7 +520,7 @@ def test_the_span_of_the_baselines_is_a_part_of_the_search(tmp_path: Path) -> No
 
 
 def test_the_baselines_are_a_part_of_the_search() -> None:
-    keys = [stage_keys(a_recipe(search__baselines=kinds))["search"] for kinds in ([], ["prompt"], ["prompt", "layer"])]
+    keys = [stage_keys(a_recipe(search__baselines=kinds))["search"] for kinds in ([], ["system"], ["system", "layer"])]
     assert len(set(keys)) == 3
 
 
@@ -530,15 +530,15 @@ def test_a_baseline_whose_losses_are_not_finite_is_discarded_and_counted(tmp_pat
             losses = super().prompt_losses(pairs, prompts)
             return Losses(losses.kl / 0 * 0, losses.nll, losses.base_nll)
 
-    recipe = a_recipe(search__baselines=["prompt"], search__steering=[0.2])
+    recipe = a_recipe(search__baselines=["system"], search__steering=[0.2])
     study = _study(recipe, _bench(_fake(Breaking), tmp_path / "j", recipe))
-    assert study.of_kind("prompt") == []
+    assert study.of_kind("system") == []
     assert [(row.candidate.id, row.why) for row in study.discarded] == [
-        (f"prompt-{i}", "its losses are not finite") for i in range(3)
+        (f"system-{i}", "its losses are not finite") for i in range(3)
     ]
-    assert study.evaluations["prompt"] == 3 * len(ITEMS)
+    assert study.evaluations["system"] == 3 * len(ITEMS)
     found = summary(study, recipe.aim, "grid", 10, 1)
-    assert (found["tried"]["prompt"], found["discarded"], found["front"]["prompt"]) == (0, 3, [])
+    assert (found["tried"]["system"], found["discarded"], found["front"]["system"]) == (0, 3, [])
 
 
 def test_the_choice_is_of_edits_alone_and_the_summary_of_every_method(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "rho_attn": [0.02, 0.1],
     "rho_mlp": [None],
     "alpha": [0.2],
+    "variants": ["full"],
     "steering": [0.1, 0.4],
     "baselines": [],
     "limits": {"degenerate": None, "utility_loss": None},
@@ -277,10 +278,25 @@ def test_strengths_are_found_where_none_are_given(model: Any) -> None:
     """The options' defaults, as a recipe has them: all baselines, and edits by their KL."""
     result = _search(model, options={"points": 2, "limits": {"degenerate": None, "utility_loss": None}})
     kinds = {trial.candidate.kind for trial in result.trials}
-    assert {"base", "prompt", "steering", "layer", "direction", "edit"} <= kinds
+    assert {"base", "system", "steering", "layer", "direction", "edit"} <= kinds
     assert result.study.scale is not None
     measured = [t.mean("utility_loss") for t in result.trials if t.candidate.kind == "edit"]
     assert all(x is not None and 0 < x < 10 for x in measured)
+
+
+def test_the_variants_that_are_tried_have_scores_of_their_own(model: Any) -> None:
+    from steer2edit.searching.candidates import edit_of
+
+    options = OPTIONS | {"rho_attn": [0.02], "variants": ["full", "g_dot"]}
+    result = _moving(model, options=options)
+    edits = [trial.candidate for trial in result.trials if trial.candidate.kind == "edit"]
+    assert [candidate.id for candidate in edits] == ["edit-0.02-off-0.2", "edit-0.02-off-0.2-g_dot"]
+    scores = {"full": result.scores, "g_dot": s2e.score(model, result.probe, variant="g_dot")}
+    ids = {candidate.id: edit_of(candidate.config, scores).id for candidate in edits}
+    assert len(set(ids.values())) == 2
+    assert result.best is not None
+    assert result.chosen is not None
+    assert result.best.id == ids[result.chosen.candidate.id]
 
 
 # Where the sides come from --------------------------------------------------------------------------------------------
@@ -400,10 +416,12 @@ def test_a_search_that_was_stopped_gives_what_one_without_a_stop_gives(
     assert len(engine.answered) + len(engine.scored) < len(fresh.answered) + len(fresh.scored)
 
 
-@pytest.mark.parametrize("other", ["sides", "model"])
+@pytest.mark.parametrize("other", ["sides", "model", "seed"])
 def test_a_folder_gives_nothing_to_another_search(other: str, model: Any, tmp_path: Path) -> None:
     _search(model, folder=tmp_path / "study")
-    if other == "sides":
+    if other == "seed":
+        assert _values(_search(model, folder=tmp_path / "study", seed=1)) == _values(_search(model, seed=1))
+    elif other == "sides":
         swapped = {"more": LESS, "less": MORE}
         assert _values(_search(model, folder=tmp_path / "study", **swapped)) == _values(_search(model, **swapped))
     else:

@@ -162,6 +162,7 @@ class Behaviour(Section):
         evaluation, search, limits: defaults of the recipe's `evaluation`, `search` and `search.limits`.
         remark: what a model card says of the behaviour's limits.
         divides: whether it divides a file by itself where the recipe gives no counts or no prompts.
+        second_file: whether it reads `data.test_prompts`.
         completes: whether `completed` has anything to do.
         system: a system prompt for traces and answers.
         traces: a file of traces in place of those that the behaviour makes.
@@ -182,6 +183,7 @@ class Behaviour(Section):
     search: ClassVar[Mapping[str, Any]] = {}
     remark: ClassVar[str] = ""
     divides: ClassVar[bool] = False
+    second_file: ClassVar[bool] = False
     completes: ClassVar[bool] = False
 
     name: str
@@ -198,6 +200,11 @@ class Behaviour(Section):
     def costs(self) -> tuple[Measure, ...]:
         """Measures of what the behaviour itself may cost."""
         return ()
+
+    @property
+    def ranked(self) -> Measure:
+        """The measure by which edits are ranked: the attribute, or a finer one where that is a share of few items."""
+        return self.attribute
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -274,7 +281,7 @@ def judge(
 
 
 # The kind of a multiple-choice question from `data.questions`, whatever the behaviour.
-QUESTION = "question"
+QUESTION = "multiple choice"
 
 
 def likeliest(nll: Sequence[float]) -> int:

@@ -34,7 +34,7 @@ INSTRUCTIONS = ("Be brief. Give the answer in as few words as you can.", "Answer
 
 
 class Brevity(Behaviour):
-    """The recipe's section. `data.prompts` is a file with `question` and, for the accuracy, `answer`.
+    """The recipe's section. `data.prompts` is a file with `question` and `answer`.
 
     Attributes:
         share: which share of the model's own answers is positive (the shortest) and which negative (the longest).
@@ -51,7 +51,9 @@ class Brevity(Behaviour):
     prompts: ClassVar[str | None] = "builtin:word_problems"
     evaluation: ClassVar[Mapping[str, Any]] = {"utility_prompts": 8, "utility_tokens": 32}
     limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.4}
+    search: ClassVar[Mapping[str, Any]] = {"variants": ["full", "g_dot"], "span": [0.1, 0.35], "points": 2}
     divides: ClassVar[bool] = True
+    second_file: ClassVar[bool] = True
     remark: ClassVar[str] = "Shorter answers may leave out what a reader needs: see the accuracy."
 
     name: Literal["brevity"] = "brevity"
@@ -83,10 +85,10 @@ class Brevity(Behaviour):
                 THINKING.name: float(outcome.thinking),
                 ANSWER.name: float(outcome.tokens - outcome.thinking),
             }
-        if item.target is not None:
-            right, base_right = (float(is_right(o.answer, str(item.target))) for o in (outcome, base))
-            values |= {CORRECT.name: right, CORRECT_LOSS.name: base_right - right}
-        return values
+        if item.target is None:
+            return values
+        right, base_right = (float(is_right(o.answer, str(item.target))) for o in (outcome, base))
+        return values | {CORRECT.name: right, CORRECT_LOSS.name: base_right - right}
 
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """The shortest and the longest of the model's own answers.
@@ -98,8 +100,9 @@ class Brevity(Behaviour):
         answers = engine.generate(requests, [NOTHING], self.new_tokens, progress)
         kept = [(item, answer) for item, answer in zip(items, answers, strict=True) if self._counts(item, answer)]
         kept.sort(key=lambda pair: len(pair[1].ids))
-        count = max(1, int(self.share * len(kept)))
         ended = [pair for pair in kept if pair[1].ended]
+        # The small term is for shares like 0.29, whose product with 100 is a little below 29.
+        count = min(max(1, int(self.share * len(kept) + 1e-9)), max(1, len(ended)))
         shortest, longest = ended[:count], kept[-count:]
         if len(kept) < 2 * count or not shortest or len(shortest[-1][1].ids) >= len(longest[0][1].ids):
             raise TraceError(
@@ -122,7 +125,8 @@ class Brevity(Behaviour):
 
 
 def _fits(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("answer", ""), str)
+    answer = row.get("answer")
+    return isinstance(answer, str) and bool(answer.strip())
 
 
 @lru_cache(maxsize=4)

@@ -6,19 +6,20 @@ A side is a file of responses, or an instruction under which a model writes them
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
-from pydantic import model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from ..errors import FileError, RecipeError
 from ..files.reading import numbered_jsonl
 from ..files.schema import Section, Text
 from ..probing.traces import is_prompt
-from .base import SPLITS, Item, Prompt, Split
-from .prompts import data_path, normalised
+from .addresses import hide_password, hide_secret, is_base_url, is_variable
+from .base import SPLITS, Prompt, Split
+from .prompts import data_path, key_of
 
 # The shares of a file that the splits take where the recipe gives no counts, and the most that each takes.
 SHARES: Mapping[Split, float] = {"probe": 0.45, "validation": 0.2, "test": 0.35}
@@ -39,8 +40,8 @@ class Side(Section):
     system: Text | None = None
     file: Text | None = None
     model: Text | None = None
-    endpoint: Text | None = None
-    key: Text = "OPENAI_API_KEY"
+    endpoint: Annotated[str, AfterValidator(is_base_url), BeforeValidator(hide_password)] | None = None
+    key: Annotated[str, AfterValidator(is_variable), BeforeValidator(hide_secret)] = "OPENAI_API_KEY"
 
     @model_validator(mode="after")
     def _one_origin(self) -> Side:
@@ -94,9 +95,14 @@ def read_pairs(more: str, less: str) -> list[Pair]:
                     got=repr(response),
                     fix="Write a response, or take the line out.",
                 )
-            key = normalised(Item("", row["prompt"]).text)
-            entry = by_prompt.setdefault(key, {"prompt": row["prompt"], "split": split})
-            entry[side] = response
+            entry = by_prompt.setdefault(key_of(row["prompt"]), {"prompt": row["prompt"], "split": split})
+            if entry["split"] != split:
+                raise RecipeError(
+                    f"a prompt of line {number} of {Path(path).name} stands in two splits",
+                    got=f"{split}, elsewhere {entry['split']}",
+                    fix="Give a prompt one split.",
+                )
+            entry.setdefault(side, response)
     if not by_prompt:
         raise FileError(f"{more} is empty", got="no response", fix="Write one JSON object a line: prompt, response.")
     pairs = [Pair(**entry) for entry in by_prompt.values()]
@@ -123,7 +129,7 @@ def read_prompts(path: str) -> list[Pair]:
                 got=row,
                 fix='Write {"prompt": …} in each line; "split" may be probe, validation or test.',
             )
-        key = normalised(Item("", row["prompt"]).text)
+        key = key_of(row["prompt"])
         if key in pairs and pairs[key].split != row.get("split"):
             raise RecipeError(
                 f"a prompt of {Path(path).name} stands in two splits",
@@ -182,6 +188,38 @@ def divided(
                 f"{name} has too few lines", got=f"{len(pairs)}; asked are {asked}", fix="Add lines, or ask for fewer."
             )
     return {split: by_split[split][: counts[split]] for split in splits}
+
+
+def divided_files(
+    rows: Sequence[D],
+    others: Sequence[D],
+    wanted: Mapping[Split, int | None],
+    seed: int,
+    names: tuple[str, str],
+    key: Callable[[D], str],
+) -> dict[Split, list[D]]:
+    """As `divided`, of two files: the second one is the test split's.
+
+    Args:
+        names: of the two files. key: by what a row is known.
+
+    Raises:
+        RecipeError: there are too few, or something stands in both files.
+    """
+    known = {key(row) for row in rows}
+    if both := [row for row in others if key(row) in known]:
+        raise RecipeError(
+            "the same prompt stands in data.prompts and in data.test_prompts",
+            got=f"{len(both)}, such as {key(both[0])[:60]!r}",
+            fix="Leave it in one of them: test prompts must be new to everything before.",
+        )
+    first = divided(rows, wanted, seed, names[0], ("probe", "validation"))
+    test = others if wanted["test"] is None else others[: wanted["test"]]
+    if len(test) < (wanted["test"] or 0):
+        raise RecipeError(
+            f"{names[1]} has too few lines", got=f"{len(others)}, {wanted['test']} asked", fix="Ask for fewer."
+        )
+    return {**first, "test": list(test)}
 
 
 def _counts(size: int, wanted: Mapping[Split, int | None]) -> dict[Split, int]:

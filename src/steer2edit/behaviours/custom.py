@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, SerializeAsAny, model_validator
 
 from ..engines.base import Engine, Progress
-from ..errors import TraceError
+from ..errors import RecipeError, TraceError
 from ..files.reading import sha256
 from ..files.schema import Many, Text
 from ..probing.traces import Label, Trace
 from ..progress import say
 from .base import Behaviour, Item, Measure, Outcome, Source, Split
-from .contrast import Pair, Side, divided, read_pairs, read_prompts
+from .contrast import Pair, Side, divided, divided_files, read_pairs, read_prompts
 from .measures import MARGIN, PREFERENCE, Python, Score, score_of
-from .prompts import BUILTIN, data_path
+from .prompts import BUILTIN, data_path, key_of
 from .writers import write_responses
 
 # The kinds of items: prompts that are answered, and pairs of responses of which the model prefers one.
@@ -55,6 +56,7 @@ class Custom(Behaviour):
     # Scored by v̂ᵀWμ in place of the cosine, an edit moved a mood two to five times as far at equal KL (docs/styles.md).
     search: ClassVar[Mapping[str, Any]] = {"variants": ["full", "g_dot"], "span": [0.1, 0.35], "points": 2}
     divides: ClassVar[bool] = True
+    second_file: ClassVar[bool] = True
     completes: ClassVar[bool] = True
 
     name: Literal["custom"] = "custom"
@@ -86,6 +88,10 @@ class Custom(Behaviour):
         return () if isinstance(self.score, Score) else (MARGIN,)
 
     @property
+    def ranked(self) -> Measure:
+        return self.attribute if isinstance(self.score, Score) else MARGIN
+
+    @property
     def files(self) -> tuple[str, ...]:
         named = [name for name in (self.more.file, self.less.file) if name is not None and not name.startswith(BUILTIN)]
         code = [self.score.python.rpartition(":")[0]] if isinstance(self.score, Python) else []
@@ -109,8 +115,15 @@ class Custom(Behaviour):
         of_files = self._of_files(counts, source.seed)
         prompts = of_files
         if source.prompts is not None or self.more.file is None:
-            path = source.prompts or EVERYDAY
-            prompts = _divided_prompts(data_path(path), tuple(counts.items()), source.seed)
+            path = data_path(source.prompts or EVERYDAY)
+            prompts = _divided_prompts(path, source, counts)
+            _refuse_seen(of_files.get("probe", []), prompts)
+        elif "validation" not in of_files:
+            raise RecipeError(
+                "there are no unseen prompts to measure on",
+                got=f"{self.more.file} and {self.less.file} share no prompt",
+                fix="Give data.prompts, or let the files answer the same prompts.",
+            )
         if split == "probe":
             return [_item(PAIR, pair) for pair in (of_files or prompts)[split]]
         opened = [_item(PROMPT, pair) for pair in prompts[split]]
@@ -125,7 +138,7 @@ class Custom(Behaviour):
             return {}
         pairs = read_pairs(self.more.file, self.less.file)
         whole = [pair for pair in pairs if pair.is_whole and pair.more != pair.less]
-        alone = [pair for pair in pairs if not pair.is_whole]
+        alone = [pair for pair in pairs if not pair.is_whole and pair.split in (None, "probe")]
         if not whole:
             if isinstance(self.score, Score):
                 return {"probe": alone}
@@ -264,5 +277,24 @@ def _read_prompts(path: str, digest: str) -> list[Pair]:
     return read_prompts(path)
 
 
-def _divided_prompts(path: str, counts: tuple[tuple[Split, int | None], ...], seed: int) -> dict[Split, list[Pair]]:
-    return divided(_read_prompts(path, sha256(path)), dict(counts), seed, path.rpartition("/")[2])
+def _divided_prompts(path: str, source: Source, counts: Mapping[Split, int | None]) -> dict[Split, list[Pair]]:
+    """The prompts of each split."""
+    pairs, name = _read_prompts(path, sha256(path)), Path(path).name
+    if source.test_prompts is None:
+        return divided(pairs, counts, source.seed, name)
+    test = data_path(source.test_prompts)
+    others = _read_prompts(test, sha256(test))
+    return divided_files(pairs, others, counts, source.seed, (name, Path(test).name), lambda p: key_of(p.prompt))
+
+
+def _refuse_seen(probe: Sequence[Pair], prompts: Mapping[Split, Sequence[Pair]]) -> None:
+    """Raises RecipeError if a prompt that is measured on has a response among the traces."""
+    seen = {key_of(pair.prompt) for pair in probe}
+    for split in ("validation", "test"):
+        both = [pair for pair in prompts[split] if key_of(pair.prompt) in seen]
+        if both:
+            raise RecipeError(
+                f"data.prompts repeats prompts of the files of responses in {split}",
+                got=f"{len(both)}, such as {key_of(both[0].prompt)[:60]!r}",
+                fix="Take them out of data.prompts: what traces are made of must not be measured on.",
+            )

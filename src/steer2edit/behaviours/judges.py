@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, HttpUrl, TypeAdapter, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from ..engines.base import Request
 from ..errors import Steer2EditError
@@ -27,6 +27,7 @@ from ..files.schema import Count, Many, Positive, Section, Text, nearest
 from ..method.intervention import NOTHING
 from ..probing.chat import answer_start
 from ..progress import Progress, say
+from .addresses import HIDDEN, hide_password, hide_secret, is_base_url, is_variable
 from .judge_formats import (
     FORMATS,
     TEMPLATES,
@@ -167,31 +168,6 @@ class ChatJudge(Judge):
         return [self.format or "yes-no", self._ask(("{prompt}", "{response}")), self._most_tokens]
 
 
-def _base_url(value: str) -> str:
-    try:
-        url = TypeAdapter(HttpUrl).validate_python(value)
-        str(url.host).encode("idna")
-    except ValueError:
-        raise ValueError("Give the base URL of a server, like http://localhost:8000/v1") from None
-    if url.username or url.password or url.query or url.fragment:
-        raise ValueError("Give the base URL alone: the key belongs in the environment variable that key names")
-    return str(url).rstrip("/")
-
-
-_HIDDEN = "(hidden)"
-
-
-def _hide_secret(value: Any) -> Any:
-    # Errors show the value. It is hidden, since it may be the key itself.
-    return value if isinstance(value, str) and re.fullmatch(r"[A-Z_][A-Z0-9_]*", value) else _HIDDEN
-
-
-def _is_variable(value: str) -> str:
-    if value == _HIDDEN:
-        raise ValueError("Give the name of the environment variable that holds the key, in capitals, and not the key")
-    return value
-
-
 class Endpoint(ChatJudge):
     """A model on a server with OpenAI's API. The prompts and responses are sent to that server.
 
@@ -207,9 +183,9 @@ class Endpoint(ChatJudge):
     8
     """
 
-    endpoint: Annotated[str, AfterValidator(_base_url)]
+    endpoint: Annotated[str, AfterValidator(is_base_url), BeforeValidator(hide_password)]
     model: Text
-    key: Annotated[str, AfterValidator(_is_variable), BeforeValidator(_hide_secret)] = "OPENAI_API_KEY"
+    key: Annotated[str, AfterValidator(is_variable), BeforeValidator(hide_secret)] = "OPENAI_API_KEY"
     concurrency: Many = 8
     retries: Count = 5
     timeout: Positive = 60.0
@@ -391,7 +367,7 @@ class _Requests:
 
     def _clean(self, text: str) -> str:
         """One short line without the key, whatever a server or a library has put there."""
-        return short(text.replace(self.key, _HIDDEN) if self.key else text)
+        return short(text.replace(self.key, HIDDEN) if self.key else text)
 
 
 class LocalChat(ChatJudge):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_NUMBER = re.compile(r"-?\$?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+# A minus sign belongs to a number only if nothing but white space stands before it: "10-20" ends in 20.
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
 def final_answer(text: str) -> str | None:
@@ -17,7 +18,7 @@ def final_answer(text: str) -> str | None:
     starts = [match.end() for match in _BOXED.finditer(text)]
     if starts and (boxed := _until_closed(text[starts[-1] :])) is not None:
         return boxed.strip()
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text.replace("−", "-"))
     return re.sub(r"[$,\s]", "", numbers[-1]) if numbers else None
 
 
@@ -50,7 +51,7 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def _value(text: str) -> float | None:
-    plain = re.sub(r"[$,\s%]|\\[!,;]", "", text)
+    plain = re.sub(r"[$,\s%]|\\[!,;]", "", text.replace("−", "-"))
     over = re.fullmatch(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}|(-?\d+)/(\d+)", plain)
     if over:
         top, bottom = (float(part) for part in over.groups() if part is not None)

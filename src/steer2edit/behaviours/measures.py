@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from ..engines.base import Progress
 from ..errors import RecipeError
@@ -109,6 +109,11 @@ class Classified(Score):
     label: Text
     format: Text = "response"
 
+    @model_validator(mode="after")
+    def _is_a_classifier(self) -> Classified:
+        assert self._judge
+        return self
+
     @cached_property
     def _judge(self) -> Classifier:
         return parse(Classifier, self.model_dump(), under="behaviour.score")
@@ -175,14 +180,21 @@ def score_of(value: Any) -> Any:
         return value
     if callable(value):
         return Callback(function=value)
-    keys = list(value) if isinstance(value, dict) else [value]
+    keys = [str(key) for key in (value if isinstance(value, dict) else [value])]
     kinds = [key for key in keys if key in SCORES]
+    if len(kinds) > 1:
+        raise RecipeError("the recipe's behaviour.score names two scores", got=", ".join(kinds), fix="Write one.")
     if len(kinds) != 1 or not isinstance(value, dict):
         known = [PREFERENCE, *(kind for kind in SCORES if kind != "function")]
         wrong = next((key for key in keys if key not in SCORES), keys[0] if keys else "nothing")
         raise RecipeError(
             "the recipe's behaviour.score is not known", got=wrong, fix=nearest(str(wrong), known, "Known scores")
         )
+    judge = value.get("judge")
+    if isinstance(judge, dict) and "local" in judge:  # so that an error is of the judge that was meant
+        return Judged(judge=parse(LocalChat, judge, under="behaviour.score.judge"))
+    if isinstance(judge, dict):
+        return Judged(judge=parse(Endpoint, judge, under="behaviour.score.judge"))
     return parse(SCORES[kinds[0]], value, under="behaviour.score")
 
 

@@ -11,19 +11,23 @@ from typing import Any
 from ..errors import FileError, RecipeError
 from ..files.reading import numbered_jsonl
 from ..probing.traces import is_prompt
-from .base import QUESTION, SPLITS, Item, Split
+from .base import QUESTION, SPLITS, Item, Prompt, Split
 
 # What stands before the name of a set that comes with the package.
 BUILTIN = "builtin:"
+# What tells "7 + 2" from "7 - 2".
+_SIGNS = "+-*/=<>%^"
 
 
 def data_path(name: str) -> str:
     """The path of a file, or of a set that comes with the package, `builtin:NAME`.
 
     Raises:
-        FileError: no such set.
+        FileError: no such file, no such set.
     """
     if not name.startswith(BUILTIN):
+        if not Path(name).is_file():
+            raise FileError("no such file", got=name, fix="Check the path.")
         return name
     path = Path(str(files("steer2edit") / "data" / f"{name.removeprefix(BUILTIN)}.jsonl"))
     if not path.is_file():
@@ -54,9 +58,7 @@ def load_prompts(
                 got=row,
                 fix=f"Write a prompt, its kind ({', '.join(kinds)}) and its split ({', '.join(SPLITS)}).",
             )
-        rows.append(
-            (Item(row["kind"], row["prompt"], target=None if target is None else row.get(target)), row["split"])
-        )
+        rows.append((Item(row["kind"], row["prompt"], target=_text_of(row, target, number, source)), row["split"]))
     if not rows:
         raise FileError(f"{source} is empty", got="no prompt", fix="Write one JSON object a line: prompt, kind, split.")
     _refuse_leaks(source, rows)
@@ -73,6 +75,16 @@ def load_prompts(
     return items
 
 
+def _text_of(row: Mapping[str, Any], key: str | None, number: int, source: str | Path) -> str | None:
+    """What a row has under a key, if it has the key. Raises FileError if that is no text."""
+    value = None if key is None else row.get(key)
+    if value is not None and not isinstance(value, str):
+        raise FileError(
+            f"line {number} of {Path(source).name} has a {key} that is no text", got=value, fix="Write one."
+        )
+    return value
+
+
 def _in_turn(items: Sequence[Item]) -> list[Item]:
     """The items of each target in turn, so that the first ones hold as many of each as there can be."""
     by_target: dict[Any, list[Item]] = {}
@@ -85,7 +97,7 @@ def _refuse_leaks(source: str | Path, rows: Collection[tuple[Item, Split]]) -> N
     """Raises RecipeError if a prompt stands in two splits: what was tuned on it would be measured on it."""
     split_of: dict[str, Split] = {}
     for item, split in rows:
-        text = normalised(item.text)
+        text = key_of(item.prompt)
         first = split_of.setdefault(text, split)
         if first != split:
             raise RecipeError(
@@ -96,8 +108,17 @@ def _refuse_leaks(source: str | Path, rows: Collection[tuple[Item, Split]]) -> N
 
 
 def normalised(text: str) -> str:
-    """Letters and digits alone, in lower case: two prompts that differ in nothing else are the same."""
-    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
+    """Letters, digits and signs of arithmetic, in lower case: prompts that differ in nothing else are the same.
+
+    >>> normalised("How do I bake... bread?!"), normalised("7 - 2?")
+    ('how do i bake bread', '7 - 2')
+    """
+    return " ".join("".join(c if c.isalnum() or c in _SIGNS else " " for c in text.casefold()).split())
+
+
+def key_of(prompt: Prompt) -> str:
+    """By what a prompt is known: its text, or that of all messages of a conversation."""
+    return normalised(prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt))
 
 
 def load_questions(path: str | Path, first: int, count: int) -> list[Item]:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import FileError, RecipeError
 from ..files.reading import numbered_jsonl
 from .base import SPLITS, Source, Split
-from .contrast import divided
+from .contrast import divided, divided_files
 from .prompts import data_path, normalised
 
 
@@ -30,7 +30,7 @@ def read_rows(path: str, wanted: str, fits: Callable[[Mapping[str, Any]], bool])
         wanted: what a row must hold, for the error. fits: whether it does.
 
     Raises:
-        FileError: a row is none, or the file is empty.
+        FileError: a row is none, or the file is empty. RecipeError: a question stands in two splits.
     """
     path = data_path(path)
     rows: dict[str, Row] = {}
@@ -38,7 +38,13 @@ def read_rows(path: str, wanted: str, fits: Callable[[Mapping[str, Any]], bool])
         question, split = row.get("question"), row.get("split")
         if not isinstance(question, str) or not question.strip() or split not in (None, *SPLITS) or not fits(row):
             raise FileError(f"line {number} of {Path(path).name} is no question", got=row, fix=f"Write {wanted}.")
-        rows.setdefault(normalised(question), Row(question, row, split))
+        known = rows.setdefault(normalised(question), Row(question, row, split))
+        if known.split != split:
+            raise RecipeError(
+                f"a question of {Path(path).name} stands in two splits",
+                got=repr(question[:60]),
+                fix="Leave it in one of them: test questions must be new to everything before.",
+            )
     if not rows:
         raise FileError(f"{path} is empty", got="no question", fix="Write one JSON object a line, with question.")
     return list(rows.values())
@@ -56,19 +62,5 @@ def rows_of(source: Source, kind: str, read: Callable[[str], list[Row]]) -> dict
     if source.test_prompts is None:
         return divided(rows, counts, source.seed, Path(source.prompts).name)
     others = read(source.test_prompts)
-    known = {normalised(row.question) for row in rows}
-    if both := [row for row in others if normalised(row.question) in known]:
-        raise RecipeError(
-            "a question stands in data.prompts and in data.test_prompts",
-            got=repr(both[0].question[:60]),
-            fix="Leave it in one of them: test questions must be new to everything before.",
-        )
-    first = divided(rows, counts, source.seed, Path(source.prompts).name, ("probe", "validation"))
-    test = others if counts["test"] is None else others[: counts["test"]]
-    if len(test) < (counts["test"] or 0):
-        raise RecipeError(
-            f"{source.test_prompts} has too few questions",
-            got=f"{len(others)}, {counts['test']} asked",
-            fix="Ask for fewer.",
-        )
-    return first | {"test": test}
+    names = Path(source.prompts).name, Path(source.test_prompts).name
+    return divided_files(rows, others, counts, source.seed, names, lambda row: normalised(row.question))

@@ -54,8 +54,9 @@ def _from_server(
             got="not installed",
             fix="pip install 'steer2edit[judge]'",
         ) from None
-    key = os.environ.get(side.key) or "none"
+    key = os.environ.get(side.key, "").strip() or "none"
     client = openai.OpenAI(base_url=side.endpoint, api_key=key, max_retries=5)
+    client.organization = client.project = None  # what the environment says of these is for another server
 
     def ask(some: list[dict[str, str]]) -> str:
         asked: Any = some
@@ -72,10 +73,10 @@ def _from_server(
                 responses.append(response)
                 if progress:
                     progress(len(responses), len(messages))
-    except openai.OpenAIError as error:
+    except (openai.OpenAIError, ValueError, LookupError, AttributeError, TypeError) as error:  # or a reply that is none
         raise TraceError(
             f"the server {urlsplit(side.endpoint).netloc!s} does not write the responses",
-            got=str(error).replace(key, "…").splitlines()[0],
+            got=(str(error).replace(key, "…").strip() or type(error).__name__).splitlines()[0],
             fix=f"Check the address, the model's name and ${side.key}; then run the same command again.",
         ) from None
     return responses

@@ -29,26 +29,24 @@ def answer_of(tokenizer: Any, request: Request, ids: Sequence[int], ended: bool,
         # A token can begin before the stop string and end inside it: its characters before the string stay.
         text = tokenizer.decode(ids, skip_special_tokens=True) + raw[len(kept) :]
         ended = True
-    start = answer_start(raw, begins_thinking(tokenizer.decode(list(request.ids[-8:]))))
+    start = raw_start = answer_start(raw, begins_thinking(tokenizer.decode(list(request.ids[-8:]))))
     if start and raw != text:  # the tags are special tokens, which `text` leaves out
         ends = next((i for i in range(len(ids)) if THOUGHT in tokenizer.decode(ids[: i + 1])), len(ids))
         thought = tokenizer.decode(ids[: ends + 1], skip_special_tokens=True)
         start = len(thought) + len(text[len(thought) :]) - len(text[len(thought) :].lstrip())
-    return Answer(tuple(ids), text, ended, start, _thinking(tokenizer, ids, text[:start]))
+    return Answer(tuple(ids), text, ended, start, _thinking(tokenizer, ids, raw_start))
 
 
-def _thinking(tokenizer: Any, ids: Sequence[int], before: str) -> int:
-    """How many of the ids stand before the answer: the fewest whose text reaches to where it starts."""
-    if not before:
+def _thinking(tokenizer: Any, ids: Sequence[int], start: int) -> int:
+    """How many of the ids stand before the answer: the fewest whose text, special tokens too, reaches its start.
+
+    Args:
+        start: the character of the text with its special tokens at which the answer starts.
+    """
+    if not start:
         return 0
-    return (
-        bisect.bisect_left(
-            range(1, len(ids)),
-            True,
-            key=lambda n: len(tokenizer.decode(ids[:n], skip_special_tokens=True)) >= len(before),
-        )
-        + 1
-    )
+    counts = range(len(ids))
+    return bisect.bisect_left(counts, start, key=lambda n: len(tokenizer.decode(ids[:n], skip_special_tokens=False)))
 
 
 def _ids_within(tokenizer: Any, ids: Sequence[int], text: str) -> tuple[Sequence[int], str]:

@@ -282,6 +282,12 @@ class VllmEngine(Engine):
         return site.module
 
     def _adapter(self, mark: str, name: str, terms: Mapping[str, Term]) -> tuple[str, int, str]:
+        if streams := [key for key in terms if key not in self._sites]:
+            raise Steer2EditError(
+                f"vLLM cannot take {name} as an adapter: it acts on the residual stream",
+                got=", ".join(streams[:4]),
+                fix="Use the transformers engine.",
+            )
         if experts := [key for key in terms if self._sites[key].expert is not None]:
             raise Steer2EditError(
                 f"vLLM cannot take {name} as an adapter: it edits experts",

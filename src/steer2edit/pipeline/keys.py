@@ -75,7 +75,8 @@ def _searched(recipe: Recipe) -> dict[str, Any]:
     steered = recipe.search.method == "tpe" or recipe.search.refine
     left_out = set() if steered else {"limits", "rule", "tolerance", "reference"}
     kept = {key: s[key] for key in sorted(s) if key not in left_out}
-    if not recipe.search.automatic:
+    s_layers = [kind for kind in recipe.search.baselines if kind in ("layer", "direction")]
+    if not recipe.search.automatic and not s_layers:  # nothing is found by KL
         kept = {key: value for key, value in kept.items() if key not in ("span", "points")}
     if recipe.search.sanity:
         kept["degenerate"] = s["limits"].get("degenerate")

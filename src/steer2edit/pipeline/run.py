@@ -26,8 +26,8 @@ from ..progress import showing
 from ..recipe import Recipe
 from ..report.inspection import MANIFEST
 from ..searching.bench import Bench
+from ..searching.own_answers import Journalled
 from .keys import ORDER, score_files, stage_keys
-from .own_answers import Journalled
 
 _FOLDERS = (".", "traces", "search", "evaluation", "figures")
 

@@ -31,11 +31,11 @@ from ..searching.bench import Bench
 from ..searching.candidates import BASE, BASELINES, TITLES, Candidate, Trial, edit_of, of_kind
 from ..searching.choice import moved, require_choice, summary
 from ..searching.front import choose
+from ..searching.own_answers import Journalled
 from ..searching.rounds import run_study
 from ..searching.study import Discarded, Study
 from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
 from .keys import ORDER, score_files
-from .own_answers import Journalled
 from .results import results_of
 from .run import Run
 
@@ -168,7 +168,7 @@ def _edit(run: Run) -> list[str]:
     base = of_kind(study.trials, "base")
     any_moved = not base or moved(chosen, base[0], aim)
     if not any_moved:
-        say(f"  nothing moved: no edit within the limits has a better {aim.attribute.title} than the original model")
+        say(f"  nothing moved: no edit within the limits has a better {aim.ranking.title} than the original model")
     shown = summary(study, aim, recipe.search.method, recipe.evaluation.resamples, recipe.seed)
     briefs = {kind: None if trial is None else _brief(trial) for kind, trial in others.items()}
     write_json(run.path(CHOICE), shown | {"steering": None, **briefs, "edit": _brief(chosen), "moved": any_moved})

@@ -117,12 +117,13 @@ class Probe:
 
 def _residual(tensors: Mapping[str, Tensor], sites: tuple[Site, ...]) -> dict[int, Mapping[Label, Tensor]]:
     """The means of the residual stream; probes of older versions have none. Raises ValueError for another shape."""
+    if not any(residual_key(site.layer) in name for site in sites for name in tensors):
+        return {}
     residual: dict[int, Mapping[Label, Tensor]] = {}
     for layer in range(1 + max(site.layer for site in sites)):
-        if f"{residual_key(layer)}.{LABELS[0]}" in tensors:
-            residual[layer] = {label: tensors[f"{residual_key(layer)}.{label}"] for label in LABELS}
-            if any(mean.shape != (sites[0].d,) for mean in residual[layer].values()):
-                raise ValueError(f"shapes of {residual_key(layer)}")
+        residual[layer] = {label: tensors[f"{residual_key(layer)}.{label}"] for label in LABELS}
+        if any(mean.shape != (sites[0].d,) for mean in residual[layer].values()):
+            raise ValueError(f"shapes of {residual_key(layer)}")
     return residual
 
 

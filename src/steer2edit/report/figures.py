@@ -16,7 +16,7 @@ from ..searching.candidates import TITLES, Trial, of_kind
 _OTHERS = {
     "layer": {"style": "^", "color": "#dd8452"},
     "direction": {"style": "v", "color": "#8172b3"},
-    "prompt": {"style": "D", "color": "#55a868"},
+    "system": {"style": "D", "color": "#55a868"},
 }
 _STEERING, _EDIT, _BASE = "#c44e52", "#1f5fa8", "#555555"
 

@@ -85,7 +85,7 @@ def nothing_moved(choice: Mapping[str, Any]) -> str:
     """A warning, if no edit within the limits has a better attribute than the original model; else nothing."""
     if choice.get("moved", True):
         return ""
-    title = choice["attribute"]["title"]
+    title = choice.get("ranking", choice["attribute"])["title"]
     return f"**Nothing moved: on validation no edit has a better {title} than the original model.** "
 
 
@@ -195,6 +195,8 @@ def print_answers(console: Any, answers: Sequence[Mapping[str, Any]], each: int 
     from rich.markup import escape
     from rich.table import Table
 
+    if not answers:
+        return
     systems = [name for name in TITLES if name in answers[0]]
     kinds = list(dict.fromkeys(row["kind"] for row in answers))
     for kind in kinds[:2]:

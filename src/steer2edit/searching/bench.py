@@ -206,7 +206,7 @@ class Bench:
         asked = [[self._messages(item), list(answer)] for item, answer in own]
         kl, rise = self._losses(tried, asked, lambda i: (self._ids(own[i][0]), own[i][1]), name, progress)
         for c, candidate in enumerate(tried):
-            if candidate.kind != "prompt" or not own:
+            if candidate.kind != "system" or not own:
                 continue
 
             def make(candidate: Candidate = candidate) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class Bench:
         Args:
             asked: what each answer is, for the journal. pair: i → the i-th prompt's ids and answer's ids.
         """
-        changed = [c for c, candidate in enumerate(tried) if candidate.kind not in ("base", "prompt")]
+        changed = [c for c, candidate in enumerate(tried) if candidate.kind not in ("base", "system")]
         kl: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
         rise: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
         if not changed:
@@ -269,7 +269,7 @@ class Bench:
         base, lengths = self._base_choices(flat, BASE)
         rows = []
         for c, candidate in enumerate(tried):
-            if candidate.kind == "prompt":
+            if candidate.kind == "system":
                 rows.append(self._by_item(self._base_choices(flat, candidate)[0], lengths))
             else:
                 nll = [_sum(*pair) for pair in zip(base, (row[c] for row in rise), strict=True)]

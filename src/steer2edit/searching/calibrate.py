@@ -29,7 +29,7 @@ from .plan import AUTO, Search
 from .statistics import finite
 from .utility import base_answers, engine_of, refuse_other_base
 
-RUNGS = 9
+RUNGS = 6
 ROUNDS = 5
 _TIGHT = 2.0
 # Strengths that are closer than this factor are not told apart: where the KL differs more there, it jumps.

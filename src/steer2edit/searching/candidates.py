@@ -23,14 +23,14 @@ Values = tuple[float | None, ...]
 # What is compared, in the order of tables: kind → what people read.
 TITLES = {
     "base": "original",
-    "prompt": "system prompt",
+    "system": "system prompt",
     "steering": "steering",
     "layer": "one layer",
     "direction": "direction",
     "edit": "edit",
 }
 # What a search compares edits with.
-BASELINES = ("prompt", "steering", "layer", "direction")
+BASELINES = ("system", "steering", "layer", "direction")
 # Where in the model the baselines of one layer are tried, as shares of its depth.
 DEPTHS = (0.35, 0.5, 0.65)
 
@@ -41,7 +41,7 @@ class Candidate:
 
     Attributes:
         id: its name in files.
-        kind: of TITLES. "prompt": a system prompt. "steering": out += γv at every block (paper, section 3). "layer":
+        kind: of TITLES. "system": a system prompt. "steering": out += γv at every block (paper, section 3). "layer":
             x += γv on the residual stream after one layer. "direction": the residual stream's coordinate along one
             layer's v̂ moves towards the positive traces' mean, after every layer. "edit": an edit's configuration.
         config: its settings.
@@ -140,7 +140,7 @@ def edited(
 
 def asked(number: int, system: str) -> Candidate:
     """The original model under a system prompt that asks for the behaviour."""
-    return Candidate(f"prompt-{number}", "prompt", {"system": system})
+    return Candidate(f"system-{number}", "system", {"system": system})
 
 
 def steered_at(layer: int, gamma: float) -> Candidate:
@@ -179,7 +179,7 @@ def intervention_of(candidate: Candidate, scores: Mapping[str, Scores], probe: P
     Args:
         probe: with the means of the residual stream, for baselines on it.
     """
-    if candidate.kind in ("base", "prompt"):
+    if candidate.kind in ("base", "system"):
         return NOTHING
     if candidate.kind == "edit":
         return edit_of(candidate.config, scores).intervention(candidate.id)

@@ -30,9 +30,9 @@ def require_choice(trials: Sequence[Trial], aim: Aim) -> Trial:
 
 
 def moved(trial: Trial, base: Trial, aim: Aim) -> bool:
-    """Whether a trial's attribute is better than the original model's at all."""
-    gain, of_base = aim.gain(trial), aim.gain(base)
-    return gain is not None and of_base is not None and gain > of_base
+    """Whether a trial is better than the original model at all, by the measure that ranks."""
+    mean, of_base = (one.mean(aim.ranking.name) for one in (trial, base))
+    return mean is not None and of_base is not None and aim.ranking.gain(mean) > aim.ranking.gain(of_base)
 
 
 def summary(study: Study, aim: Aim, method: str, resamples: int, seed: int) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def summary(study: Study, aim: Aim, method: str, resamples: int, seed: int) -> d
     shown: dict[str, Any] = {
         "method": method,
         "attribute": aim.attribute.to_json(),
+        "ranking": aim.ranking.to_json(),
         "rule": aim.describe_rule(),
         "limits": {measure.name: limit for measure, limit in aim.limits.items()},
         "reference": aim.reference,

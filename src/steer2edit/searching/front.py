@@ -28,6 +28,7 @@ class Aim:
         attribute: the measure to improve. limits: what each measure may come to on validation; None is no limit.
         rule: which of the trials within the limits is chosen. tolerance: of the rule `cheapest`, on the attribute's
             scale from worst to best. reference: the utility loss, in nats, at which the hypervolume ends.
+        ranked: what the rule `largest` ranks by; None is the attribute.
     """
 
     attribute: Measure
@@ -35,6 +36,12 @@ class Aim:
     rule: Rule = "largest"
     tolerance: float = 0.05
     reference: float = 1.0
+    ranked: Measure | None = None
+
+    @property
+    def ranking(self) -> Measure:
+        """The measure of which the rule `largest` takes the best."""
+        return self.ranked or self.attribute
 
     def allows(self, trial: Trial) -> bool:
         """Whether each limited measure of a trial is within its limit."""
@@ -134,7 +141,11 @@ def _gain(trial: Trial, aim: Aim) -> float:
 
 
 def _largest(trials: Sequence[Trial], aim: Aim) -> Trial:
-    return max(trials, key=lambda t: (_gain(t, aim), -cost_of(t)))
+    def rank(trial: Trial) -> float:
+        mean = trial.mean(aim.ranking.name)
+        return -float("inf") if mean is None else aim.ranking.gain(mean)
+
+    return max(trials, key=lambda t: (rank(t), -cost_of(t)))
 
 
 def _cheapest(trials: Sequence[Trial], aim: Aim) -> Trial:
@@ -165,7 +176,7 @@ class _Rule:
 
 
 def _extreme(aim: Aim) -> str:
-    return f"{'highest' if aim.attribute.better == 'higher' else 'lowest'} {aim.attribute.title}"
+    return f"{'highest' if aim.ranking.better == 'higher' else 'lowest'} {aim.ranking.title}"
 
 
 RULES: dict[Rule, _Rule] = {

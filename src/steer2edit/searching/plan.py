@@ -74,7 +74,7 @@ class Search(Section):
     trials: Many = 60
     at_once: Many = 12
     steering: Range | list[Positive] | Auto = []
-    baselines: list[Literal["prompt", "layer", "direction"]] = ["prompt", "layer", "direction"]
+    baselines: list[Literal["system", "layer", "direction"]] = ["system", "layer", "direction"]
     rule: Rule = "largest"
     tolerance: Share = 0.05
     reference: Positive = 1.0

@@ -70,7 +70,7 @@ def run_study(
 
 def prompts_that_ask(bench: Bench, search: Search) -> list[Candidate]:
     """The system prompts that the edits are compared with."""
-    if "prompt" not in search.baselines:
+    if "system" not in search.baselines:
         return []
     if not bench.can_prompt:
         say("  no system prompt is tried: this engine does not measure losses under another prompt")

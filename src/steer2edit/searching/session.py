@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from ..behaviours.prompts import BUILTIN, load_neutral
 from ..edits import Combination, Edit, Scores
 from ..engines.base import Engine, Progress
 from ..errors import EditError, RecipeError
-from ..files.schema import parse
+from ..files.schema import nearest, parse
 from ..files.writing import write_jsonl
-from ..method.variants import FULL
+from ..method.variants import FULL, SCORED
 from ..probing.chat import CHAT, Chat
 from ..probing.collect import collect
 from ..probing.probe import Probe
@@ -29,6 +30,7 @@ from .bench import Bench
 from .candidates import BASE, TITLES, Candidate, Trial, edit_of, of_kind
 from .choice import moved
 from .front import Aim, choose, pareto
+from .own_answers import Journalled
 from .plan import Evaluation, Search
 from .rounds import run_study
 from .statistics import interval
@@ -138,28 +140,48 @@ def search(
         )
     with _folder(folder) as place:
         behaviour, source = _behaviour_of(more, less, prompts, score, title, place, seed, counts)
-        items = behaviour.items(source, "probe")
-        traces = behaviour.make_traces(engine, items, None)
-        probe = collect(live, engine.tokenizer, traces, chat=engine.chat)
-        scores = score_probe(live, probe)
         plan = parse(Search, {**behaviour.search, **(options or {})}, under="search")
+        names = [measure.name for measure in behaviour.measures]
+        if unknown := [name for name in plan.limits if name not in names]:
+            fix = nearest(unknown[0], names, "Measures of this behaviour")
+            raise RecipeError("a limit is of no measure", got=unknown[0], fix=fix)
         measured = parse(Evaluation, {**behaviour.evaluation, **(evaluation or {})}, under="evaluation")
-        validation = behaviour.completed(engine, behaviour.items(source, "validation"))
+        mark = _mark(live, behaviour, engine.chat)
+        writer = Journalled(engine, place / f"own-{mark}.jsonl")
+        traces = behaviour.make_traces(writer, behaviour.items(source, "probe"), None)
+        probe = collect(live, engine.tokenizer, traces, chat=engine.chat)
+        scores: dict[str, Scores] = {FULL: score_probe(live, probe)}
+        for variant in plan.variants:
+            if variant in SCORED:
+                scores[variant] = score_probe(live, probe, variant=variant)
+        validation = behaviour.completed(writer, behaviour.items(source, "validation"))
         neutral = load_neutral(str(behaviour.neutral_prompts), "validation", 0, measured.utility_prompts)
-        journal = place / f"journal-{seed}.jsonl"
-        bench = Bench(
-            engine, {FULL: scores}, validation, behaviour, measured, journal, neutral=neutral, probe=probe, seed=seed
-        )
+        journal = place / f"journal-{_mark(traces, mark, seed)}.jsonl"
+        bench = Bench(engine, scores, validation, behaviour, measured, journal, neutral=neutral, probe=probe, seed=seed)
         default = behaviour.limits
         limits = {m: plan.limits.get(m.name, default.get(m.name, m.limit)) for m in behaviour.measures}
-        aim = Aim(behaviour.attribute, limits, plan.rule, plan.tolerance, plan.reference)
+        aim = Aim(behaviour.attribute, limits, plan.rule, plan.tolerance, plan.reference, behaviour.ranked)
         study = run_study(bench, plan, aim, seed, progress)
     chosen = choose(study.of_kind("edit"), aim)
     base = study.of_kind("base")[0]
     if chosen is not None and not moved(chosen, base, aim):
         chosen = None
-    best = None if chosen is None else edit_of(chosen.candidate.config, {FULL: scores})
-    return SearchResult(study, best, chosen, scores, probe, aim, behaviour.measures)
+    best = None if chosen is None else edit_of(chosen.candidate.config, scores)
+    return SearchResult(study, best, chosen, scores[FULL], probe, aim, behaviour.measures)
+
+
+def _mark(*parts: Any) -> str:
+    """A short hash of what a journal's answers depend on beside what each line holds itself."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, weight in part.state_dict().items():
+                digest.update(f"{name} {tuple(weight.shape)}".encode())
+                if not weight.is_meta:
+                    digest.update(weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
 
 
 def evaluate(
@@ -199,7 +221,9 @@ def evaluate(
     behaviour = parse(Custom, raw, under="behaviour")
     items = [_item(prompt, score == "preference") for prompt in prompts]
     measured = parse(Evaluation, {**behaviour.evaluation, **(evaluation or {})}, under="evaluation")
-    neutral = load_neutral(str(behaviour.neutral_prompts), "test", 0, measured.utility_prompts)
+    # Others than those of a search, which come first in the file.
+    count = measured.utility_prompts
+    neutral = load_neutral(str(behaviour.neutral_prompts), "test", count, count)
     edited = Candidate("edit", "edit", {"id": edit.id})
     with _folder(None) as place:
         bench = Bench(
@@ -269,6 +293,8 @@ def _behaviour_of(
         path = folder / "prompts.jsonl"
         write_jsonl(path, ({"prompt": prompt} for prompt in prompts))
         prompts = path
+    if unknown := [name for name in counts or {} if name not in SPLITS]:
+        raise RecipeError("there is no such split", got=unknown[0], fix=f"Name {', '.join(SPLITS)}.")
     wanted = {split: {PROMPT: counts[split]} if counts and split in counts else None for split in SPLITS}
     return behaviour, Source(None if prompts is None else str(prompts), wanted, seed)
 

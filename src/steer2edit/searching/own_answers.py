@@ -8,7 +8,7 @@ from typing import Any
 
 from ..engines.base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 from ..method.intervention import Intervention
-from ..searching.journal import Journal
+from .journal import Journal
 
 # Answers that are journalled at once, or a quarter of the engine's rows if those are more: what a kill costs.
 _BATCH = 32
