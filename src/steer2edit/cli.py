@@ -226,7 +226,7 @@ def inspect(
     """Show what is in a probe, scores, an edit or a run."""
     from .report.inspection import describe, show
 
-    found = describe(file, top)
+    contents = describe(file, top)
     if picture is not None:
         from .edits import Edit
         from .report.figures import heat_map
@@ -235,10 +235,10 @@ def inspect(
         for written in heat_map(Edit.load(edit_file), picture.with_suffix("")):
             print(written, file=sys.stderr)
     if json:
-        _print_json(found)
+        _print_json(contents)
         return
 
-    show(_console(), found)
+    show(_console(), contents)
 
 
 @app.command()
@@ -283,18 +283,18 @@ def doctor(
 
     if weights:
         loaded, _ = load_section(section)
-        found = examine(loaded, self_check(loaded, thorough=True))
+        findings = examine(loaded, self_check(loaded, thorough=True))
     else:
         where: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
         empty = empty_model(load_config(section.name, revision=section.revision, **where), **where)
         if section.architecture is not None:
             describe_as(empty, section.architecture)
-        found = examine(empty)
-    found["model"] = section.name
+        findings = examine(empty)
+    findings["model"] = section.name
     if json:
-        _print_json(found)
+        _print_json(findings)
         return
-    show(_console(), found)
+    show(_console(), findings)
 
 
 @app.command(name="apply")
@@ -334,7 +334,7 @@ def apply_edits(
         say(f"  {one} and {other} both change {pair['shared']} components, {share}")
     write(edit, kind, to, base)
     changes = edit.changes()
-    found = {
+    summary = {
         "kind": "apply",
         "as": kind,
         "path": str(to),
@@ -345,9 +345,9 @@ def apply_edits(
         "interference": met,
     }
     strengths = ", ".join(f"{part.strength:g}" for part in edit.parts)
-    say(f"  {kind}: {len(changes)} sites, rank {found['rank']}, strength {strengths}, edit {edit.id}")
+    say(f"  {kind}: {len(changes)} sites, rank {summary['rank']}, strength {strengths}, edit {edit.id}")
     if json:
-        _print_json(found)
+        _print_json(summary)
     else:
         print(to)
 
@@ -380,17 +380,17 @@ def verify(
     from .edits import load_any
     from .models.load import local_folder
 
-    found = check(local_folder(base), load_any(edit), edited)
+    audit = check(local_folder(base), load_any(edit), edited)
     if json:
-        _print_json(found)
+        _print_json(audit)
     else:
-        for word, count in found["counts"].items():
+        for word, count in audit["counts"].items():
             print(f"{count} tensors {word}")
-        for name, word in (found["tensors"] | found["files"]).items():
+        for name, word in (audit["tensors"] | audit["files"]).items():
             if word not in ("equal", "edited as expected"):
                 print(f"{word}: {name}")
-        print("as expected" if found["as_expected"] else "NOT as expected")
-    sys.exit(0 if found["as_expected"] else 1)
+        print("as expected" if audit["as_expected"] else "NOT as expected")
+    sys.exit(0 if audit["as_expected"] else 1)
 
 
 @app.command()
@@ -403,16 +403,16 @@ def diff(
     """Say what differs between two checkpoints, and whether it is a rank-1 edit of heads and neurons."""
     from .artefacts.audit import diff as compare
 
-    found = compare(base, edited, top)
+    differences = compare(base, edited, top)
     if json:
-        _print_json(found)
+        _print_json(differences)
         return
 
     from .report.inspection import show
 
-    for row in found["sites"]:
+    for row in differences["sites"]:
         row["largest"] = ", ".join(f"{i}: {lam:+.2f}" for i, lam in row["largest"])
-    show(_console(), found)
+    show(_console(), differences)
 
 
 @app.command()

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer2edit.behaviours.base import COMMON
+from steer2edit.behaviours.base import COMMON, Measure
 from steer2edit.behaviours.safety import OVER_REFUSAL, REFUSAL
 from steer2edit.searching.candidates import Candidate, Trial
+from steer2edit.searching.choice import moved
 from steer2edit.searching.front import RULES, Aim, choose, hypervolume, hypervolume_interval, pareto
 
 NO_LIMITS: dict[str, float | None] = {"over_refusal": None}
@@ -251,3 +252,22 @@ def test_of_points_equally_far_above_the_line_the_cheaper_is_the_knee() -> None:
 
 def test_a_line_has_no_bend_and_its_gentlest_end_is_taken() -> None:
     assert _chosen("knee", _trial("c", 1.0, 1.0), _trial("b", 0.5, 0.5), _trial("a", 0.0, 0.0)) == "a"
+
+
+def test_the_rule_largest_ranks_by_a_finer_measure_where_there_is_one() -> None:
+    share = Measure("share", "share", better="higher", worst=0.0, best=1.0)
+    margin = Measure("margin", "margin", better="higher", worst=-1.0, best=1.0, rate=False)
+
+    def trial(name: str, shown: float, nats: float, cost: float) -> Trial:
+        values = {"share": (shown,), "margin": (nats,), "utility_loss": (cost,)}
+        return Trial(Candidate(name, "edit", {}), values, "0")
+
+    trials = [trial("coarse", 0.6, 0.1, 0.1), trial("fine", 0.5, 0.3, 0.2)]
+    plain = Aim(share, {})
+    ranked = Aim(share, {}, ranked=margin)
+    assert [chosen.candidate.id for aim in (plain, ranked) if (chosen := choose(trials, aim))] == ["coarse", "fine"]
+    assert plain.describe_rule().startswith("highest share within the limits")
+    assert ranked.describe_rule().startswith("highest margin within the limits")
+    base = trial("base", 0.5, 0.2, 0.0)
+    assert [moved(trials[1], base, aim) for aim in (plain, ranked)] == [False, True]
+    assert [moved(trials[0], base, aim) for aim in (plain, ranked)] == [True, False]

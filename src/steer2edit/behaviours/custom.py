@@ -53,7 +53,7 @@ class Custom(Behaviour):
     neutral_prompts: ClassVar[str | None] = "builtin:neutral_prompts"
     evaluation: ClassVar[Mapping[str, Any]] = {"utility_prompts": 8, "utility_tokens": 32}
     limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.4}
-    # Scored by v̂ᵀWμ in place of the cosine, an edit moved a mood two to five times as far at equal KL (docs/styles.md).
+    # Scored by v̂ᵀWμ, not by the cosine, an edit moved a mood two to five times as far at equal KL (docs/recipes.md).
     search: ClassVar[Mapping[str, Any]] = {"variants": ["full", "g_dot"], "span": [0.1, 0.35], "points": 2}
     divides: ClassVar[bool] = True
     second_file: ClassVar[bool] = True

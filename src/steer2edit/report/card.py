@@ -95,7 +95,7 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
         else "was\nturned into rank-1 edits of single attention heads and MLP neurons"
     )
     config = describe(results["systems"]["steering" if steered else "edit"]["config"])
-    made = f"- Hyper-parameters: {config}; {chosen}." if steered else _how(edit, config, chosen)
+    how = f"- Hyper-parameters: {config}; {chosen}." if steered else _how(edit, config, chosen)
     embedded = recipe.model.name == EMBEDDED
     quantised = _ROUNDED if embedded else ""
     use = _USE_EMBEDDED if embedded and kind == "adapter" else _USE[kind].replace("BASE", base)
@@ -112,7 +112,7 @@ A steering vector, the mean activation on responses that show the behaviour minu
 ## How it was made
 
 - Behaviour: {recipe.behaviour.name}. Data: {recipe.data.prompts}; {probed or "see the recipe"} responses were probed.
-{made}
+{how}
 
 ## What was measured
 

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def show(console: Any, found: Mapping[str, Any]) -> None:
+def show(console: Any, findings: Mapping[str, Any]) -> None:
     """`examine`'s findings as text and tables."""
     from rich.markup import escape
     from rich.table import Table
 
-    tested = "tested" if found["tested"] else "not among the tested families"
-    console.print(f"[bold]{escape(found['model'])}[/bold]: {escape(found['family'])}, {tested}", highlight=False)
+    tested = "tested" if findings["tested"] else "not among the tested families"
+    console.print(f"[bold]{escape(findings['model'])}[/bold]: {escape(findings['family'])}, {tested}", highlight=False)
     tables = {
-        "What is edited": found["sites"],
-        "What is not": found["not edited"],
-        "Memory": [{"for": stage, "needs": _size(size)} for stage, size in found["memory"].items()],
+        "What is edited": findings["sites"],
+        "What is not": findings["not edited"],
+        "Memory": [{"for": stage, "needs": _size(size)} for stage, size in findings["memory"].items()],
     }
     for title, rows in tables.items():
         table = Table(title=title, title_justify="left")
@@ -27,9 +27,9 @@ def show(console: Any, found: Mapping[str, Any]) -> None:
         for row in rows:
             table.add_row(*(f"{x:,}" if isinstance(x, int) else escape(str(x)) for x in row.values()))
         console.print(table)
-    for remark in found["remarks"]:
+    for remark in findings["remarks"]:
         console.print(f"- {escape(remark)}", highlight=False)
-    if health := found.get("self-check"):
+    if health := findings.get("self-check"):
         for line in _told(health):
             console.print(f"- {escape(line)}", highlight=False)
     else:

@@ -50,10 +50,10 @@ def _probe(probe: Probe) -> dict[str, Any]:
 
 
 def _largest(sites: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]], top: int) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for key, (by, columns) in sites.items():
         for i in by.abs().topk(min(top, len(by))).indices.tolist():
-            found.append(
+            rows.append(
                 {
                     "site": key,
                     "component": i,
@@ -61,8 +61,8 @@ def _largest(sites: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]], top
                     "_": float(by[i].abs()),
                 }
             )
-    found.sort(key=lambda row: -row["_"])
-    return [{k: v for k, v in row.items() if k != "_"} for row in found[:top]]
+    rows.sort(key=lambda row: -row["_"])
+    return [{k: v for k, v in row.items() if k != "_"} for row in rows[:top]]
 
 
 def _scores(scores: Scores, top: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _combination(both: Combination) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
     try:
-        found = {
+        contents = {
             "kind": "run",
             "name": manifest["recipe"]["name"],
             "model": manifest["recipe"]["model"]["name"],
@@ -113,18 +113,18 @@ def _run(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path / MANIFEST} is not a run's", got=repr(error), fix="Give a run directory.") from None
     if (path / "choice.json").is_file():
-        found["choice"] = read_json(path / "choice.json")
+        contents["choice"] = read_json(path / "choice.json")
     if (path / "evaluation/results.json").is_file():
-        found["results"] = read_json(path / "evaluation/results.json")
-    return found
+        contents["results"] = read_json(path / "evaluation/results.json")
+    return contents
 
 
-def show(console: Any, found: dict[str, Any]) -> None:
+def show(console: Any, contents: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    results = found.pop("results", None)
-    for name, value in found.items():
+    results = contents.pop("results", None)
+    for name, value in contents.items():
         if isinstance(value, list) and value:
             table = Table(title=name)
             for column in value[0]:

@@ -92,13 +92,13 @@ class Ladder:
 
     def points(self) -> list[tuple[Candidate, float]]:
         """For each target the candidate whose KL, interpolated in logarithms, it is; targets in a jump are left out."""
-        found: dict[str, tuple[Candidate, float]] = {}
+        by_id: dict[str, tuple[Candidate, float]] = {}
         for target in self.targets:
             bracket = self._bracket(target)
             if bracket and self._tight(bracket):
                 candidate = self.make(self._between(bracket, target))
-                found.setdefault(candidate.id, (candidate, target))
-        return list(found.values())
+                by_id.setdefault(candidate.id, (candidate, target))
+        return list(by_id.values())
 
     def missing(self) -> list[float]:
         """The targets that have no point."""

@@ -49,8 +49,8 @@ class Journalled(Engine):
             batch = requests[first : first + self.batch]
 
             def make(batch: Sequence[Request] = batch) -> dict[str, Any]:
-                made = self.engine.generate(batch, table, max_new_tokens, None, sampling)
-                rows = [[list(a.ids), a.text, a.ended, a.start, a.thinking] for a in made]
+                answered = self.engine.generate(batch, table, max_new_tokens, None, sampling)
+                rows = [[list(a.ids), a.text, a.ended, a.start, a.thinking] for a in answered]
                 return {"answers": rows, "rows": self.engine.slots}
 
             asked = [[[list(r.ids), r.row, r.seed] for r in batch], [i.name for i in table], max_new_tokens, drawn]

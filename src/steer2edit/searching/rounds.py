@@ -62,8 +62,8 @@ def run_study(
     if search.automatic or layers:
         scale = _calibrated(bench, search, layers, planned_edits(search, coarse) if coarse else None)
         study.scale = scale.to_json()
-        search, found = resolved(search, scale)
-        coarse = found or coarse or coarse_grid(search)
+        search, calibrated = resolved(search, scale)
+        coarse = calibrated or coarse or coarse_grid(search)
         baselines += [candidate for points in scale.others.values() for candidate, _ in points]
     return _Rounds(bench, search, coarse, baselines, aim, seed, study, progress, on_round).run()
 
