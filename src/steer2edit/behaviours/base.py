@@ -241,6 +241,13 @@ class Behaviour(Section):
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Traces of both labels for the probe."""
 
+    def check_contrast(self, agreement: float) -> None:
+        """Raises TraceError if the two sides of the traces differ too little to be searched; most behaviours go on.
+
+        Args:
+            agreement: the cosine between the steering vectors of two halves of the traces.
+        """
+
     @abstractmethod
     def measure(self, item: Item, outcome: Outcome, base: Outcome) -> Mapping[str, float]:
         """What one outcome counts for: measure → number. Pure, so that a journal can be judged again without a model.

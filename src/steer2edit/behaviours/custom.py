@@ -31,6 +31,8 @@ PROMPT, PAIR = "prompt", "pair"
 _OPEN = 8
 # Every candidate reads each pair on validation: more of them cost more than they tell.
 _PAIRS = 12
+# Steering vectors of two halves of the traces that agree less than this say more of chance than of the behaviour.
+_AGREE = 0.3
 EVERYDAY = "builtin:everyday_prompts"
 
 
@@ -234,6 +236,16 @@ class Custom(Behaviour):
         raise TraceError(
             f"the model does not follow the two instructions: there is no contrast in {measure.title}",
             got=f"{shown[0]:.2f} under `more` and {shown[1]:.2f} under `less`, of {len(items)} answers each",
+            fix=_WHAT_TO_DO,
+        )
+
+    def check_contrast(self, agreement: float) -> None:
+        """Of responses under two instructions: written ones are as their author wants them."""
+        if self.more.file is not None or self.weak_contrast == "go on" or agreement >= _AGREE:
+            return
+        raise TraceError(
+            "the model does not follow the two instructions: its answers under them differ by chance",
+            got=f"the steering vectors of two halves of the answers have a cosine of {agreement:.2f}",
             fix=_WHAT_TO_DO,
         )
 

@@ -109,6 +109,7 @@ def _probe(run: Run) -> list[str]:
         say(f"  the vectors of two halves of the traces agree: cosine {shown}")
         if max(agree.values()) < WEAK:
             say("  that is hardly more than chance: the two sides of the traces differ too little, or are too few")
+        run.recipe.behaviour.check_contrast(max(agree.values()))
     probe.save(run.path(PROBE))
     return [PROBE]
 

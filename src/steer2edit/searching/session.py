@@ -150,6 +150,9 @@ def search(
         writer = Journalled(engine, place / f"own-{mark}.jsonl")
         traces = behaviour.make_traces(writer, behaviour.items(source, "probe"), None)
         probe = collect(live, engine.tokenizer, traces, chat=engine.chat)
+        agreement = [cosine for cosine in probe.provenance["halves_agree"].values() if cosine is not None]
+        if agreement:
+            behaviour.check_contrast(max(agreement))
         scores: dict[str, Scores] = {FULL: score_probe(live, probe)}
         for variant in plan.variants:
             if variant in SCORED:
