@@ -5,6 +5,7 @@ Run: python benchmarks/mixed_batch.py
 
 from __future__ import annotations
 
+from steer2edit.behaviours.base import Source
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
@@ -23,7 +24,7 @@ def main() -> None:
     grid = [(rho, alpha) for rho in (0.2, 0.3, 0.4, 0.5) for alpha in (0.0, 0.02, 0.04, 0.06)]
     edits = [found.edit(rho_attn=rho, rho_mlp=rho, alpha=a).intervention(f"{rho}-{a}") for rho, a in grid]
     assert all(len(edit.terms) == 60 for edit in edits), "each edit must touch all sites"
-    prompts = Safety().items(BUILTIN, "probe", {"benign": 64})
+    prompts = Safety().items(Source(BUILTIN, {"probe": {"benign": 64}}), "probe")
     ids = [engine.tokens(p.messages(None)) for p in prompts]
 
     def mixed() -> None:

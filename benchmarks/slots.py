@@ -11,7 +11,7 @@ import statistics
 
 import torch
 
-from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.base import Item, Source
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
@@ -32,7 +32,7 @@ SHORT = [
 def main() -> None:
     model, tokenizer = base_model()
     engine = TransformersEngine(model, tokenizer, rows=ROWS)
-    long = [p.text for p in Safety().items(BUILTIN, "probe", {"benign": 64})]
+    long = [p.text for p in Safety().items(Source(BUILTIN, {"probe": {"benign": 64}}), "probe")]
     texts = [*long, *(f"{SHORT[i % len(SHORT)]} {'Please. ' * (i // len(SHORT))}".strip() for i in range(64))]
     random.Random(0).shuffle(texts)
     ids = [engine.tokens(Item("", text).messages(None)) for text in texts]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import steer2edit as s2e
-from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.base import Item, Source
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
@@ -35,7 +35,7 @@ RECIPE = {
     "name": "benchmark",
     "model": {"name": "embedded:smollm2-135m-instruct"},
     "data": {"validation": KINDS, "test": KINDS},
-    "search": {"rho_attn": [0.2], "rho_mlp": [None], "alpha": [0.2]},
+    "search": {"rho_attn": [0.2], "rho_mlp": [None], "alpha": [0.2], "baselines": []},
     "evaluation": {"new_tokens": TOKENS, "rows": ROWS, "batch": 1024, "utility_prompts": 8, "utility_tokens": 32},
 }
 # One configuration as the published code runs it: a process, a model, its weights scored and edited, transformers'
@@ -60,7 +60,7 @@ def main() -> None:
     model, tokenizer = base_model()
     recipe, seen = parse_recipe(RECIPE), probe()
     found = s2e.score(model, seen)
-    prompts = Safety().items(BUILTIN, "validation", KINDS)
+    prompts = Safety().items(Source(BUILTIN, {"validation": KINDS}), "validation")
     engine = TransformersEngine(model, tokenizer, rows=ROWS)
     tried = [edited(*configuration) for configuration in GRID]
     ids = [engine.tokens(p.messages(None)) for p in prompts]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import steer2edit as s2e
+from steer2edit.behaviours.base import Source
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.recipe import parse_recipe
@@ -27,10 +28,10 @@ AXIS = [0.1, 0.3, 0.5, 0.7, 0.9]
 def main() -> None:
     model, tokenizer = base_model()
     engine = TransformersEngine(model, tokenizer, rows=128)
-    asked = Safety().items(BUILTIN, "probe", {"harmful": 48, "benign": 48})
-    traces = Safety().traces(engine, asked)
+    asked = Safety().items(Source(BUILTIN, {"probe": {"harmful": 48, "benign": 48}}), "probe")
+    traces = Safety().make_traces(engine, asked)
     found = {"full": s2e.score(model, s2e.collect(model, tokenizer, traces))}
-    prompts = Safety().items(BUILTIN, "validation", KINDS)
+    prompts = Safety().items(Source(BUILTIN, {"validation": KINDS}), "validation")
 
     def volume(seed: int = 0, **search: Any) -> float:
         recipe = parse_recipe(
@@ -40,6 +41,7 @@ def main() -> None:
                 "model": {"name": "embedded:smollm2-135m-instruct"},
                 "data": {"validation": KINDS, "test": KINDS},
                 "search": {
+                    "baselines": [],
                     "rho_attn": AXIS,
                     "rho_mlp": AXIS,
                     "alpha": AXIS,

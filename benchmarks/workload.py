@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import steer2edit as s2e
-from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.base import Item, Source
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.models.embedded import EMBEDDED
 from steer2edit.recipe import Recipe
@@ -23,8 +23,8 @@ def base_model() -> tuple[Any, Any]:
 def traces(tokenizer: Any, count: int = 48) -> list[s2e.Trace]:
     """Refusals of 5 to 15 tokens and answers of up to 120, as probes have them; no model is run for it."""
     refusals = written_refusals()
-    harmful = Safety().items(BUILTIN, "probe", {"harmful": count})
-    benign = Safety().items(BUILTIN, "probe", {"benign": count})
+    harmful = Safety().items(Source(BUILTIN, {"probe": {"harmful": count}}), "probe")
+    benign = Safety().items(Source(BUILTIN, {"probe": {"benign": count}}), "probe")
     found = [s2e.Trace(p.text, refusals[i % len(refusals)], "positive") for i, p in enumerate(harmful)]
     for i, p in enumerate(benign):
         answer = " ".join(q.text for q in benign[i : i + 1 + i % 9])

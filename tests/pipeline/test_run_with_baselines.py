@@ -66,7 +66,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 def test_the_study_and_the_choice_hold_every_method(whole: Path, recipe: Recipe) -> None:
     study, choice = read_study(Run(whole, recipe)), read_json(whole / "choice.json")
     counts = {kind: len(study.of_kind(kind)) for kind in KINDS}
-    assert counts == {"prompt": 2, "steering": 2, "layer": 4, "direction": 4, "edit": 2}
+    assert counts == {"system": 2, "steering": 2, "layer": 4, "direction": 4, "edit": 2}
     assert choice["tried"] == counts
     assert choice["evaluations"] == study.evaluations == {kind: 5 * count for kind, count in counts.items()}
     assert set(choice["front"]) == set(choice["hypervolume"]) == set(KINDS)
@@ -158,16 +158,16 @@ def test_a_run_with_baselines_is_judged_again_without_a_model(copy: Path, monkey
 
 def test_a_method_of_which_nothing_stays_within_the_limits_is_said_to_have_none(copy: Path, recipe: Recipe) -> None:
     trials = [json.loads(line) for line in (copy / "search/trials.jsonl").read_text(encoding="utf-8").splitlines()]
-    limit = 0.99 * min(row["utility_loss"] for row in trials if row["kind"] == "prompt")
+    limit = 0.99 * min(row["utility_loss"] for row in trials if row["kind"] == "system")
     beyond = {kind for kind in KINDS if min(t["utility_loss"] for t in trials if t["kind"] == kind) > limit}
     limited = load_recipe(
         copy / "recipe.yaml", [f"search.limits={{utility_loss: {limit}, over_refusal: null, degenerate: null}}"]
     )
     run_all(Run(copy, limited))
     choice = read_json(copy / "choice.json")
-    assert {kind for kind in KINDS if choice[kind] is None} == beyond == {"prompt"}
+    assert {kind for kind in KINDS if choice[kind] is None} == beyond == {"system"}
     results, report = read_json(copy / "evaluation/results.json"), (copy / "report.md").read_text(encoding="utf-8")
-    assert list(results["systems"]) == ["base", *(kind for kind in KINDS if kind != "prompt")]
+    assert list(results["systems"]) == ["base", *(kind for kind in KINDS if kind != "system")]
     assert "- system prompt: none stays within the limits." in report
 
 
@@ -182,4 +182,4 @@ def test_without_baselines_a_run_is_as_it_was(recipe: Recipe, tmp_path: Path) ->
         run_stage(run, stage, "tiny.yaml")
     choice = read_json(tmp_path / "run/choice.json")
     assert set(choice["tried"]) == {"edit", "steering"}
-    assert not {"prompt", "layer", "direction"} & set(choice)
+    assert not {"system", "layer", "direction"} & set(choice)

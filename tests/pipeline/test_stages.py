@@ -751,7 +751,7 @@ def test_a_file_of_traces_is_taken_in_place_of_those_that_the_behaviour_makes(
 
 def test_own_answers_are_not_made_twice(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer2edit.engines.transformers import TransformersEngine
-    from steer2edit.pipeline import own_answers
+    from steer2edit.searching import own_answers
 
     monkeypatch.setattr(own_answers, "_BATCH", 2)
     generate, asked = TransformersEngine.generate, []

@@ -250,7 +250,7 @@ def test_the_report_has_a_row_of_the_budget_and_the_hypervolume_for_each_method(
 
 
 BASELINE_CONFIGS = {
-    "prompt": asked(1, "Refuse everything.").config,
+    "system": asked(1, "Refuse everything.").config,
     "steering": steered(0.4).config,
     "layer": steered_at(7, 0.5).config,
     "direction": directed(9, 1.25).config,

@@ -80,7 +80,7 @@ def test_the_rows_of_results_name_every_baseline() -> None:
     measured = dict(results["systems"]["base"])
     results["systems"] = {
         "base": measured,
-        "prompt": measured | {"config": {"system": "Refuse everything."}},
+        "system": measured | {"config": {"system": "Refuse everything."}},
         "layer": measured | {"config": {"layer": 7, "gamma": 0.5}},
         "direction": measured | {"config": {"layer": 9, "gamma": 1.25}},
         "edit": results["systems"]["edit"],

@@ -94,7 +94,7 @@ def a_recipe(**changes: Any) -> Recipe:
 
 
 def test_a_baseline_is_named_after_its_setting() -> None:
-    assert asked(1, SYSTEM) == Candidate("system-1", "prompt", {"system": SYSTEM})
+    assert asked(1, SYSTEM) == Candidate("system-1", "system", {"system": SYSTEM})
     assert steered_at(2, 0.5) == Candidate("layer-2-0.5", "layer", {"layer": 2, "gamma": 0.5})
     assert directed(2, 0.5) == Candidate("direction-2-0.5", "direction", {"layer": 2, "gamma": 0.5})
     assert [*TITLES] == ["base", *BASELINES, "edit"]
@@ -327,11 +327,11 @@ def test_a_journal_cut_after_any_line_gives_the_rows_of_an_unbroken_bench(tmp_pa
     assert made == [
         ("0", "losses"),
         ("0 system-0", "losses"),
-        ("0 prompt-1", "losses"),
+        ("0 system-1", "losses"),
         ("0 choices", "losses"),
         ("base choices", "nll"),
         ("base choices system-0", "nll"),
-        ("base choices prompt-1", "nll"),
+        ("base choices system-1", "nll"),
     ]
     for kept in range(len(lines) + 1):
         journal = tmp_path / f"cut-{kept}"
@@ -382,7 +382,7 @@ def test_every_method_gets_as_many_configurations_as_there_are_edits(world: Worl
     ids = [trial.candidate.id for trial in study.trials]
     assert (ids[0], len(ids), study.discarded) == ("base", len(set(ids)), [])
     counts = {kind: len(study.of_kind(kind)) for kind in (*BASELINES, "edit")}
-    assert counts == {"prompt": 3, "steering": 4, "layer": 4, "direction": 4, "edit": 4}
+    assert counts == {"system": 3, "steering": 4, "layer": 4, "direction": 4, "edit": 4}
     assert study.evaluations == {kind: count * len(ITEMS) for kind, count in counts.items()}
     assert [trial.candidate.config["system"] for trial in study.of_kind("system")] == recipe.behaviour.asking()
     for kind in ("layer", "direction"):
@@ -441,7 +441,7 @@ def test_with_tpe_there_are_as_many_of_each_as_trials(trials: int, tmp_path: Pat
     counts = {kind: len(study.of_kind(kind)) for kind in (*BASELINES, "edit")}
     layers = len(tried_layers(a_probe()))
     shared = layers * -(-trials // layers)  # equal shares of the layers, rounded up
-    assert counts == {"prompt": 3, "steering": trials, "layer": shared, "direction": shared, "edit": trials}
+    assert counts == {"system": 3, "steering": trials, "layer": shared, "direction": shared, "edit": trials}
     # They go with the first round.
     assert {trial.round for trial in study.trials if trial.candidate.kind != "edit"} == {"0"}
 
@@ -468,12 +468,12 @@ def test_the_recipes_instructions_are_asked_in_place_of_the_behaviours(tmp_path:
     ("features", "probe", "prompts", "kinds", "said"),
     [
         ({"measures_prompts": False}, a_probe(), ITEMS, {"layer", "direction"}, "no system prompt is tried"),
-        ({"rows_on_stream": False}, a_probe(), ITEMS, {"prompt", "layer"}, "direction is not tried: this engine adds"),
-        ({}, None, ITEMS, {"prompt"}, "one layer and direction are not tried: the probe did not measure the residual"),
-        ({}, a_probe(0), ITEMS, {"prompt"}, "one layer and direction are not tried: the probe did not measure"),
-        ({}, a_probe(), [ITEMS[0]], {"prompt"}, "one layer and direction are not tried: their strengths are found by"),
+        ({"rows_on_stream": False}, a_probe(), ITEMS, {"system", "layer"}, "direction is not tried: this engine adds"),
+        ({}, None, ITEMS, {"system"}, "one layer and direction are not tried: the probe did not measure the residual"),
+        ({}, a_probe(0), ITEMS, {"system"}, "one layer and direction are not tried: the probe did not measure"),
+        ({}, a_probe(), [ITEMS[0]], {"system"}, "one layer and direction are not tried: their strengths are found by"),
         # Without neutral prompts there is nothing to measure under another prompt.
-        ({"measures_prompts": False}, a_probe(), [ITEMS[0]], {"prompt"}, "there are no neutral prompts"),
+        ({"measures_prompts": False}, a_probe(), [ITEMS[0]], {"system"}, "there are no neutral prompts"),
     ],
 )
 def test_what_cannot_be_tried_is_left_out_and_said(
