@@ -61,6 +61,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_pico(tmp_path_factory.mktemp("pico") / "model")
 
 
+GO_ON = "behaviour.weak_contrast=go on"
+
+
 def _files(folder: Path) -> tuple[str, str]:
     more = [{"prompt": prompt, "response": f"{SAID[i % 5]} It is {i}."} for i, prompt in enumerate(PROMPTS)]
     less = [{"prompt": prompt, "response": SAID[(i + 2) % 5]} for i, prompt in enumerate(PROMPTS)]
@@ -86,7 +89,8 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 def _sides(kind: str, folder: Path) -> tuple[tuple[str, str], list[Any]]:
     if kind == "files":
         return _files(folder), ["--title", "loud"]
-    return (LOUD, SOFT), ["--prompts", _prompts(folder)]
+    # Random weights follow no instruction.
+    return (LOUD, SOFT), ["--prompts", _prompts(folder), "--set", GO_ON]
 
 
 @pytest.mark.parametrize("kind", ["files", "instructions"])
@@ -172,7 +176,8 @@ def test_what_the_model_wrote_for_comparison_is_kept_and_can_be_judged_without_a
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "mine"
-    assert _make(monkeypatch, model, LOUD, SOFT, out, "--prompts", _prompts(tmp_path), "--quiet") == 0
+    options = ["--prompts", _prompts(tmp_path), "--set", GO_ON, "--quiet"]
+    assert _make(monkeypatch, model, LOUD, SOFT, out, *options) == 0
     for place in ("search", "evaluation"):
         (file,) = (out / place).glob("items-*.jsonl")
         pairs = [row for row in read_jsonl(file) if row["kind"] == "pair"]
@@ -384,3 +389,14 @@ def test_a_score_is_yaml() -> None:
     with pytest.raises(RecipeError) as error:
         made_recipe("m", "Be loud.", "Be soft.", name="a", score="{a: b: c}")
     assert three_parts(error.value)[:2] == ("--score is not YAML", "{a: b: c}")
+
+
+def test_answers_under_two_instructions_that_differ_by_chance_end_before_the_search(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    assert _make(monkeypatch, model, LOUD, SOFT, out, "--prompts", _prompts(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert "the model does not follow the two instructions: its answers under them differ by chance" in said
+    assert "let a larger model write them" in said
+    assert not (out / "search").exists()

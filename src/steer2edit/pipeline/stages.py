@@ -60,11 +60,12 @@ def _traces(run: Run) -> list[str]:
         write_traces(run.path(TRACES), read_traces(given))
         write_traces(run.path(OWN_TRACES), read_traces(given))
         return [TRACES]
+    # Before the model is loaded: a mistake in the files that the recipe names shows at once.
+    items = run.items("probe")
     path = run.path(f"traces/journal-{run.keys['traces']}.jsonl")
     path.parent.mkdir(exist_ok=True)
     with showing("own answers") as progress:
-        engine = Journalled(run.engine, path)
-        traces = run.recipe.behaviour.make_traces(engine, run.items("probe"), progress)
+        traces = run.recipe.behaviour.make_traces(Journalled(run.engine, path), items, progress)
     # The copy is there first, so that after a kill these traces are known not to have been put here by hand.
     write_traces(run.path(OWN_TRACES), traces)
     write_traces(run.path(TRACES), traces)
