@@ -13,7 +13,9 @@ import torch
 
 from conftest import make_pico, make_tokenizer
 from steer2edit import cli
-from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.base import Item, Split
+from steer2edit.behaviours.prompts import data_path, load_prompts
+from steer2edit.behaviours.safety import Safety
 from steer2edit.edits import Scores
 from steer2edit.engines.base import GREEDY, Answer, Losses, Request, Sampling
 from steer2edit.method.fingerprint import from_reading, signs
@@ -214,6 +216,11 @@ def places(folder: Path) -> dict[str, tuple[Path, int, int]]:
                 start, end = entry["data_offsets"]
                 found[name] = (file, 8 + head + start, 8 + head + end)
     return found
+
+
+def bundled(split: Split, counts: dict[str, int]) -> list[Item]:
+    """The first bundled prompts of each kind in a split, in the order of the file, whatever their style."""
+    return load_prompts(data_path("builtin:safety_prompts"), Safety.kinds, split, counts)
 
 
 def sketch(weight: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
-from runs import command, tiny_recipe
-from steer2edit.behaviours.base import Item, Source
-from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
+from runs import bundled, command, tiny_recipe
+from steer2edit.behaviours.base import Item
+from steer2edit.behaviours.safety import written_refusals
 from steer2edit.files.reading import read_jsonl
 from steer2edit.models.embedded import EMBEDDED, embedded_checkpoint
 from steer2edit.models.load import load_model
@@ -68,7 +68,7 @@ def test_the_real_model_from_prompts_to_an_adapter(
     edit = s2e.Edit.load(out / "edit.safetensors")
     assert (edit.summary()["attn"]["components"], edit.summary()["mlp"]["components"]) == (30 * 9, 30 * 1536)
     assert edit.summary()["attn"]["edited"] > 0
-    prompt = Safety().items(Source(BUILTIN, {"test": {"harmful": 1}}), "test")[0].text
+    prompt = bundled("test", {"harmful": 1})[0].text
     ids = torch.tensor([prompt_tokens(tokenizer, Item("", prompt).messages(None))])
     with torch.inference_mode():
         base = model(ids).logits
@@ -81,14 +81,14 @@ def test_the_real_model_from_prompts_to_an_adapter(
 
 def test_what_is_exported_answers_as_the_baked_model_in_transformers_and_in_peft(tmp_path: Path) -> None:
     model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
-    found = Safety().items(Source(BUILTIN, {"probe": {"harmful": 8, "benign": 8}}), "probe")
+    found = bundled("probe", {"harmful": 8, "benign": 8})
     answers = {
         "harmful": ("I'm sorry, but I can't help with that.", "positive"),
         "benign": ("Sure! Here it is.", "negative"),
     }
     scores = s2e.score(model, s2e.collect(model, tokenizer, [s2e.Trace(p.text, *answers[p.kind]) for p in found]))
     edit = scores.edit(rho_attn=0.3, rho_mlp=0.6, alpha=0.3)
-    prompts = Safety().items(Source(BUILTIN, {"test": {"harmful": 10, "benign": 10}}), "test")
+    prompts = bundled("test", {"harmful": 10, "benign": 10})
     ids = [torch.tensor([prompt_tokens(tokenizer, p.messages(None))]) for p in prompts]
 
     def tokens(of: Any) -> list[list[int]]:
@@ -116,7 +116,7 @@ def test_the_readmes_python_runs_as_it_stands(
 ) -> None:
     page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
-    prompts = Safety().items(Source(BUILTIN, {"probe": {"harmful": 12, "benign": 12}}), "probe")
+    prompts = bundled("probe", {"harmful": 12, "benign": 12})
     refusals = written_refusals()
     positive = [s2e.Trace(p.prompt, refusals[i], "positive") for i, p in enumerate(prompts[:12])]
     negative = [

@@ -16,7 +16,7 @@ from .probing.probe import Probe
 from .probing.score import score
 from .probing.traces import Trace, read_traces, write_traces
 from .searching.calibrate import Scale, calibrate
-from .searching.session import SearchResult, evaluate, search
+from .searching.in_python import SearchResult, evaluate, search
 from .searching.utility import kl
 
 __version__: str

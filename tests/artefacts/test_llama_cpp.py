@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import steer2edit as s2e
+from runs import bundled
 from steer2edit.artefacts.gguf import save_gguf_adapter
-from steer2edit.behaviours.base import Source
-from steer2edit.behaviours.safety import BUILTIN, Safety
+from steer2edit.behaviours.safety import Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.method.intervention import NOTHING
@@ -57,11 +57,11 @@ class Ours:
 def ours() -> Ours:
     model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
     engine = TransformersEngine(model, tokenizer)
-    probe = Safety().items(Source(BUILTIN, {"probe": {"harmful": 12, "benign": 12}}), "probe")
+    probe = bundled("probe", {"harmful": 12, "benign": 12})
     traces = Safety(negative=["benign"], new_tokens=NEW).make_traces(engine, probe)
     edit = s2e.score(model, s2e.collect(model, tokenizer, traces)).edit(rho_attn=0.2, rho_mlp=0.5, alpha=0.2)
     assert {site.site.block for site in edit.edited().values()} == {"attn", "mlp"}
-    asked = Safety().items(Source(BUILTIN, {"test": {"harmful": 10, "benign": 10}}), "test")
+    asked = bundled("test", {"harmful": 10, "benign": 10})
     ids = [engine.tokens(prompt.messages(None)) for prompt in asked]
     requests = [Request(one, row) for row in (0, 1) for one in ids]
     answers = [list(a.ids) for a in engine.generate(requests, [NOTHING, edit.intervention()], NEW)]

@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import steer2edit as s2e
-from runs import save_pico, tiny_recipe
-from steer2edit.behaviours.base import Source
-from steer2edit.behaviours.safety import BUILTIN, Safety
+from runs import bundled, save_pico, tiny_recipe
 from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.plan import EnginePlan, Model, load_section
 from steer2edit.engines.ray import RayEngine, _parts
@@ -63,7 +61,7 @@ def spread(section: Model, cluster: Any) -> Iterator[RayEngine]:
 def table(local: TransformersEngine) -> list[Any]:
     traces = [
         s2e.Trace(p.text, answer, label)
-        for p in Safety().items(Source(BUILTIN, {"probe": {"harmful": 4}}), "probe")
+        for p in bundled("probe", {"harmful": 4})
         for answer, label in (("I cannot help with that.", "positive"), ("Easily: do this.", "negative"))
     ]
     scores = s2e.score(local.model, s2e.collect(local.model, local.tokenizer, traces, chat=local.chat))
@@ -71,7 +69,7 @@ def table(local: TransformersEngine) -> list[Any]:
 
 
 def _requests(engine: Any, count: int = 10) -> list[Request]:
-    prompts = Safety().items(Source(BUILTIN, {"validation": {"harmful": count}}), "validation")
+    prompts = bundled("validation", {"harmful": count})
     return [Request(engine.tokens(p.messages(None)), i % 3) for i, p in enumerate(prompts)]
 
 

@@ -31,9 +31,8 @@ from transformers import AutoTokenizer
 import steer2edit as s2e
 from conftest import make_tokenizer
 from families import make_family
-from runs import save_pico, tiny_recipe
-from steer2edit.behaviours.base import Source
-from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
+from runs import bundled, save_pico, tiny_recipe
+from steer2edit.behaviours.safety import written_refusals
 from steer2edit.engines import vllm_worker
 from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.server import ServerEngine
@@ -624,12 +623,12 @@ def real() -> Any:
     """The 135M model in fp32 with its scores on a few traces, 20 prompts, and the transformers engine."""
     torch.set_num_threads(2)
     model, tokenizer = load_model(EMBEDDED, dtype="float32", device="cpu")
-    found = Safety().items(Source(BUILTIN, {"probe": {"harmful": 8, "benign": 8}}), "probe")
+    found = bundled("probe", {"harmful": 8, "benign": 8})
     harmful, benign = ([p.text for p in found if p.kind == kind] for kind in ("harmful", "benign"))
     positive = [s2e.Trace(p, r, "positive") for p, r in zip(harmful, written_refusals(), strict=False)]
     negative = [s2e.Trace(p, "Sure! Here are a few steps that you can follow.", "negative") for p in benign]
     scores = s2e.score(model, s2e.collect(model, tokenizer, positive, negative))
-    prompts = Safety().items(Source(BUILTIN, {"test": {"harmful": 10, "benign": 10}}), "test")
+    prompts = bundled("test", {"harmful": 10, "benign": 10})
     engine = TransformersEngine(model, tokenizer)
     ids = [engine.tokens([{"role": "user", "content": p.text}]) for p in prompts]
     edits = [

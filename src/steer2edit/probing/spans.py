@@ -58,11 +58,13 @@ def response_span(
             fix="Load a fast tokenizer (AutoTokenizer.from_pretrained(…, use_fast=True)).",
         )
     prompt = render(tokenizer, trace.messages(), chat)
-    prompt += chat.gap(prompt, trace.response)
+    gap = chat.gap(prompt, trace.response)
+    prompt += gap
     text = prompt + trace.response
     encoded = tokenizer(text, add_special_tokens=chat.adds_special_tokens, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    first, last = len(prompt) + first, len(prompt) + last
+    # The space that sets a response off is the model's to write: where it is a token of its own, it belongs to it.
+    first, last = len(prompt) + first - (len(gap) if first == 0 else 0), len(prompt) + last
     holds = [i for i, (start, end) in enumerate(encoded["offset_mapping"]) if end > first and start < last]
     special = set(tokenizer.all_special_ids)
     while holds and ids[holds[-1]] in special:

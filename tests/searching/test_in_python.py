@@ -19,7 +19,7 @@ from steer2edit.behaviours.prompts import load_neutral
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, FileError, RecipeError, Steer2EditError, TraceError
 from steer2edit.searching.front import pareto
-from steer2edit.searching.session import SearchResult, evaluate, search
+from steer2edit.searching.in_python import SearchResult, evaluate, search
 
 SAID = ["Sure, mix the flour.", "I cannot help with that.", "The capital is Paris.", "No.", "Please ask me!"]
 PROMPTS = [f"What is the reason {i}?" for i in range(14)]
