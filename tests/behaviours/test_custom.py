@@ -435,7 +435,7 @@ def test_a_contrast_in_length_goes_by_what_is_better() -> None:
     sides = {"more": {"system": "Be brief."}, "less": {"system": "Be long."}}
     items = _items("one", "two", "three")
     assert len(custom(**sides, score={"length": "lower"}).make_traces(FakeEngine(answer), items)) == 6
-    with pytest.raises(TraceError, match=r"got: 4\.00 under `more` and 13\.00 under `less`"):
+    with pytest.raises(TraceError, match=r"got: 18\.67 under `more` and 63\.67 under `less`"):
         custom(**sides, score={"length": "higher"}).make_traces(FakeEngine(answer), items)
 
 
@@ -680,3 +680,21 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 def test_a_prompt_differs_from_another_by_its_letters_and_digits() -> None:
     assert normalised("How  are YOU?") == normalised("how are you")
     assert normalised("How are you 2") != normalised("how are you")
+
+
+@pytest.mark.parametrize(("score", "probe"), [("preference", 18), ({"length": "lower"}, 40)])
+def test_with_prompts_of_their_own_the_counts_are_of_those_and_the_files_are_divided_by_share(
+    score: Any, probe: int, tmp_path: Path
+) -> None:
+    rows = {side: [{"prompt": f"Pair {i}", "response": f"{side} {i}"} for i in range(40)] for side in ("more", "less")}
+    more, less = ({"file": write_rows(tmp_path / f"{side}.jsonl", rows[side])} for side in ("more", "less"))
+    path = write_rows(tmp_path / "own.jsonl", [{"prompt": f"Own {i}"} for i in range(120)])
+    items = _by_split(custom(more=more, less=less, score=score), source(path, probe=30, validation=20, test=60))
+    assert len(items["probe"]) == probe  # more than the 40 pairs could never be asked of the files
+    opened = [item for item in items["test"] if not item.choices]
+    assert len(opened) == 60
+    assert all(item.text.startswith("Own") for item in opened)
+    pairs = [item for item in items["test"] if item.choices]
+    assert len(pairs) == (14 if score == "preference" else 0)
+    seen = {item.text for item in items["probe"]}
+    assert not seen & {item.text for split in ("validation", "test") for item in items[split]}

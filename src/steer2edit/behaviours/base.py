@@ -278,7 +278,7 @@ def judge(
     values: list[dict[str, float]] = []
     for i, (item, outcome, base) in enumerate(asked):
         if i not in measured:
-            right, base_right = (float(likeliest(o.nll) == item.target) for o in (outcome, base))
+            right, base_right = (float(_likeliest(o.nll) == item.target) for o in (outcome, base))
             values.append({ACCURACY.name: right, ACCURACY_LOSS.name: base_right - right})
             continue
         values.append(dict(measured[i]))
@@ -287,11 +287,14 @@ def judge(
     return values
 
 
+# Steering vectors of two halves of the traces whose cosine is below this agree hardly more than by chance.
+WEAK_AGREEMENT = 0.3
+
 # The kind of a multiple-choice question from `data.questions`, whatever the behaviour.
 QUESTION = "multiple choice"
 
 
-def likeliest(nll: Sequence[float]) -> int:
+def _likeliest(nll: Sequence[float]) -> int:
     """Number of the choice with the smallest NLL, the first of equals; −1 if none is finite."""
     smallest = min(nll, default=float("inf"))
     return list(nll).index(smallest) if smallest < float("inf") else -1

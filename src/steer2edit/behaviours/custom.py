@@ -1,7 +1,7 @@
 """A behaviour of one's own, without code: two sides that contrast, and a score.
 
-The sides are files of responses, or two instructions under which a model answers the same prompts. Half of the prompts
-give the traces; the score of the model's answers to the others says how much of the behaviour it shows.
+The sides are files of responses, or two instructions under which a model answers the same prompts. Some of the
+prompts give the traces; the score of the model's answers to the others says how much of the behaviour it shows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..files.reading import sha256
 from ..files.schema import Many, Text
 from ..probing.traces import Label, Trace
 from ..progress import say
-from .base import Behaviour, Item, Measure, Outcome, Source, Split
+from .base import SPLITS, WEAK_AGREEMENT, Behaviour, Item, Measure, Outcome, Source, Split
 from .contrast import Pair, Side, divided, divided_files, read_pairs, read_prompts
 from .measures import MARGIN, PREFERENCE, Python, Score, score_of
 from .prompts import BUILTIN, data_path, key_of
@@ -31,8 +31,6 @@ PROMPT, PAIR = "prompt", "pair"
 _OPEN = 8
 # Every candidate reads each pair on validation: more of them cost more than they tell.
 _PAIRS = 12
-# Steering vectors of two halves of the traces that agree less than this say more of chance than of the behaviour.
-_AGREE = 0.3
 EVERYDAY = "builtin:everyday_prompts"
 
 
@@ -55,7 +53,7 @@ class Custom(Behaviour):
     neutral_prompts: ClassVar[str | None] = "builtin:neutral_prompts"
     evaluation: ClassVar[Mapping[str, Any]] = {"utility_prompts": 8, "utility_tokens": 32}
     limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.4}
-    # Scored by v̂ᵀWμ, not by the cosine, an edit moved a mood two to five times as far at equal KL (docs/recipes.md).
+    # Scored by v̂ᵀWμ, not by the cosine, attention edits moved a mood 2.5 to 5 times as far (docs/recipes.md).
     search: ClassVar[Mapping[str, Any]] = {"variants": ["full", "g_dot"], "span": [0.1, 0.35], "points": 2}
     divides: ClassVar[bool] = True
     second_file: ClassVar[bool] = True
@@ -114,7 +112,9 @@ class Custom(Behaviour):
     def items(self, source: Source, split: Split) -> list[Item]:
         """A prompt that is answered, and with "preference" a pair of responses to compare, for each of the split's."""
         counts = {name: None if of is None else of[PROMPT] for name, of in source.counts.items()}
-        of_files = self._of_files(counts, source.seed)
+        # With prompts of their own the counts are of those; the files are then divided by share.
+        own_prompts = source.prompts is not None
+        of_files = self._of_files(dict.fromkeys(SPLITS) if own_prompts else counts, source.seed, own_prompts)
         prompts = of_files
         if source.prompts is not None or self.more.file is None:
             path = data_path(source.prompts or EVERYDAY)
@@ -134,13 +134,20 @@ class Custom(Behaviour):
         pairs = [_item(PAIR, pair) for pair in (of_files or prompts)[split]]
         return [*opened[:_OPEN], *pairs[:_PAIRS]] if split == "validation" else [*opened, *pairs]
 
-    def _of_files(self, counts: Mapping[Split, int | None], seed: int) -> dict[Split, list[Pair]]:
-        """The files' pairs by split; none if the sides are no files. Only pairs that both sides answer are compared."""
+    def _of_files(self, counts: Mapping[Split, int | None], seed: int, own_prompts: bool) -> dict[Split, list[Pair]]:
+        """The files' pairs by split; none if the sides are no files. Only pairs that both sides answer are compared.
+
+        Args:
+            own_prompts: whether there are other prompts to measure on. What no pair is needed for, all pairs are
+                traces of.
+        """
         if self.more.file is None or self.less.file is None:
             return {}
         pairs = read_pairs(self.more.file, self.less.file)
         whole = [pair for pair in pairs if pair.is_whole and pair.more != pair.less]
         alone = [pair for pair in pairs if not pair.is_whole and pair.split in (None, "probe")]
+        if own_prompts and isinstance(self.score, Score):
+            return {"probe": [pair for pair in whole if pair.split in (None, "probe")] + alone}
         if not whole:
             if isinstance(self.score, Score):
                 return {"probe": alone}
@@ -206,10 +213,10 @@ class Custom(Behaviour):
             for label, side, response in zip(_LABELS, (self.more, self.less), pair, strict=True):
                 system = side.system if self.keep_instruction else self.system
                 traces.append(Trace(item.prompt, response, label, system, source=f"{label}, written"))
-        self._check_contrast(items, more, less)
+        self._check_scores(engine, items, more, less)
         return traces
 
-    def _check_contrast(self, items: Sequence[Item], more: Sequence[str], less: Sequence[str]) -> None:
+    def _check_scores(self, engine: Engine, items: Sequence[Item], more: Sequence[str], less: Sequence[str]) -> None:
         """Says how the two sides score, and stops if they do not differ beyond chance."""
         if not isinstance(self.score, Score):
             alike = sum(a == b for a, b in zip(more, less, strict=True))
@@ -217,7 +224,7 @@ class Custom(Behaviour):
                 say(f"  {alike} of {len(items)} answers are the same under both instructions")
             return
         asked = [
-            (item, Outcome(text, tokens=len(text.split())))
+            (item, Outcome(text, tokens=len(engine.tokenizer(text, add_special_tokens=False)["input_ids"])))
             for side in (more, less)
             for item, text in zip(items, side, strict=True)
         ]
@@ -241,7 +248,7 @@ class Custom(Behaviour):
 
     def check_contrast(self, agreement: float) -> None:
         """Of responses under two instructions: written ones are as their author wants them."""
-        if self.more.file is not None or self.weak_contrast == "go on" or agreement >= _AGREE:
+        if self.more.file is not None or self.weak_contrast == "go on" or agreement >= WEAK_AGREEMENT:
             return
         raise TraceError(
             "the model does not follow the two instructions: its answers under them differ by chance",

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..behaviours.base import WEAK_AGREEMENT
 from ..edits import Edit
 from ..engines.plan import load_tokenizer
 from ..errors import FileError, ModelError, Steer2EditError
@@ -42,8 +43,6 @@ from .run import Run
 OWN_TRACES = "traces/own.jsonl"
 TRACES, PROBE, EDIT = "traces.jsonl", "probe.safetensors", "edit.safetensors"
 TRIALS, DISCARDED, STUDY = "search/trials.jsonl", "search/discarded.jsonl", "search/study.json"
-# Steering vectors of two halves of the traces whose cosine is below this agree hardly more than by chance.
-WEAK = 0.3
 CHOICE, RESULTS, ANSWERS = "choice.json", "evaluation/results.json", "evaluation/answers.jsonl"
 
 
@@ -108,7 +107,7 @@ def _probe(run: Run) -> list[str]:
     if agree:
         shown = ", ".join(f"{block} {cosine:.2f}" for block, cosine in agree.items())
         say(f"  the vectors of two halves of the traces agree: cosine {shown}")
-        if max(agree.values()) < WEAK:
+        if max(agree.values()) < WEAK_AGREEMENT:
             say("  that is hardly more than chance: the two sides of the traces differ too little, or are too few")
         run.recipe.behaviour.check_contrast(max(agree.values()))
     probe.save(run.path(PROBE))
