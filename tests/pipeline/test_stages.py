@@ -205,7 +205,7 @@ def test_the_probe_says_whether_its_halves_agree(unbroken: Path, recipe: Recipe,
     for limit, said in ((2.0, True), (-2.0, False)):
         caplog.clear()
         with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO", "steer2edit"):
-            patch.setattr(pipeline, "WEAK", limit)
+            patch.setattr(pipeline, "WEAK_AGREEMENT", limit)
             run_stage(Run(folder, recipe), "probe", "tiny.yaml")
         shown = f"cosine attn {agree['attn']:.2f}, mlp {agree['mlp']:.2f}"
         assert shown in caplog.text
