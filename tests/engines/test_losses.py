@@ -95,6 +95,35 @@ def test_a_prompt_that_comes_again_is_not_run_again(pico: Any, tokenizer: Any, p
     ]
 
 
+# Under the model alone -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logits_at_once", [64_000_000, 1], ids=["in one batch", "one by one"])
+@pytest.mark.parametrize("slotted", [True, False])
+@pytest.mark.parametrize("share_a_prefix", [True, False])
+def test_the_base_models_losses_are_those_of_plain_passes(
+    fp32_variant: Any, tokenizer: Any, prompts: Any, slotted: bool, share_a_prefix: bool, logits_at_once: int
+) -> None:
+    model = fp32_variant
+    engine = TransformersEngine(model, tokenizer)
+    engine.slotted, engine.logits = slotted and engine.slotted, logits_at_once
+    # Prompts of 1 to 18 tokens and answers of 1 to 6, none in the order of their lengths.
+    asked = prompts if share_a_prefix else [*prompts, (5,)]
+    pairs = [(prompt, CHOICES[i % len(CHOICES)]) for i, prompt in enumerate(asked)]
+    losses = engine.losses(pairs, [])
+    assert (losses.kl.shape, losses.nll.shape) == ((len(pairs), 0), (len(pairs), 0))
+    for nll, (prompt, answer) in zip(losses.base_nll.tolist(), pairs, strict=True):
+        expected = -float(plain(model, prompt, answer)[range(len(answer)), answer].mean())
+        assert nll == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_of_the_model_alone_share_a_batch(pico: Any, tokenizer: Any, prompts: Any) -> None:
+    engine = TransformersEngine(pico(), tokenizer)
+    engine.losses([(prompt, (5, 6)) for prompt in prompts], [])
+    assert engine.forward_passes == 2  # the prefix that all prompts share, and all the rest
+    assert TransformersEngine(pico(), tokenizer).losses([], []).base_nll.shape == (0,)
+
+
 # Under another prompt -----------------------------------------------------------------------------------------------
 
 

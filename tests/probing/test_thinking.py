@@ -643,3 +643,25 @@ def test_a_recipe_tells_the_template_what_it_says_and_its_part_is_the_probes(tmp
         "2024-12-24",
         False,
     )
+
+
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<model>"
+)
+
+
+def test_a_system_prompt_leads_the_user_message_where_the_template_refuses_its_role(tokenizer: Any) -> None:
+    tokenizer.chat_template = GEMMA
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "?"}]
+    system = {"role": "system", "content": "Be brief."}
+    assert render(tokenizer, talk) == "<user>hi<assistant>ho<user>?<model>"
+    assert render(tokenizer, [system, *talk]) == "<user>Be brief.\n\nhi<assistant>ho<user>?<model>"
+    assert [m["content"] for m in talk] == ["hi", "ho", "?"]  # nobody's messages are changed
+
+
+@pytest.mark.parametrize("messages", [[{"role": "system", "content": "Be brief."}], [{"role": "tool", "content": "3"}]])
+def test_messages_that_a_template_refuses_are_one_sentence(tokenizer: Any, messages: Any) -> None:
+    tokenizer.chat_template = GEMMA + "{% if messages[0].role == 'tool' %}{{ raise_exception('No tools') }}{% endif %}"
+    with pytest.raises(ModelError, match=r"the model's chat template refuses the messages \(got: (System role|No tools)"):
+        render(tokenizer, messages)

@@ -25,7 +25,7 @@ from steer2edit.behaviours.base import Item
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.recipe import Recipe
 from steer2edit.searching.bench import Bench
-from steer2edit.searching.candidates import Candidate, Trial, edited
+from steer2edit.searching.candidates import Candidate, Trial, edited, numbered_layers
 from steer2edit.searching.choice import require_choice, summary
 from steer2edit.searching.front import hypervolume, hypervolume_interval
 from steer2edit.searching.grid import coarse_grid, grid
@@ -179,6 +179,34 @@ def test_layers_and_variants_are_axes_of_the_grid(tmp_path: Path) -> None:
         "layers": "0-1",
         "variant": "l0",
     }
+
+
+@pytest.mark.parametrize(
+    ("shares", "depth", "layers"),
+    [
+        ("33%-83%", 30, "10-24"),
+        ("50%-100%", 30, "15-29"),
+        ("0%-100%", 7, "0-6"),
+        ("50%-100%", 1, "0-0"),
+        ("0%-10%", 4, "0-0"),
+        ("99%-100%", 61, "60-60"),
+        ("8-20", 61, "8-20"),
+    ],
+)
+def test_shares_of_the_depth_are_layers_of_a_model(shares: str, depth: int, layers: str) -> None:
+    assert numbered_layers(shares, depth) == layers
+
+
+def test_a_search_with_shares_of_the_depth_tries_the_layers_of_this_model_each_once(tmp_path: Path) -> None:
+    recipe = a_recipe(rho_attn=[0.3], alpha=[0.2], layers=[None, "0%-50%", "0-0", "50%-100%"], steering=[])
+    study = run(recipe, tmp_path / "j")  # the model has one layer
+    assert rounds(study, "edit")["0"] == ["edit-0.3-off-0.2", "edit-0.3-off-0.2-layers-0-0"]
+
+
+@pytest.mark.parametrize("layers", ["50%-40%", "50%", "0%-101%", "half", "20-8", "50%-80"])
+def test_layers_that_cannot_be_read_are_one_sentence(layers: str) -> None:
+    with pytest.raises(RecipeError, match="like 8-20, or as shares of the depth, like 50%-100%"):
+        a_recipe(layers=[layers])
 
 
 def test_a_configuration_that_is_listed_twice_is_tried_once(tmp_path: Path) -> None:

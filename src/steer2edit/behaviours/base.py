@@ -290,6 +290,15 @@ def judge(
 # Steering vectors of two halves of the traces whose cosine is below this agree hardly more than by chance.
 WEAK_AGREEMENT = 0.3
 
+# What a search tries where the recipe says nothing. At equal KL, edits of attention in the middle or in the upper half
+# of the model move a behaviour furthest; the first layers cost the most KL and add the least (docs/recipes.md).
+AUTOMATIC: Mapping[str, Any] = {
+    "rho_mlp": [None],
+    "layers": ["33%-83%", "50%-100%"],
+    "span": [0.15, 0.42],
+    "points": 3,
+}
+
 # The kind of a multiple-choice question from `data.questions`, whatever the behaviour.
 QUESTION = "multiple choice"
 

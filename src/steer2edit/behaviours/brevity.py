@@ -19,7 +19,7 @@ from ..files.schema import Many, _number
 from ..method.intervention import NOTHING
 from ..probing.traces import LABELS, Trace
 from ..progress import say
-from .base import Behaviour, Item, Measure, Outcome, Source, Split
+from .base import AUTOMATIC, Behaviour, Item, Measure, Outcome, Source, Split
 from .mathematics import is_right
 from .prompts import data_path
 from .questions import Row, read_rows, rows_of
@@ -50,8 +50,8 @@ class Brevity(Behaviour):
     neutral_prompts: ClassVar[str | None] = "builtin:neutral_prompts"
     prompts: ClassVar[str | None] = "builtin:word_problems"
     evaluation: ClassVar[Mapping[str, Any]] = {"utility_prompts": 8, "utility_tokens": 32}
-    limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.4}
-    search: ClassVar[Mapping[str, Any]] = {"variants": ["full", "g_dot"], "span": [0.1, 0.35], "points": 2}
+    limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.45}
+    search: ClassVar[Mapping[str, Any]] = AUTOMATIC
     divides: ClassVar[bool] = True
     second_file: ClassVar[bool] = True
     remark: ClassVar[str] = "Shorter answers may leave out what a reader needs: see the accuracy."

@@ -19,7 +19,7 @@ from ..files.reading import sha256
 from ..files.schema import Many, Text
 from ..probing.traces import Label, Trace
 from ..progress import say
-from .base import SPLITS, WEAK_AGREEMENT, Behaviour, Item, Measure, Outcome, Source, Split
+from .base import AUTOMATIC, SPLITS, WEAK_AGREEMENT, Behaviour, Item, Measure, Outcome, Source, Split
 from .contrast import Pair, Side, divided, divided_files, read_pairs, read_prompts
 from .measures import MARGIN, PREFERENCE, Python, Score, score_of
 from .prompts import BUILTIN, data_path, key_of
@@ -27,8 +27,8 @@ from .writers import write_responses
 
 # The kinds of items: prompts that are answered, and pairs of responses of which the model prefers one.
 PROMPT, PAIR = "prompt", "pair"
-# With pairs to compare, so many prompts are answered on validation beside them: enough to see a model that is broken.
-_OPEN = 8
+# With pairs to compare, so many prompts are answered beside them: enough to see a model that is broken.
+_OPEN: Mapping[Split, int] = {"validation": 8, "test": 24}
 # Every candidate reads each pair on validation: more of them cost more than they tell.
 _PAIRS = 12
 EVERYDAY = "builtin:everyday_prompts"
@@ -52,9 +52,8 @@ class Custom(Behaviour):
     probe_kinds: ClassVar[tuple[str, ...]] = (PROMPT,)
     neutral_prompts: ClassVar[str | None] = "builtin:neutral_prompts"
     evaluation: ClassVar[Mapping[str, Any]] = {"utility_prompts": 8, "utility_tokens": 32}
-    limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.4}
-    # Scored by v̂ᵀWμ, not by the cosine, attention edits moved a mood 2.5 to 5 times as far (docs/recipes.md).
-    search: ClassVar[Mapping[str, Any]] = {"variants": ["full", "g_dot"], "span": [0.1, 0.35], "points": 2}
+    limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.45}
+    search: ClassVar[Mapping[str, Any]] = AUTOMATIC
     divides: ClassVar[bool] = True
     second_file: ClassVar[bool] = True
     completes: ClassVar[bool] = True
@@ -132,7 +131,7 @@ class Custom(Behaviour):
         if isinstance(self.score, Score):
             return opened
         pairs = [_item(PAIR, pair) for pair in (of_files or prompts)[split]]
-        return [*opened[:_OPEN], *pairs[:_PAIRS]] if split == "validation" else [*opened, *pairs]
+        return [*opened[: _OPEN[split]], *(pairs[:_PAIRS] if split == "validation" else pairs)]
 
     def _of_files(self, counts: Mapping[Split, int | None], seed: int, own_prompts: bool) -> dict[Split, list[Pair]]:
         """The files' pairs by split; none if the sides are no files. Only pairs that both sides answer are compared.

@@ -19,7 +19,7 @@ from ..files.schema import Count, Many
 from ..method.intervention import NOTHING
 from ..probing.traces import Label, Trace
 from ..progress import say
-from .base import Behaviour, Item, Measure, Outcome, Source, Split
+from .base import AUTOMATIC, Behaviour, Item, Measure, Outcome, Source, Split
 from .judges import Classifier, Endpoint, LocalChat
 from .prompts import data_path, normalised
 from .questions import Row, read_rows, rows_of
@@ -57,8 +57,8 @@ class Truthfulness(Behaviour):
     neutral_prompts: ClassVar[str | None] = "builtin:neutral_prompts"
     prompts: ClassVar[str | None] = "builtin:misconceptions"
     evaluation: ClassVar[Mapping[str, Any]] = {"utility_prompts": 8, "utility_tokens": 32}
-    limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.4}
-    search: ClassVar[Mapping[str, Any]] = {"variants": ["full", "g_dot"], "span": [0.1, 0.35], "points": 2}
+    limits: ClassVar[Mapping[str, float]] = {"utility_loss": 0.45}
+    search: ClassVar[Mapping[str, Any]] = AUTOMATIC
     divides: ClassVar[bool] = True
     second_file: ClassVar[bool] = True
     remark: ClassVar[str] = "It was measured by which of two given answers is likelier, not by what the model says."

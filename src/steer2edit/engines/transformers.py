@@ -171,15 +171,64 @@ class TransformersEngine(Engine):
         """
         # Logits of one intervention on the longest answer.
         each = self.config.vocab_size * max((len(answer) for _, answer in pairs), default=1)
+        most = 1 + len(table) if table else len(pairs)
         while True:
-            rows = max(2, min(1 + len(table), self.logits // each))
+            rows = max(2, min(most, self.logits // each))
             try:
+                if not table:
+                    nll = self._base_nll(pairs, rows, progress)
+                    return Losses(nll.new_zeros(len(pairs), 0), nll.new_zeros(len(pairs), 0), nll)
                 return self._losses(pairs, table, rows, progress)
             except RuntimeError as error:
                 if rows == 2 or not should_reduce_batch_size(error):
                     raise
             self.logits = rows // 2 * each
             clear_device_cache(garbage_collection=True)
+
+    def _base_nll(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        rows_at_once: int,
+        progress: Progress | None,
+    ) -> Tensor:
+        """NLL per token of given answers under the model alone [pairs].
+
+        Without interventions that share an answer, different answers share a batch. Padding stands on the right, where
+        no token that counts sees it.
+        """
+        nll = torch.zeros(len(pairs))
+        if not pairs:
+            return nll
+        longest = max(len(p) + len(a) for p, a in pairs)
+        self._check_length(longest)
+        prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
+        start = len(prefix)
+        by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        # The head runs on every position, those of the prompt too.
+        rows_at_once = max(1, min(rows_at_once, self.logits // (self.config.vocab_size * (longest - start))))
+        with Interventions(self.model, [NOTHING]) as running:
+            shared = self.prefix_cache(prefix, running, [0])
+            running.rows([0])
+            scored = 0
+            for some in _chunks(by_length, rows_at_once):
+                tails = [[*pairs[i][0][start:], *pairs[i][1][:-1]] for i in some]
+                width = max(map(len, tails))
+                ids = torch.zeros(len(some), width, dtype=torch.long)
+                for row, tail in enumerate(tails):
+                    ids[row, : len(tail)] = torch.tensor(tail)
+                cache = SlotCache(self.config.num_hidden_layers, len(some), start + width) if self.slotted else None
+                if cache is not None and shared is not None:
+                    cache.copy(shared, torch.zeros(len(some), dtype=torch.long), torch.arange(len(some)), start)
+                logits = self._run(ids, cache, start, head=width)  # [rows, width, vocabulary]
+                for row, i in enumerate(some):
+                    answer = torch.tensor(pairs[i][1], device=logits.device)
+                    end = len(tails[row])
+                    log_row = logits[row, end - len(answer) : end].float().log_softmax(dim=-1)
+                    nll[i] = -log_row.gather(1, answer[:, None]).mean()
+                scored += len(some)
+                if progress:
+                    progress(scored, len(pairs))
+        return nll
 
     def _losses(
         self,

@@ -117,14 +117,17 @@ def begins_thinking(prompt: str) -> bool:
 def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> str:
     """The prompt as the model sees it, up to where its answer begins. A template's final newline is part of it.
 
+    If the model's own template refuses a system role, as Gemma's does, the system prompt leads the first user message.
+
     Raises:
-        ModelError: there is no chat template and `chat.plain` is off, or the given template is not Jinja.
+        ModelError: there is no chat template and `chat.plain` is off, the given template is not Jinja, or the model's
+            own template refuses the messages.
     """
     if chat.plain:
         return "\n".join(m["content"] for m in messages)
-    if chat.template is not None:
-        from jinja2 import TemplateError
+    from jinja2 import TemplateError
 
+    if chat.template is not None:
         try:
             return chat.apply(tokenizer, messages)
         except TemplateError as error:
@@ -136,7 +139,23 @@ def render(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) ->
             fix="Give the chat model's tokenizer, a template for base models (in a recipe: model.template: qa), or set"
             " plain=True (in a recipe: model.plain: true).",
         )
-    return chat.apply(tokenizer, messages)
+    try:
+        return chat.apply(tokenizer, messages)
+    except TemplateError as error:
+        merged = _without_system_role(messages)
+        if merged == messages:
+            raise ModelError(
+                "the model's chat template refuses the messages", got=error, fix="Write the prompt as it expects."
+            ) from None
+    return render(tokenizer, merged, chat)
+
+
+def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages with the leading system prompt at the beginning of the first user message."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return messages
+    system, user, *rest = messages
+    return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]], chat: Chat = CHAT) -> list[int]:

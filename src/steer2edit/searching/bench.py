@@ -204,7 +204,7 @@ class Bench:
     ) -> tuple[list[list[float | None]], list[list[float | None]]]:
         """KL and rise of the NLL per token of the base model's own answers, [answers][candidates]."""
         asked = [[self._messages(item), list(answer)] for item, answer in own]
-        kl, rise = self._losses(tried, asked, lambda i: (self._ids(own[i][0]), own[i][1]), name, progress)
+        kl, rise, _ = self._losses(tried, asked, lambda i: (self._ids(own[i][0]), own[i][1]), name, progress)
         for c, candidate in enumerate(tried):
             if candidate.kind != "system" or not own:
                 continue
@@ -226,10 +226,11 @@ class Bench:
         pair: Callable[[int], tuple[Ids, Ids]],
         name: str,
         progress: Progress | None,
-    ) -> tuple[list[list[float | None]], list[list[float | None]]]:
-        """KL and rise of the NLL per token, [answers][candidates]; None where one is not finite.
+    ) -> tuple[list[list[float | None]], list[list[float | None]], list[float | None]]:
+        """KL and rise of the NLL per token, [answers][candidates], and the NLL of the original model [answers].
 
-        Both are 0 for candidates that do nothing inside the model: the original one, and system prompts.
+        None where one is not finite. The first two are 0 for candidates that do nothing inside the model: the original
+        one, and system prompts. Without any other candidate nothing is measured, and the third is empty.
 
         Args:
             asked: what each answer is, for the journal. pair: i → the i-th prompt's ids and answer's ids.
@@ -237,8 +238,9 @@ class Bench:
         changed = [c for c, candidate in enumerate(tried) if candidate.kind not in ("base", "system")]
         kl: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
         rise: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
+        base: list[float | None] = []
         if not changed:
-            return kl, rise
+            return kl, rise, base
         for number, first in enumerate(range(0, len(asked), _LOSSES)):
             here = range(first, min(first + _LOSSES, len(asked)))
 
@@ -247,14 +249,16 @@ class Bench:
                 counted = _of_losses(progress, here, len(asked), len(tried))
                 losses = self.engine.losses([pair(i) for i in here], table, counted)
                 rises = losses.nll - losses.base_nll[:, None]
-                return {"kl": _finite(losses.kl), "nll_rise": _finite(rises)}
+                base_nll = finite(losses.base_nll.tolist())
+                return {"kl": _finite(losses.kl), "nll_rise": _finite(rises), "base_nll": base_nll}
 
             what = [[tried[c].id for c in changed], [asked[i] for i in here]]
             line = self.journal.keep(name, "losses", number, what, make)
+            base += line.get("base_nll", [])
             for i, kl_of_answer, rise_of_answer in zip(here, line["kl"], line["nll_rise"], strict=True):
                 for c, value, other in zip(changed, kl_of_answer, rise_of_answer, strict=True):
                     kl[i][c], rise[i][c] = value, other
-        return kl, rise
+        return kl, rise, base
 
     def _choices(
         self, tried: Sequence[Candidate], name: str, progress: Progress | None
@@ -264,9 +268,9 @@ class Bench:
             return [[] for _ in tried], []
         flat = [(item, choice) for item in self.closed for choice in item.choices]
         asked = [[self._messages(item), choice] for item, choice in flat]
-        _, rise = self._losses(tried, asked, lambda i: self._choice_ids(*flat[i]), f"{name} choices", progress)
+        _, rise, known = self._losses(tried, asked, lambda i: self._choice_ids(*flat[i]), f"{name} choices", progress)
 
-        base, lengths = self._base_choices(flat, BASE)
+        base, lengths = self._base_choices(flat, BASE, known)
         rows = []
         for c, candidate in enumerate(tried):
             if candidate.kind == "system":
@@ -277,14 +281,19 @@ class Bench:
         return rows, self._by_item([_sum(nll, 0.0) for nll in base], lengths)
 
     def _base_choices(
-        self, flat: Sequence[tuple[Item, str]], candidate: Candidate
+        self, flat: Sequence[tuple[Item, str]], candidate: Candidate, known: Sequence[float | None] = ()
     ) -> tuple[list[float | None], Sequence[int]]:
-        """The original model's NLL per token of every choice, under a candidate's prompt, and its tokens."""
+        """The original model's NLL per token of every choice, under a candidate's prompt, and its tokens.
+
+        Args:
+            known: the NLLs, if they were measured beside others'.
+        """
 
         def make() -> dict[str, Any]:
             pairs = [self._choice_ids(item, choice, candidate) for item, choice in flat]
-            nll = _finite(self.engine.losses(pairs, []).base_nll[:, None])
-            return {"nll": nll, "lengths": [len(ids) for _, ids in pairs]}
+            # Lines of older versions hold no NLL of the original model, so that none or some are known.
+            values = known if len(known) == len(flat) else finite(self.engine.losses(pairs, []).base_nll.tolist())
+            return {"nll": [[value] for value in values], "lengths": [len(ids) for _, ids in pairs]}
 
         asked = [[self._messages(item, candidate), choice] for item, choice in flat]
         name = "base choices" if candidate.kind == "base" else f"base choices {candidate.id}"

@@ -121,6 +121,19 @@ def layers_of(text: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
+def numbered_layers(text: str, depth: int) -> str:
+    """Layers as numbers, where they are given as shares of a model's depth: `50%-100%` of 30 layers is `15-29`.
+
+    A share that falls between two layers is rounded; at least one layer is left.
+    """
+    if "%" not in text:
+        return text
+    low, high = (int(share.rstrip("%")) / 100 for share in text.split("-"))
+    first = min(round(low * depth), depth - 1)
+    last = max(first, round(high * depth) - 1)
+    return f"{first}-{last}"
+
+
 def steered(gamma: float) -> Candidate:
     return Candidate(f"steering-{gamma}", "steering", {"gamma": gamma})
 

@@ -19,8 +19,11 @@ def _off(value: Any) -> Any:
 
 
 def _are_layers(text: str) -> str:
+    shares = re.fullmatch(r"(\d+)%-(\d+)%", text)
+    if shares and int(shares[1]) < int(shares[2]) <= 100:
+        return text
     if not re.fullmatch(r"\d+(-\d+)?", text) or not layers_of(text):
-        raise ValueError("Write layers as first-last, like 8-20")
+        raise ValueError("Write layers as first-last, like 8-20, or as shares of the depth, like 50%-100%")
     return text
 
 

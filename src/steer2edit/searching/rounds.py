@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from ..behaviours.base import DEGENERATE, UTILITY_LOSS
+from ..edits import Scores
 from ..engines.base import Progress
 from ..errors import EditError, RecipeError
 from ..files.reading import read_jsonl
+from ..method.variants import FULL
 from ..progress import say
 from .bench import Bench
 from .calibrate import Scale, find_scale
-from .candidates import BASE, TITLES, Candidate, asked, steered, tried_layers
+from .candidates import BASE, TITLES, Candidate, asked, numbered_layers, steered, tried_layers
 from .front import Aim
 from .grid import coarse_grid, grid, planned_edits, short
 from .plan import AUTO, Range, Search
@@ -53,6 +55,7 @@ def run_study(
             fix="Add some to data.validation or give utility.prompts, or use search.method: grid.",
         )
     study = Study()
+    search = with_numbered_layers(search, bench.scores[FULL])
     if "direction" in search.baselines and not bench.can_direct:
         say(f"  {TITLES['direction']} is not tried: this engine adds only constants to the residual stream")
         search = search.model_copy(update={"baselines": [kind for kind in search.baselines if kind != "direction"]})
@@ -66,6 +69,13 @@ def run_study(
         coarse = calibrated or coarse or coarse_grid(search)
         baselines += [candidate for points in scale.others.values() for candidate, _ in points]
     return _Rounds(bench, search, coarse, baselines, aim, seed, study, progress, on_round).run()
+
+
+def with_numbered_layers(search: Search, scores: Scores) -> Search:
+    """The search with the layers of this model in place of shares of a depth."""
+    depth = 1 + max(s.site.layer for s in scores.sites.values())
+    layers = [None if text is None else numbered_layers(text, depth) for text in search.layers]
+    return search.model_copy(update={"layers": list(dict.fromkeys(layers))})
 
 
 def prompts_that_ask(bench: Bench, search: Search) -> list[Candidate]:
