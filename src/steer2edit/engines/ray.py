@@ -126,7 +126,7 @@ class RayEngine(Engine):
                 say(f"  waiting for the Ray cluster: {free:g} of its {total[name]:g} {name}s are free")
 
     @functools.cached_property
-    def context(self) -> int | None:  # type: ignore[override]
+    def context(self) -> int | None:
         return self._get([self._replicas[0].context.remote()])[0]
 
     @property
