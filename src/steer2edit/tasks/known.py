@@ -14,6 +14,11 @@ TASKS: dict[str, Task] = {task.name: task for task in (*WORDED, *CHOICES, *LANGU
 LM_EVAL = "lm_eval:"
 
 
+def known(names: Sequence[str]) -> list[Task]:
+    """The own tasks among the names."""
+    return [TASKS[name] for name in names if name in TASKS]
+
+
 def others(names: Sequence[str]) -> list[str]:
     """The names that are lm-eval's: those of no own task.
 
