@@ -55,3 +55,30 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     return path
+
+
+def local_rows(task: str, count: int = 6) -> list[dict[str, Any]]:
+    """Rows as a local folder has them."""
+
+    def chosen(i: int) -> dict[str, Any]:
+        return {"idx": i, "question": f"{text(i, 3)}?", "choices": [text(i + c, 2) for c in range(4)], "answer": i % 4}
+
+    def answered(i: int) -> dict[str, Any]:
+        return {"idx": i, "question": f"{i} {text(i, 2)} and 2?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"}
+
+    make = {
+        "gsm8k": answered,
+        "math500": lambda i: {"problem": f"What is {i}/2?", "answer": rf"\frac{{{i}}}{{2}}"},
+        "commonsenseqa": lambda i: {"question": f"{text(i, 3)}?", **hub_rows("arc_easy", i + 1)[i]},
+        "codemmlu": lambda i: {**chosen(i), "task_id": f"k{i}", "answer": "ABCD"[i % 4]},
+        "piqa": lambda i: {**chosen(i), "choices": [text(i, 2), text(i + 1, 3)], "answer": i % 2},
+        "hellaswag": lambda i: {"context": text(i, 5), "endings": [text(i + c, 2) for c in range(4)], "answer": i % 4},
+        "lambada": lambda i: {"context": text(i, 6), "target": text(i + 1, 1)},
+    }
+    if task == "wikitext":
+        return [
+            {"article": i, "heading": line == 0, "text": f"= {text(i, 2)} =" if line == 0 else f"{text(i, 9)} ."}
+            for i in range(count)
+            for line in range(2)
+        ]
+    return [make.get(task, chosen)(i) for i in range(count)]
