@@ -92,7 +92,8 @@ def asking_of(engine: TransformersEngine, tried: list[Candidate], path: Path) ->
 
 def by_lm_eval(name: str, path: str, lm: Any, **more: Any) -> dict[str, Any]:
     (task,) = harness._loaded(path)["tasks"].values()
-    results = simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0, **more)
+    manager = harness._manager(str(Path(path).parent))
+    results = simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0, task_manager=manager, **more)
     of_item = {"acc": {}, "acc_norm": {}}
     for row in results["samples"][f"pico_{name}"]:
         for metric in of_item.keys() & row.keys():

@@ -28,6 +28,9 @@ from .known import LM_EVAL, TASKS
 from .sets import taken, unavailable
 from .summary import Measured, Values
 
+# lm-eval's own default, so that its tasks show the same examples.
+_FEWSHOT_SEED = 1234
+
 
 def is_file(name: str) -> bool:
     """Whether a task is given as lm-eval's YAML file, and not by its name."""
@@ -96,7 +99,7 @@ def measured(
     Raises:
         FileError: the task or its set cannot be loaded.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     from .engine_lm import EngineLM
 
@@ -108,9 +111,9 @@ def measured(
         for at, candidate in enumerate(group.candidates):
             model.at = at
             with _quiet():
-                runs[candidate] = simple_evaluate(
-                    model=model,
-                    tasks=list(loaded["groups"].values()) or list(loaded["tasks"].values()),
+                runs[candidate] = evaluate(
+                    lm=model,
+                    task_dict=loaded,
                     samples=chosen,
                     bootstrap_iters=0,
                     log_samples=True,
@@ -136,9 +139,14 @@ def _loaded(name: str) -> Mapping[str, Any]:
     spec = _named_in(name) if is_file(name) else name.removeprefix(LM_EVAL)
     try:
         with _quiet():
-            return _manager(folder).load([spec])
+            loaded = _manager(folder).load([spec])
     except Exception as error:  # the sets' loaders raise what their many parts raise
         raise unavailable(name, "lm-eval", error, has_files=False) from None
+    for task in loaded["tasks"].values():  # as lm-eval's own command does
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
 
 
 def _chosen(tasks: Mapping[str, Any], items: int | None, order: str, seed: int) -> dict[str, list[int]] | None:
