@@ -226,6 +226,25 @@ def test_lines_of_articles_become_the_pages_of_the_original() -> None:
     assert pages([{"page": "x"}]) == [{"page": "x"}]
 
 
+def test_a_set_from_the_hub_is_recorded_with_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        asked.append((arguments, named))
+        return hub_rows("arc_easy", 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    info = type("Info", (), {"sha": "abc"})
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
+    whole = load_set(TASKS["arc_easy"], None, 2, "first", 0)
+    assert (whole.source, whole.revision) == ("allenai/ai2_arc/ARC-Easy/test", "abc")
+    assert whole.taken == "the first 2 of 3"
+    assert asked == [(("allenai/ai2_arc", "ARC-Easy"), {"split": "test", "revision": "abc"})]
+
+
 class GatedRepoError(Exception):
     """As the Hub's client names it."""
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from runs import command, save_pico, tiny_recipe
+from steer2edit.engines.base import GREEDY, Sampling
+from steer2edit.engines.plan import load_sampling
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError, RecipeError
 from steer2edit.files.reading import read_json
@@ -19,8 +21,9 @@ from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all, run_stage
 from steer2edit.progress import be_quiet
-from steer2edit.recipe import Recipe
+from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.report.page import task_tables
+from steer2edit.tasks import harness
 from steer2edit.tasks.known import TASKS
 from task_sets import local_rows, text, write
 
@@ -207,6 +210,60 @@ def test_a_task_that_is_not_there_keeps_what_was_measured(
     shown = json.loads(capsys.readouterr().out)
     assert shown["systems"]["edit"]["piqa"]["n"] == 3
     assert list(shown["tasks"]) == ["attack gcg", *OWN, "piqa", "openbookqa"]
+
+
+@pytest.mark.lm_eval
+def test_lm_evals_tasks_join_a_run_and_their_replies_are_kept(
+    copy: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = write(tmp_path / "rows.jsonl", local_rows("gsm8k", 5))
+    task = {
+        "task": "pico_sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    path = tmp_path / "pico_sums.yaml"
+    path.write_text(json.dumps(task), encoding="utf-8")
+    assert command(monkeypatch, "evaluate", copy, "--tasks", path, "--json", "--quiet") == 0
+    shown = json.loads(capsys.readouterr().out)
+    for system in shown["systems"].values():
+        assert (system[str(path)]["n"], system[str(path)]["method"]) == (3, "wilson")
+    assert shown["tasks"][str(path)]["taken"] == "at most 3 of each set, first"
+    assert shown["tasks"][str(path)]["source"].startswith("lm-eval 0.")
+    (journal,) = (copy / "evaluation").glob("tasks-*.jsonl")
+    before = journal.read_bytes()
+    monkeypatch.setattr(TransformersEngine, "generate", None)  # nothing is made again
+    run_stage(Run(copy, load_recipe(copy)), "evaluate", "tiny")
+    assert journal.read_bytes() == before
+
+
+@pytest.mark.lm_eval
+def test_a_name_that_is_nobodys_task_is_hinted_at() -> None:
+    with pytest.raises(FileError) as error:
+        harness.check(["arc_esay"])
+    assert str(error.value) == (
+        "there is no task arc_esay (got: neither our own nor lm-eval's). Did you mean 'arc_easy'?"
+    )
+    harness.check(["lm_eval:gsm8k", "boolq"])
+
+
+def test_tasks_are_sampled_as_the_models_own_configuration_says(copy: Path, tmp_path: Path, recipe: Recipe) -> None:
+    model = Path(shutil.copytree(recipe.model.name, tmp_path / "model"))
+    config = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    (model / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    section = recipe.model.model_copy(update={"name": str(model)})
+    assert load_sampling(section) == Sampling(0.7, 0.9, 20)
+    (model / "generation_config.json").write_text(json.dumps(config | {"do_sample": False}), encoding="utf-8")
+    assert load_sampling(section) == GREEDY
+    (model / "generation_config.json").unlink()
+    assert load_sampling(section) == GREEDY
 
 
 def test_files_and_names_are_looked_for_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
