@@ -14,7 +14,7 @@ from runs import command, save_pico, tiny_recipe
 from steer2edit.engines.base import GREEDY, Sampling
 from steer2edit.engines.plan import load_sampling
 from steer2edit.engines.transformers import TransformersEngine
-from steer2edit.errors import FileError, RecipeError
+from steer2edit.errors import FileError, RecipeError, TaskError
 from steer2edit.files.reading import read_json
 from steer2edit.pipeline import tasks as pipeline_tasks
 from steer2edit.pipeline.judge import judge
@@ -317,6 +317,20 @@ def test_too_few_attacks_are_one_sentence(copy: Path, sets: Path, monkeypatch: p
     assert (
         f"the attack prompts gcg are too few (got: 4 in {sets / 'attacks.jsonl'}, 9 asked)" in capsys.readouterr().err
     )
+
+
+def test_a_run_goes_on_to_its_report_without_a_task_that_fails(
+    unbroken: Path, recipe: Recipe, sets: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(sets, tmp_path / "sets"))
+    write(other / "piqa.jsonl", [{"question": "a"}])
+    data = recipe.data.model_copy(update={"sets": str(other), "utility": [*OWN, "piqa"]})
+    copy = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    with pytest.raises(TaskError, match="no question of piqa"):
+        run_all(Run(copy, recipe.model_copy(update={"data": data})))
+    report = (copy / "report.md").read_text(encoding="utf-8")
+    assert "- piqa: not measured: row 1 of piqa.jsonl is no question of piqa" in report
+    assert "| utility | ARC-Easy |" in report
 
 
 def test_judging_again_judges_attacks_and_keeps_utility(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from ..behaviours.base import WEAK_AGREEMENT
 from ..edits import Edit
 from ..engines.plan import load_tokenizer
-from ..errors import FileError, ModelError, Steer2EditError
+from ..errors import FileError, ModelError, Steer2EditError, TaskError
 from ..files.reading import read_json, read_jsonl, sha256
 from ..files.writing import write_json, write_jsonl, write_text
 from ..probing.collect import plan_pass, probe_of
@@ -208,7 +208,7 @@ def _evaluate(run: Run) -> list[str]:
         answers.append(row | {kind: text if several else text[0] for kind, text in texts.items()})
     write_jsonl(run.path(ANSWERS), answers)
     if failure is not None:  # what was measured is written; the stage is not whole
-        raise failure
+        raise TaskError(failure.what, got=failure.got, fix=failure.fix)
     return [RESULTS, ANSWERS]
 
 
@@ -276,7 +276,7 @@ assert tuple(STAGES) == ORDER
 
 
 def run_all(run: Run) -> None:
-    """Every stage that is not whole. If the export fails, the evaluation and the report are made all the same.
+    """Every stage that is not whole. If the export or a task fails, what comes after it is made all the same.
 
     Raises:
         FileError: an export or a task needs a package or a file that is not there, before anything is run.
@@ -291,6 +291,8 @@ def run_all(run: Run) -> None:
                 continue
             try:
                 _run_stage(run, stage)
+            except TaskError as error:  # which one was said when it failed
+                failure = failure or error
             except Steer2EditError as error:
                 if stage != "export":
                     raise

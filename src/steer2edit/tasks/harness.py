@@ -174,11 +174,18 @@ def _values(
                     key = (measure, row["filter"])
                     if key not in metrics:
                         metrics[key] = _metric(name, measure, row["filter"], not metrics, len(filters) > 1, task)
-                    value = row[measure]
-                    kept = tuple(value) if isinstance(value, list | tuple) else float(value)
-                    values[c].setdefault(metrics[key].name, []).append(kept)
+                    values[c].setdefault(metrics[key].name, []).append(_kept(row[measure]))
     shown = tuple(_with_rate(metric, [of_run[metric.name] for of_run in values]) for metric in metrics.values())
     return shown, values
+
+
+def _kept(value: Any) -> Any:
+    """A question's value: a number, None if it is not finite, or whatever else lm-eval's own mean takes."""
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(value, str):
+        return value
+    return float(value) if np.isfinite(value) else None
 
 
 def _metric(name: str, measure: str, filtered: str, first: bool, several: bool, task: Any) -> Metric:

@@ -66,7 +66,7 @@ def summarised(metric: Metric, values: Values, resamples: int, seed: int, sample
     if metric.aggregate is None or not values or None in values:
         numbers = [value if not isinstance(value, tuple) else math.nan for value in values]
         return interval(numbers, metric.measure.rate, resamples, seed, samples)
-    array = np.asarray(values)
+    array = _array(values)
     low, high = _percentiles(metric, [array], resamples, seed)
     return {"mean": metric.aggregate(array), "low": low, "high": high, "n": len(values), "method": "bootstrap"}
 
@@ -78,10 +78,20 @@ def difference(metric: Metric, values: Values, base: Values, resamples: int, see
     if metric.aggregate is None or None in values or None in base or not values:
         pairs = [[math.nan if isinstance(x, tuple) else x for x in some] for some in (values, base)]
         return paired_difference(pairs[0], pairs[1], resamples, seed)
-    arrays = [np.asarray(values), np.asarray(base)]
+    arrays = [_array(values), _array(base)]
     low, high = _percentiles(metric, arrays, resamples, seed)
     mean = metric.aggregate(arrays[0]) - metric.aggregate(arrays[1])
     return {"mean": mean, "low": low, "high": high, "n": len(values), "method": "paired bootstrap"}
+
+
+def _array(values: Values) -> np.ndarray:
+    """[questions], or [questions, 2] of pairs; of values that are no numbers, an array of objects."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(len(values), dtype=object)
+        array[:] = values
+        return array
 
 
 def _percentiles(metric: Metric, arrays: Sequence[np.ndarray], resamples: int, seed: int) -> tuple[float, float]:
