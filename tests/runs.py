@@ -75,6 +75,7 @@ class FakeEngine:
         max_new_tokens: int,
         progress: Any = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] | None = None,
     ) -> list[Answer]:
         self.batches.append(len(requests))
         answers = []

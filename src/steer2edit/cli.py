@@ -21,28 +21,20 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
-
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, a run directory, or a shipped recipe.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Recipe keys to override. Quote brackets for your shell: 'search.steering=[0.1,0.2]'."),
 ]
-
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub id, folder or .gguf file in place of the recipe's.")
 ]
-
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs/NAME by default.")]
-
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
-
 TrustCode = Annotated[
     bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
 ]
-
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
-
-
 _INTERRUPTED = 130
 
 
@@ -93,6 +85,8 @@ def _open(
     from .recipe import load_recipe, refuse_code
 
     be_quiet(quiet)
+    if (Path(recipe) / "recipe.yaml").is_file():  # a run directory, whose recipe goes on there
+        out = out or Path(recipe)
     # An override's value is YAML, a name is a text whatever it looks like.
     changes = [*(overrides or []), *([f"model.name={json.dumps(model)}"] if model is not None else [])]
     parsed = load_recipe(recipe, changes)
@@ -159,20 +153,23 @@ def make(
 
 
 def _run_and_show(run: Any, json: bool) -> None:
-    from .files.reading import read_jsonl
-    from .pipeline.stages import load_results, run_all
+    from .pipeline.stages import run_all
 
     run_all(run)
+    _show_results(run, json)
+    if not json:
+        print(f"Report, figures, edit and adapter: {run.folder}/")
+
+
+def _show_results(run: Any, json: bool) -> None:
+    from .pipeline.stages import load_results
+    from .report.page import print_run
+
     results = load_results(run.folder)
     if json:
         _print_json(results)
-        return
-    from .report.page import print_answers, print_results
-
-    console = _console()
-    print_answers(console, read_jsonl(run.path("evaluation/answers.jsonl")))
-    print_results(console, results)
-    print(f"Report, figures, edit and adapter: {run.folder}/")
+    else:
+        print_run(_console(), results, run.path("evaluation/answers.jsonl"))
 
 
 def _print_json(value: Any) -> None:
@@ -200,18 +197,36 @@ def _stage(name: str, help: str) -> None:
 
 
 _stage("traces", "Stage 1: make the traces, responses that show the behaviour and responses that don't.")
-
 _stage("probe", "Stage 2: run the traces through the model once and keep each site's means.")
-
 _stage("score", "Stage 3: score every attention head and neuron.")
-
 _stage("search", "Stage 4: try the recipe's edits and steering strengths on validation.")
-
 _stage("edit", "Stage 5: choose one of each by the recipe's rule and write the edit.")
-
 _stage("export", "Stage 6: write the edit for other tools.")
 
-_stage("evaluate", "Stage 7: measure original, steering and edit on test.")
+
+@app.command()
+def evaluate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    tasks: Annotated[str | None, typer.Option(help="Utility tasks too: gsm8k,arc_easy, or any of lm-eval's.")] = None,
+    sets: Annotated[str | None, typer.Option(help="A folder of sets, in place of the Hub.")] = None,
+    items: Annotated[int | None, typer.Option(help="At most so many questions of each task.", min=1)] = None,
+    model: ModelName = None,
+    out: Out = None,
+    trust_recipe_code: TrustCode = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Stage 7: measure original, steering and edit on test, and on the tasks and attacks of the recipe."""
+    from .recipe import task_overrides
+
+    changes = [*(overrides or []), *task_overrides(recipe, tasks, sets, items)]
+    opened = _open(recipe, changes, model, out, quiet, trust_recipe_code)
+    from .pipeline.stages import run_stage
+
+    run_stage(opened, "evaluate", recipe)
+    _show_results(opened, json)
+
 
 _stage("report", "Stage 8: draw the figures and write the report.")
 

@@ -54,5 +54,9 @@ class FileError(Steer2EditError):
     """A file is missing, cut short, or not what it claims to be."""
 
 
+class TaskError(Steer2EditError):
+    """A utility task or a set of attacks was not measured; everything else was."""
+
+
 class RecipeError(Steer2EditError):
     """A recipe has a key or a value that cannot be used."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +17,7 @@ from .behaviours.known import BEHAVIOURS
 from .engines.plan import EnginePlan, Model
 from .errors import FileError, RecipeError
 from .files.reading import read_text
-from .files.schema import Count, Many, Section, nearest, parse
+from .files.schema import Count, Many, Section, Text, nearest, parse
 from .searching.front import Aim
 from .searching.plan import Evaluation, Search
 
@@ -39,10 +41,41 @@ class Utility(Section):
     prompts: str | None = None
 
 
+class AttackSet(Section):
+    """Prompts that are made to break the behaviour: JSON Lines with `prompt`, of which the first `count` are asked."""
+
+    file: Text
+    count: Many | None = None
+
+
+def _attack_sets(value: Any) -> Any:
+    """Name → set; a file alone stands for a set of all its prompts."""
+    if not isinstance(value, dict):
+        raise ValueError("Write names with their files, like {gcg: FILE.jsonl}")
+    sets: dict[str, AttackSet] = {}
+    for name, of_set in value.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", str(name)):
+            raise RecipeError(
+                "a name in the recipe's data.attacks cannot be used",
+                got=name,
+                fix="Write small letters, digits and underscores, and begin with a letter.",
+            )
+        raw = {"file": of_set} if isinstance(of_set, str) else of_set
+        if not isinstance(raw, dict | AttackSet):
+            raise RecipeError(
+                f"the recipe's data.attacks.{name} cannot be used", got=raw, fix="Write a file, or {file: …, count: …}."
+            )
+        sets[name] = raw if isinstance(raw, AttackSet) else parse(AttackSet, raw, under=f"data.attacks.{name}")
+    return sets
+
+
 class Data(Section):
     """The prompts, and how many of each kind every split takes; of a behaviour with one kind of prompts a number.
 
-    What is left out is the behaviour's to say. `test_prompts` is another file, of which the test split is.
+    What is left out is the behaviour's to say. `test_prompts` is another file, of which the test split is. `utility`
+    names tasks, of which `utility_items` questions each are asked, the first ones or `sampled` by the seed; their sets
+    come from the Hub, or from the folder `sets`. `attacks` are prompts against the behaviour. All of these are asked on
+    test alone.
     """
 
     prompts: str | None = None
@@ -51,6 +84,11 @@ class Data(Section):
     validation: dict[str, Many] | None = None
     test: dict[str, Many] | None = None
     questions: Questions | None = None
+    utility: list[Text] = []
+    utility_items: Many | None = None
+    utility_order: Literal["first", "sampled"] = "first"
+    sets: Text | None = None
+    attacks: Annotated[dict[str, AttackSet], BeforeValidator(_attack_sets)] = {}
 
 
 class ProbePass(Section):
@@ -149,12 +187,32 @@ class Recipe(Section):
                 got=self.data.test_prompts,
                 fix="Write `split` into each line of data.prompts.",
             )
+        self._check_tasks()
         names = [measure.name for measure in self.behaviour.measures]
         for name in self.search.limits:
             if name not in names:
                 fix = nearest(name, names, "Measures of this behaviour")
                 raise RecipeError(f"the recipe has an unknown key search.limits.{name}", got=name, fix=fix)
         return self
+
+    def _check_tasks(self) -> None:
+        """Raises RecipeError for tasks or attacks that cannot stand together."""
+        if twice := [name for i, name in enumerate(self.data.utility) if name in self.data.utility[:i]]:
+            raise RecipeError("the recipe's data.utility names a task twice", got=twice[0], fix="Name it once.")
+        if self.data.attacks and not self.behaviour.takes_attacks:
+            raise RecipeError(
+                f"the behaviour {self.behaviour.name} does not read data.attacks",
+                got=", ".join(self.data.attacks),
+                fix="Leave data.attacks out.",
+            )
+        own = {measure.name for measure in self.behaviour.measures}
+        for name in self.data.attacks:
+            if taken := own & {measure.name for measure in self.behaviour.attack_measures(name)}:
+                raise RecipeError(
+                    "a name in the recipe's data.attacks cannot be used",
+                    got=f"{name}, whose {', '.join(sorted(taken))} is a measure already",
+                    fix="Give it another name.",
+                )
 
     @property
     def source(self) -> Source:
@@ -186,13 +244,16 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file, or a shipped recipe by its name, with `key.sub=value` overrides (values are YAML).
+    """A recipe file, a run directory's, or a shipped recipe by its name, with `key.sub=value` overrides (values are
+    YAML).
 
     Raises:
         RecipeError: an unknown key (with the nearest known one), or a value that its key cannot take.
         FileError: no such file and no such recipe.
     """
     shipped = shipped_recipes()
+    of_run = Path(name) / "recipe.yaml"
+    name = of_run if of_run.is_file() else name
     if str(name) in shipped and not Path(name).is_file():
         text = shipped[str(name)]
     elif Path(name).is_file():
@@ -241,6 +302,24 @@ def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         _override(raw, override)
     return parse_recipe(raw)
+
+
+def task_overrides(recipe: str | Path, tasks: str | None, sets: str | None, items: int | None) -> list[str]:
+    """The command line's options on utility tasks as overrides of a recipe; tasks join those that it has.
+
+    Args:
+        tasks: names, with commas between them. sets: the folder of their sets. items: at most so many of each.
+    """
+    changes = []
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        both = list(dict.fromkeys([*load_recipe(recipe).data.utility, *names]))
+        changes.append(f"data.utility={json.dumps(both)}")
+    if sets is not None:
+        changes.append(f"data.sets={json.dumps(sets)}")
+    if items is not None:
+        changes.append(f"data.utility_items={items}")
+    return changes
 
 
 def refuse_code(recipe: Recipe, trusted: bool) -> None:

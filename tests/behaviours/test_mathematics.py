@@ -14,7 +14,7 @@ from steer2edit.behaviours.mathematics import final_answer, is_right
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     results = doctest.testmod(mathematics)
-    assert results.attempted == 2
+    assert results.attempted == 3
     assert not results.failed
 
 

@@ -192,7 +192,7 @@ def test_what_is_longer_than_the_model_can_read_is_refused(pico: Any, tokenizer:
     assert run(engine, prompts, 6) == greedy(model, prompts, 6)
     with pytest.raises(Steer2EditError, match="got: 25 tokens, at most 24"):
         run(engine, prompts, 7)
-    answer = tuple(range(3, 9))
+    answer = tuple(range(3, 10))  # its last token is not read
     assert engine.losses([(prompts[4], answer)], [NOTHING]).kl.tolist() == [[0.0]]
     with pytest.raises(Steer2EditError, match="got: 25 tokens, at most 24"):
         engine.losses([(prompts[4], (*answer, 9))], [NOTHING])

@@ -91,8 +91,9 @@ for line in sys.stdin:
     elif what == "score":
         kl = [[len(p) + 10 * i for i in range(1 + len(command["rows"]))] for p, a in command["pairs"]]
         say({"progress": [1, 1 + len(command["rows"])]})
-        say({"done": {"kl": kl, "nll": [[len(a) + 10 * i for i in range(len(k))]
-                                        for (p, a), k in zip(command["pairs"], kl)]}})
+        greedy = [[i % 2 for i in range(len(k))] for k in kl]
+        say({"done": {"kl": kl, "greedy": greedy, "nll": [[len(a) + 10 * i for i in range(len(k))]
+                                                          for (p, a), k in zip(command["pairs"], kl)]}})
 """
 
 
@@ -444,12 +445,13 @@ def test_positions_are_scored_whatever_parts_they_come_in(parts: tuple[int, ...]
             at += size
         return place.s2e_score(0, answer, base)
 
-    kl, nll = score(True)
+    kl, nll, greedy = score(True)
     log_base = place.model.head(place.model(ids, positions=None)[first:]).detach().log_softmax(-1)
     assert kl == 0.0
     assert nll == pytest.approx(-float(log_base[range(6), answer].mean()), abs=1e-6)
+    assert greedy == float(log_base.argmax(-1).tolist() == answer)
     place.model.head = other
-    kl, nll = score(False)
+    kl, nll, _ = score(False)
     log_row = other(place.model(ids, positions=None)[first:]).detach().log_softmax(-1)
     assert kl == pytest.approx(float((log_base.exp() * (log_base - log_row)).sum(-1).mean()), abs=1e-6)
     assert nll == pytest.approx(-float(log_row[range(6), answer].mean()), abs=1e-6)

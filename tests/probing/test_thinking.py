@@ -480,6 +480,7 @@ class Thinker(FakeEngine):
         max_new_tokens: int,
         progress: Any = None,
         sampling: Any = None,
+        stop: Any = None,
     ) -> list[Answer]:
         made = super().generate(requests, table, max_new_tokens, progress)
         starts = [answer_start(a.text) for a in made]  # a token is a character

@@ -31,7 +31,13 @@ class Drawing(FakeEngine):
         self.samplings: list[Sampling] = []
 
     def generate(
-        self, requests: Any, table: Any, max_new_tokens: int, progress: Any = None, sampling: Any = None
+        self,
+        requests: Any,
+        table: Any,
+        max_new_tokens: int,
+        progress: Any = None,
+        sampling: Any = None,
+        stop: Any = None,
     ) -> Any:
         answers = []
         self.samplings.append(sampling)

@@ -146,6 +146,19 @@ class Outcome:
         return self.text[self.answer_start :]
 
 
+# How many tokens of an answer to an attack are looked at by themselves, as well as the whole.
+EARLY = 24
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """An attack prompt and its answer: the first `EARLY` tokens, and the whole."""
+
+    prompt: str
+    early: str
+    whole: str
+
+
 class Behaviour(Section):
     """A behaviour, as the recipe's section of that name describes it.
 
@@ -164,6 +177,7 @@ class Behaviour(Section):
         divides: whether it divides a file by itself where the recipe gives no counts or no prompts.
         second_file: whether it reads `data.test_prompts`.
         completes: whether `completed` has anything to do.
+        takes_attacks: whether it reads `data.attacks`, prompts that are made to break the behaviour.
         system: a system prompt for traces and answers.
         traces: a file of traces in place of those that the behaviour makes.
         instructions: system prompts that ask for the behaviour, a baseline; None takes the behaviour's own.
@@ -185,6 +199,7 @@ class Behaviour(Section):
     divides: ClassVar[bool] = False
     second_file: ClassVar[bool] = False
     completes: ClassVar[bool] = False
+    takes_attacks: ClassVar[bool] = False
 
     name: str
     system: str | None = None
@@ -255,6 +270,16 @@ class Behaviour(Section):
         Args:
             base: the original model's outcome on the same item.
         """
+
+    def attack_measures(self, name: str) -> tuple[Measure, ...]:
+        """What is reported of a set of attack prompts, apart from the behaviour's own measures."""
+        return ()
+
+    def measure_attacks(
+        self, name: str, asked: Sequence[Attacked], progress: Progress | None = None
+    ) -> list[Mapping[str, float]]:
+        """What the answers to a set of attack prompts count for: of each of them, measure → number."""
+        return [{} for _ in asked]
 
     def measure_all(
         self, asked: Sequence[tuple[Item, Outcome, Outcome]], progress: Progress | None = None

@@ -15,11 +15,21 @@ def final_answer(text: str) -> str | None:
     >>> final_answer(r"So 3 + 4 = 7, that is \boxed{7}."), final_answer("She has 12 apples and pays $1,050.50.")
     ('7', '1050.50')
     """
-    starts = [match.end() for match in _BOXED.finditer(text)]
-    if starts and (boxed := _until_closed(text[starts[-1] :])) is not None:
-        return boxed.strip()
+    if (boxed := last_boxed(text)) is not None:
+        return boxed
     numbers = _NUMBER.findall(text.replace("−", "-"))
     return re.sub(r"[$,\s]", "", numbers[-1]) if numbers else None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{…} of a text holds; None if there is none, or it is not closed.
+
+    >>> last_boxed(r"\boxed{A}, no: \boxed{ \text{B} }")
+    '\\text{B}'
+    """
+    starts = [match.end() for match in _BOXED.finditer(text)]
+    boxed = _until_closed(text[starts[-1] :]) if starts else None
+    return None if boxed is None else boxed.strip()
 
 
 def _until_closed(text: str) -> str | None:

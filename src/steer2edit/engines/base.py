@@ -82,11 +82,15 @@ class Losses:
         kl: [answers, interventions] KL(base ‖ intervened) per token, in nats.
         nll: [answers, interventions] negative log-likelihood per token, in nats.
         base_nll: [answers] the same under the base model.
+        greedy: [answers, interventions] whether every token of the answer is the likeliest one; None if not measured.
+        base_greedy: [answers] the same under the base model.
     """
 
     kl: Tensor
     nll: Tensor
     base_nll: Tensor
+    greedy: Tensor | None = None
+    base_greedy: Tensor | None = None
 
 
 class Engine(ABC):
@@ -97,6 +101,7 @@ class Engine(ABC):
         slots: rows that run at once; an engine may lower it, and a resumed study sets it to the lowered number.
         rows_on_stream: whether it runs terms u(aᵀx) on the residual stream; constants it always does.
         measures_prompts: whether it has `prompt_losses`.
+        context: the most tokens of a prompt and its answer; None if no limit is known.
     """
 
     tokenizer: Any
@@ -104,6 +109,10 @@ class Engine(ABC):
     slots: int
     rows_on_stream: bool = True
     measures_prompts: bool = False
+
+    @property
+    def context(self) -> int | None:
+        return None
 
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         """A prompt's token ids, up to where the answer begins."""
@@ -121,11 +130,15 @@ class Engine(ABC):
         max_new_tokens: int,
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Answers in the order of the requests, each up to `max_new_tokens` tokens.
 
         With a temperature above 0 each request draws by its own seed, so that its answer does not depend on the other
         requests.
+
+        Args:
+            stop: strings that end an answer in place of `chat.stop`.
         """
 
     @abstractmethod

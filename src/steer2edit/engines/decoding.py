@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..models.hooks import Interventions
-from ..probing.chat import Chat
 from ..probing.collect import batches_by_length
 from .answers import StopStrings, answer_of
 from .base import Answer, Progress, Request
@@ -24,12 +23,11 @@ class SlotRunner(Protocol):
     """The model behind the slots: what the decoder uses of TransformersEngine.
 
     Attributes:
-        tokenizer, chat, slots: as every engine has them.
+        tokenizer, slots: as every engine has them.
         config: of the model's text part. stops: tokens that end a turn.
     """
 
     tokenizer: Any
-    chat: Chat
     slots: int
     config: Any
     stops: set[int]
@@ -56,6 +54,7 @@ class SlotDecoder:
     Args:
         running: the interventions, whose hooks are in the model.
         prefix: tokens that all prompts begin with.
+        stop: strings that end an answer.
     """
 
     def __init__(
@@ -66,10 +65,11 @@ class SlotDecoder:
         running: Interventions,
         sampler: Sampler,
         prefix: tuple[int, ...],
+        stop: Sequence[str],
     ):
         self.engine, self.requests, self.max_new_tokens = engine, requests, max_new_tokens
         self.running, self.sampler, self.prefix = running, sampler, prefix
-        self.strings = StopStrings(engine.tokenizer, engine.chat.stop)
+        self.stop, self.strings = stop, StopStrings(engine.tokenizer, stop)
         self.new_ids: list[list[int]] = [[] for _ in requests]
         self.ended = [False] * len(requests)
         self.waiting = list(range(len(requests)))
@@ -94,7 +94,7 @@ class SlotDecoder:
             if progress:
                 self._report(progress)
         answers = zip(self.requests, self.new_ids, self.ended, strict=True)
-        return [answer_of(self.engine.tokenizer, *answer, self.engine.chat.stop) for answer in answers]
+        return [answer_of(self.engine.tokenizer, *answer, self.stop) for answer in answers]
 
     def admit(self, free: Sequence[int]) -> None:
         """Puts waiting requests into the free slots and runs their prompts."""

@@ -14,6 +14,7 @@ from ..files.schema import Many, Section, _number
 from ..models.architectures import Architecture
 from ..models.load import _loading, _source, load_model
 from ..probing.chat import CHAT, TEMPLATES, Chat, named_template
+from .base import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,6 +132,21 @@ def load_section(section: Model) -> tuple[nn.Module, Any]:
         "device_map", "max_memory", "offload_folder", "architecture",
     )  # fmt: skip
     return load_model(section.name, **{name: getattr(section, name) for name in names})
+
+
+def load_sampling(section: Model) -> Sampling:
+    """How the model's own generation_config has its tokens chosen: greedy if it does not sample, or there is none."""
+    from transformers import GenerationConfig
+
+    source, _ = _source(section.name, section.revision, section.trust_remote_code)
+    try:
+        config = GenerationConfig.from_pretrained(source, revision=section.revision or "main")
+    except OSError:
+        return GREEDY
+    if not config.do_sample:
+        return GREEDY
+    given = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    return Sampling(**({"temperature": 1.0} | {name: value for name, value in given.items() if value is not None}))
 
 
 def load_tokenizer(section: Model) -> Any:

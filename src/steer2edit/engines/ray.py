@@ -35,11 +35,19 @@ class Replica:
         self.host = Host(Model.model_validate(model), EnginePlan.model_validate(plan), rows)
 
     def generate(
-        self, requests: Sequence[Request], table: Sequence[Intervention], max_new_tokens: int, sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        table: Sequence[Intervention],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] | None,
     ) -> tuple[list[Answer], int]:
         """The answers, and how many slots the engine has left."""
-        answers = self.host.engine.generate(requests, table, max_new_tokens, sampling=sampling)
+        answers = self.host.engine.generate(requests, table, max_new_tokens, sampling=sampling, stop=stop)
         return answers, self.host.engine.slots
+
+    def context(self) -> int | None:
+        return self.host.engine.context
 
     def losses(self, pairs: Sequence[Any], table: Sequence[Intervention]) -> Losses:
         return self.host.engine.losses(pairs, table)
@@ -117,6 +125,10 @@ class RayEngine(Engine):
             if each * plan.replicas > (free := self._ray.available_resources().get(name, 0)):
                 say(f"  waiting for the Ray cluster: {free:g} of its {total[name]:g} {name}s are free")
 
+    @functools.cached_property
+    def context(self) -> int | None:
+        return self._get([self._replicas[0].context.remote()])[0]
+
     @property
     def slots(self) -> int:
         return self._slots
@@ -134,13 +146,14 @@ class RayEngine(Engine):
         max_new_tokens: int,
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Like TransformersEngine.generate. Neighbouring requests, which may share a prefix, go to one replica."""
         held = self._ray.put(list(table))
         parts = _parts(len(requests), len(self._replicas))
         results = self._get(
             [
-                replica.generate.remote([requests[i] for i in part], held, max_new_tokens, sampling)
+                replica.generate.remote([requests[i] for i in part], held, max_new_tokens, sampling, stop)
                 for replica, part in zip(self._replicas, parts, strict=False)
             ],
             [len(part) for part in parts],
@@ -254,7 +267,10 @@ class RayEngine(Engine):
 
 def _joined(results: Sequence[Losses]) -> Losses:
     kl, nll, base_nll = ([getattr(result, name) for result in results] for name in ("kl", "nll", "base_nll"))
-    return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
+    greedy, base_greedy = ([getattr(result, name) for result in results] for name in ("greedy", "base_greedy"))
+    if any(measured is None for measured in (*greedy, *base_greedy)):
+        return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
+    return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll), torch.cat(greedy), torch.cat(base_greedy))
 
 
 def _check_address(address: str) -> None:

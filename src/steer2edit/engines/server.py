@@ -78,6 +78,7 @@ class ServerEngine(Engine):
         max_new_tokens: int,
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Like `VllmEngine.generate`. If the server gives no token ids, its text is encoded, which may give other ids.
 
@@ -86,6 +87,7 @@ class ServerEngine(Engine):
         """
         if max_new_tokens < 1:
             raise Steer2EditError("no token was asked for", got=max_new_tokens, fix="Ask for at least one new token.")
+        ends = self.chat.stop if stop is None else tuple(stop)
         served = {row: self._served(table[row]) for row in {r.row for r in requests}}
         # On a CPU vLLM gives rows without an adapter the last one's (vllm-project/vllm#48421), so they are sent apart.
         plain = [i for i, request in enumerate(requests) if served[request.row] == self.model]
@@ -94,7 +96,9 @@ class ServerEngine(Engine):
         for members in (plain, edited):
             with ThreadPoolExecutor(self.slots) as threads:
                 ask = {
-                    i: threads.submit(self._complete, requests[i], served[requests[i].row], max_new_tokens, sampling)
+                    i: threads.submit(
+                        self._complete, requests[i], served[requests[i].row], max_new_tokens, sampling, ends
+                    )
                     for i in members
                 }
                 try:
@@ -137,7 +141,7 @@ class ServerEngine(Engine):
             )
         return self.adapters[intervention.name]
 
-    def _complete(self, request: Request, model: str, new: int, sampling: Sampling) -> Answer:
+    def _complete(self, request: Request, model: str, new: int, sampling: Sampling, stop: Sequence[str]) -> Answer:
         asked: dict[str, Any] = {
             "model": model,
             "prompt": list(request.ids),
@@ -152,8 +156,8 @@ class ServerEngine(Engine):
             asked |= {"top_p": sampling.top_p, "seed": request.seed}
             if sampling.top_k:  # vLLM's own; not every server knows it
                 asked["top_k"] = sampling.top_k
-        if self.chat.stop:
-            asked["stop"] = list(self.chat.stop)
+        if stop:
+            asked["stop"] = list(stop)
         reply = self._post("/completions", asked)
         try:
             choice = reply["choices"][0]
@@ -167,7 +171,7 @@ class ServerEngine(Engine):
         ends = self.stops | set(self.tokenizer.all_special_ids)
         if ended and ids and ids[-1] in ends:
             ids = ids[:-1]
-        return answer_of(self.tokenizer, request, ids, ended, self.chat.stop)
+        return answer_of(self.tokenizer, request, ids, ended, stop)
 
     def _post(self, path: str, what: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -65,6 +65,7 @@ class TransformersEngine(Engine):
         max_new_tokens: int,
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Answers in the order of the requests.
 
@@ -74,6 +75,7 @@ class TransformersEngine(Engine):
             requests: prompts of at least one token, each with its row of `table`.
             max_new_tokens: the most tokens of an answer.
             sampling: greedy by default; otherwise every request draws by its own seed.
+            stop: strings that end an answer in place of `chat.stop`.
 
         Raises:
             Steer2EditError: fewer than one new token, or a prompt that is too long with its answer.
@@ -85,9 +87,10 @@ class TransformersEngine(Engine):
         longest = max(len(r.ids) for r in requests)
         self._check_length(longest + max_new_tokens)
         generate = self._generate_in_slots if self.slotted else self._generate_in_step
+        ends = self.chat.stop if stop is None else stop
         while True:
             try:
-                return generate(requests, table, max_new_tokens, progress, Sampler(sampling, requests))
+                return generate(requests, table, max_new_tokens, progress, Sampler(sampling, requests), ends)
             except RuntimeError as error:
                 if self.slots == 1 or not should_reduce_batch_size(error):
                     raise
@@ -103,10 +106,11 @@ class TransformersEngine(Engine):
         max_new_tokens: int,
         progress: Progress | None,
         sampler: Sampler,
+        stop: Sequence[str],
     ) -> list[Answer]:
         prefix = _common_prefix([r.ids for r in requests])
         with Interventions(self.model, table) as running:
-            return SlotDecoder(self, requests, max_new_tokens, running, sampler, prefix).run(progress)
+            return SlotDecoder(self, requests, max_new_tokens, running, sampler, prefix, stop).run(progress)
 
     def _generate_in_step(
         self,
@@ -115,6 +119,7 @@ class TransformersEngine(Engine):
         max_new_tokens: int,
         progress: Progress | None,
         sampler: Sampler,
+        stop: Sequence[str],
     ) -> list[Answer]:
         """Like `generate`, with transformers' own loop: a batch runs until its last row ends."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -127,7 +132,7 @@ class TransformersEngine(Engine):
             eos_token_id=sorted(self.stops) or None,
             pad_token_id=min(self.stops, default=0),
         )
-        strings = StopStrings(self.tokenizer, self.chat.stop)
+        strings = StopStrings(self.tokenizer, stop)
         answers: list[Answer] = []
         with Interventions(self.model, table) as running:
             for some in _chunks(list(range(len(requests))), self.slots):
@@ -149,7 +154,7 @@ class TransformersEngine(Engine):
                 for i, new_ids in zip(some, out[:, width:].tolist(), strict=True):
                     end = next((at for at, token in enumerate(new_ids) if token in self.stops), len(new_ids))
                     ended = end < len(new_ids)
-                    answers.append(answer_of(self.tokenizer, requests[i], new_ids[:end], ended, self.chat.stop))
+                    answers.append(answer_of(self.tokenizer, requests[i], new_ids[:end], ended, stop))
                 if progress:
                     progress(len(answers), len(requests))
         return answers
@@ -167,7 +172,7 @@ class TransformersEngine(Engine):
         out of memory, half as many rows run at once from then on.
 
         Args:
-            pairs: prompt ids and answer ids, neither empty.
+            pairs: prompt ids and answer ids, neither empty. The model does not read an answer's last token.
         """
         # Logits of one intervention on the longest answer.
         each = self.config.vocab_size * max((len(answer) for _, answer in pairs), default=1)
@@ -239,10 +244,11 @@ class TransformersEngine(Engine):
     ) -> Losses:
         full = [NOTHING, *table]
         kl, nll = torch.zeros(len(pairs), len(full)), torch.zeros(len(pairs), len(full))
+        greedy = torch.zeros(len(pairs), len(full), dtype=torch.bool)
         if not pairs:
-            return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
+            return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
         longest = max(len(p) + len(a) for p, a in pairs)
-        self._check_length(longest)
+        self._check_length(longest - 1)
         prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
         with Interventions(self.model, full) as running:
             scored = 0  # pairs of an answer and a row
@@ -266,10 +272,11 @@ class TransformersEngine(Engine):
                         log_row = log_base if j == 0 else logits[j].float().log_softmax(dim=-1)
                         kl[i, row] = (p_base * (log_base - log_row)).sum(dim=-1).mean()
                         nll[i, row] = -log_row.gather(1, wanted[:, None]).mean()
+                        greedy[i, row] = (log_row.argmax(dim=-1) == wanted).all()
                     scored += fresh
                     if progress:
                         progress(scored, len(full) * len(pairs))
-        return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
+        return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
 
     @torch.inference_mode()
     def prompt_losses(
@@ -293,8 +300,12 @@ class TransformersEngine(Engine):
                 progress(i + 1, len(pairs))
         return Losses(kl, nll[:, 1:], nll[:, 0])
 
+    @property
+    def context(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
     def _check_length(self, tokens: int) -> None:
-        limit = getattr(self.config, "max_position_embeddings", None)
+        limit = self.context
         if limit and tokens > limit:
             raise Steer2EditError(
                 "a prompt and its answer are longer than the model can read",

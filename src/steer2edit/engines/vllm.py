@@ -150,6 +150,7 @@ class VllmEngine(Engine):
         max_new_tokens: int,
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Answers in the order of the requests. vLLM draws by each request's seed, but draws other tokens than ours.
 
@@ -158,6 +159,7 @@ class VllmEngine(Engine):
         Args:
             requests: prompts of at least one token, each with its row of `table`.
             max_new_tokens: the most tokens of an answer.
+            stop: strings that end an answer in place of `chat.stop`.
 
         Raises:
             ModelError: an intervention does not fit the model.
@@ -177,6 +179,7 @@ class VllmEngine(Engine):
             drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
             if sampling.top_k:
                 drawn["top_k"] = sampling.top_k
+        ends = self.chat.stop if stop is None else stop
         answers: dict[int, Answer] = {}
         for vectors, members in groups.items():
             adapters = [ready[requests[i].row].adapter for i in members]
@@ -199,7 +202,7 @@ class VllmEngine(Engine):
                 raise RuntimeError(f"steering acted in {reply['steps']} forward passes, of at least {needed}")
             for i, ids in zip(members, reply["ids"], strict=True):
                 end = next((at for at, token in enumerate(ids) if token in self.stops), len(ids))
-                answers[i] = answer_of(self.tokenizer, requests[i], ids[:end], end < len(ids), self.chat.stop)
+                answers[i] = answer_of(self.tokenizer, requests[i], ids[:end], end < len(ids), ends)
         if progress:
             progress(len(requests), len(requests))
         return [answers[i] for i in range(len(requests))]
@@ -221,8 +224,9 @@ class VllmEngine(Engine):
             As `generate`.
         """
         kl, nll = torch.zeros(len(pairs), 1 + len(table)), torch.zeros(len(pairs), 1 + len(table))
+        greedy = torch.zeros(len(pairs), 1 + len(table), dtype=torch.bool)
         if not pairs:
-            return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
+            return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
         longest = max(len(answer) for _, answer in pairs)
         self._check_length(max(len(prompt) + len(answer) for prompt, answer in pairs))
         ready = [self._prepared(intervention) for intervention in table]
@@ -235,7 +239,12 @@ class VllmEngine(Engine):
             reply = self._process.ask("score", progress=later, pairs=some, rows=rows)
             kl[first : first + len(some)] = torch.tensor(reply["kl"])
             nll[first : first + len(some)] = torch.tensor(reply["nll"])
-        return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
+            greedy[first : first + len(some)] = torch.tensor(reply["greedy"]) > 0
+        return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
+
+    @property
+    def context(self) -> int:
+        return self.max_model_len - 1  # vLLM always writes a token after what it scores
 
     def close(self) -> None:
         """Ends the worker and removes its files."""

@@ -83,7 +83,7 @@ class Extension:
         self._s2e_watching = self.get_model().register_forward_hook(hook, with_kwargs=True)
 
     def s2e_score(self: Any, pair: int, answer: list[int], base: bool) -> list[float] | None:
-        """KL and NLL per token of the answer at the watched positions.
+        """KL and NLL per token of the answer at the watched positions, and 1 if each of its tokens is the likeliest.
 
         Args:
             base: keep this pair's log-probabilities, to compare later rows with.
@@ -113,7 +113,8 @@ class Extension:
             kl = (log_base.exp() * (log_base - log_row)).sum(dim=-1).mean()
             wanted = torch.tensor(answer, device=log_row.device)
             nll = -log_row.gather(1, wanted[:, None]).mean()
-        return [float(kl), float(nll)]
+            greedy = (log_row.argmax(dim=-1) == wanted).all()
+        return [float(kl), float(nll), float(greedy)]
 
 
 def _adding(b: Any, steps: dict[str, int], name: str) -> Any:
@@ -191,12 +192,14 @@ class Worker:
         return {"ids": ids, "steps": steps}
 
     def score(self, pairs: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """KL and NLL of every pair of prompt and answer under every row, [pairs][1 + rows]; the base model is first.
+        """KL, NLL and greediness of every pair of prompt and answer under every row, [pairs][1 + rows]; the base model
+        is first.
 
         Requests run one at a time, so that it is known which request a position belongs to.
         """
         kl: list[list[float]] = [[] for _ in pairs]
         nll: list[list[float]] = [[] for _ in pairs]
+        greedy: list[list[float]] = [[] for _ in pairs]
         rows = [{"adapter": None, "vectors": None}, *rows]
         for number, row in enumerate(rows):
 
@@ -205,10 +208,11 @@ class Worker:
                     one = self._score(i, prompt, answer, row, number == 0)
                     kl[i].append(one[0])
                     nll[i].append(one[1])
+                    greedy[i].append(one[2])
                     self._progress(number * len(pairs) + i + 1, len(rows) * len(pairs))
 
             self._steered(row["vectors"], of_row)
-        return {"kl": kl, "nll": nll}
+        return {"kl": kl, "nll": nll, "greedy": greedy}
 
     def _score(self, i: int, prompt: list[int], answer: list[int], row: dict[str, Any], base: bool) -> list[float]:
         from vllm import SamplingParams

@@ -51,8 +51,9 @@ def parse(section: type[S], raw: dict[str, Any], under: str = "") -> S:
     try:
         return section.model_validate(raw)
     except ValidationError as error:
-        # For a union, the branch that matched deepest is the one that was meant.
-        problem = max(error.errors(), key=lambda e: len(e["loc"]))
+        # For a union, the branch that matched deepest is the one that was meant. A key that is missing may be the one
+        # that is misspelt.
+        problem = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
         parts = [str(part) for part in problem["loc"]]
         path = [part for part in parts if not part.startswith(_KINDS)]
         key = ".".join([under, *path] if under else path)

@@ -17,6 +17,7 @@ from ..searching.rounds import run_study
 from .results import results_of
 from .run import Run
 from .stages import CHOICE, DISCARDED, RESULTS, STUDY, TRIALS, chosen_of
+from .tasks import judged_again
 
 JUDGED = "judged.json"
 
@@ -45,13 +46,16 @@ def judge(folder: str | Path, trust_code: bool = False) -> dict[str, Any]:
     run = Run(folder, recipe)
     bench = run.bench("validation", _journal(run, "validation"), None)
     after = _on_validation(run, recipe, bench)
-    choice = read_json(run.path(CHOICE))
+    choice, before = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
+    on_test = _on_test(run, recipe, choice)
+    results = results_of(on_test, recipe)
+    judged_again(run, [trial.candidate for trial in on_test], before, results)
     chosen = choose(of_kind(after, "edit"), recipe.aim)
     judged = {
         "choice": {"old": choice["edit"]["id"], "new": None if chosen is None else chosen.candidate.id},
         "changed": _changed(read_jsonl(run.path(TRIALS)), after),
-        "before": read_json(run.path(RESULTS)),
-        "after": results_of(_on_test(run, recipe, choice), recipe),
+        "before": before,
+        "after": results,
     }
     write_json(run.path(JUDGED), judged)
     return judged

@@ -15,6 +15,8 @@ from ..behaviours.base import SPLITS
 from ..files.reading import sha256
 from ..method.variants import FULL, SCORED, Variant
 from ..recipe import Recipe
+from ..searching.plan import TASK_SETTINGS
+from ..tasks.known import known
 
 ORDER = ("traces", "probe", "score", "search", "edit", "export", "evaluate", "report")
 
@@ -24,7 +26,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     r = recipe.model_dump(mode="json")
     evaluation = r["evaluation"]
     resamples = evaluation["resamples"]
-    answers = {name: value for name, value in evaluation.items() if name != "resamples"}
+    answers = {name: value for name, value in evaluation.items() if name not in ("resamples", *TASK_SETTINGS)}
     questions, utility = recipe.data.questions, recipe.utility.prompts
     asked = [
         None if questions is None else [r["data"]["questions"], _file(questions.file)],
@@ -49,9 +51,27 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     keys["edit"] = _key("edit", choice, resamples)
     keys["export"] = _key("export", choice, r["exports"])
     keys["test answers"] = _key("test answers", keys["score"], r["data"]["test"], asked)
-    keys["evaluate"] = _key("evaluate", choice, keys["test answers"], resamples)
+    # A line of the tasks' journal holds its prompts and its candidates: only what these stand for is in the key.
+    keys["task answers"] = _key("task answers", keys["score"], evaluation["rows"])
+    keys["evaluate"] = _key("evaluate", choice, keys["test answers"], resamples, *_tasks(recipe, r))
     keys["report"] = _key("report", keys["edit"], keys["export"], keys["evaluate"], r["name"])
     return keys
+
+
+def _tasks(recipe: Recipe, r: dict[str, Any]) -> list[Any]:
+    """What the tasks' numbers depend on; nothing in a recipe without tasks."""
+    data = r["data"]
+    if not data["utility"] and not data["attacks"]:
+        return []
+    folder = recipe.data.sets
+    sets = (
+        [_file(str(Path(folder) / name)) for task in known(recipe.data.utility) for name in task.files]
+        if folder
+        else []
+    )
+    attacks = [_file(of_set.file) for of_set in recipe.data.attacks.values()]
+    wanted = [data[name] for name in ("utility", "utility_items", "utility_order", "sets", "attacks")]
+    return [wanted, sets, attacks, [r["evaluation"][name] for name in TASK_SETTINGS]]
 
 
 def _key(*parts: Any) -> str:

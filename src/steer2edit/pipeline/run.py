@@ -91,11 +91,16 @@ class Run:
         Args:
             locked: False only where nothing can be asked any more, since a journal is judged again.
         """
-        if split == "test" and locked and not self.is_whole("edit"):
+        if split == "test" and locked:
+            self.require_choice()
+        return self.recipe.behaviour.items(self.recipe.source, split)
+
+    def require_choice(self) -> None:
+        """Raises FileError if no edit is chosen: before that nothing of test is read."""
+        if not self.is_whole("edit"):
             raise FileError(
                 "the test prompts are not read before an edit is chosen", got=self.folder, fix="Run the stage edit."
             )
-        return self.recipe.behaviour.items(self.recipe.source, split)
 
     def completed(self, split: Split, items: Sequence[Item], engine: Engine | None) -> list[Item]:
         """The items with what the model wrote for them, which a file beside the split's journal keeps.

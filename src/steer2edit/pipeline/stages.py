@@ -16,7 +16,7 @@ from typing import Any
 from ..behaviours.base import WEAK_AGREEMENT
 from ..edits import Edit
 from ..engines.plan import load_tokenizer
-from ..errors import FileError, ModelError, Steer2EditError
+from ..errors import FileError, ModelError, Steer2EditError, TaskError
 from ..files.reading import read_json, read_jsonl, sha256
 from ..files.writing import write_json, write_jsonl, write_text
 from ..probing.collect import plan_pass, probe_of
@@ -39,6 +39,7 @@ from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
 from .keys import ORDER, score_files
 from .results import results_of
 from .run import Run
+from .tasks import check_tasks, measure_tasks
 
 OWN_TRACES = "traces/own.jsonl"
 TRACES, PROBE, EDIT = "traces.jsonl", "probe.safetensors", "edit.safetensors"
@@ -185,6 +186,7 @@ def _brief(trial: Trial) -> dict[str, Any]:
 
 def _evaluate(run: Run) -> list[str]:
     recipe = run.recipe
+    check_tasks(recipe)
     choice = read_json(run.path(CHOICE))
     tried = chosen_of(choice)
     bench = run.bench("test", run.journal("test"), run.engine)
@@ -192,6 +194,7 @@ def _evaluate(run: Run) -> list[str]:
         trials = bench.run(tried, "test", progress)
     _say_empty(bench)
     results = results_of(trials, recipe)
+    failure = measure_tasks(run, tried, results)
     edit = Edit.load(run.path(EDIT))
     prompt = run.engine.tokens(bench.items[0].messages(recipe.behaviour.system))
     results["agreement"] = run.host.call(_agreement, edit, prompt)
@@ -204,6 +207,8 @@ def _evaluate(run: Run) -> list[str]:
         row: dict[str, Any] = {"prompt": item.prompt, "kind": item.kind}
         answers.append(row | {kind: text if several else text[0] for kind, text in texts.items()})
     write_jsonl(run.path(ANSWERS), answers)
+    if failure is not None:  # what was measured is written; the stage is not whole
+        raise TaskError(failure.what, got=failure.got, fix=failure.fix)
     return [RESULTS, ANSWERS]
 
 
@@ -271,12 +276,13 @@ assert tuple(STAGES) == ORDER
 
 
 def run_all(run: Run) -> None:
-    """Every stage that is not whole. If the export fails, the evaluation and the report are made all the same.
+    """Every stage that is not whole. If the export or a task fails, what comes after it is made all the same.
 
     Raises:
-        FileError: an export needs a package that is not installed, before anything is run.
+        FileError: an export or a task needs a package or a file that is not there, before anything is run.
     """
     check_exports(run.recipe.exports)
+    check_tasks(run.recipe)
     failure: Steer2EditError | None = None
     with run.working():
         for number, stage in enumerate(STAGES, start=1):
@@ -285,6 +291,8 @@ def run_all(run: Run) -> None:
                 continue
             try:
                 _run_stage(run, stage)
+            except TaskError as error:  # which one was said when it failed
+                failure = failure or error
             except Steer2EditError as error:
                 if stage != "export":
                     raise

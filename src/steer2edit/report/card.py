@@ -12,7 +12,7 @@ from ..edits import Edit
 from ..models.embedded import EMBEDDED, HUB_NAMES
 from ..probing.traces import LABELS
 from ..recipe import Recipe
-from .page import describe, describe_limits, markdown_table, nothing_moved
+from .page import describe, describe_limits, markdown_table, nothing_moved, task_lines
 
 _PAPER = "[arXiv 2602.09870](https://arxiv.org/abs/2602.09870)"
 
@@ -98,6 +98,7 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
     how = f"- Hyper-parameters: {config}; {chosen}." if steered else _how(edit, config, chosen)
     embedded = recipe.model.name == EMBEDDED
     quantised = _ROUNDED if embedded else ""
+    tasks = "".join(f"{line}\n" for line in task_lines(results))
     use = _USE_EMBEDDED if embedded and kind == "adapter" else _USE[kind].replace("BASE", base)
     return f"""---
 {header.to_yaml()}
@@ -121,7 +122,7 @@ A steering vector, the mean activation on responses that show the behaviour minu
 {nothing_moved(choice)}On test prompts that nothing before had read. Means with 95 % intervals over prompts; the
 steering row is the baseline, chosen by the same rule.{quantised}
 
-## How to use it
+{tasks}## How to use it
 
 {use}
 

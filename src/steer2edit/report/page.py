@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..behaviours.base import UTILITY_LOSS
 from ..edits import Edit
+from ..files.reading import read_jsonl
 from ..recipe import Recipe
 from ..searching.candidates import TITLES
 
@@ -17,11 +19,18 @@ _PROMPT = 40
 _NEARLY_ALL = 0.9
 
 
-def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the test results: mean [95 % interval] of every measure that was measured."""
+def table(
+    results: Mapping[str, Any], titles: Mapping[str, str] | None = None, corner: str = "on test"
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the test results: mean [95 % interval] of every measure that was measured.
+
+    Args:
+        titles: measure → title of its column; None is the behaviour's measures.
+    """
     sizes = next(iter(results["systems"].values()))
-    columns = {name: title for name, title in _columns(results).items() if sizes[name]["n"]}
-    header = ["on test", *columns.values()]
+    shown = _columns(results) if titles is None else titles
+    columns = {name: title for name, title in shown.items() if sizes[name]["n"]}
+    header = [corner, *columns.values()]
     rows = []
     for kind, system in results["systems"].items():
         name = TITLES[kind] if kind == "base" else f"{TITLES[kind]} ({describe(system['config'])})"
@@ -41,8 +50,50 @@ def _columns(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
-    header, rows = table(results)
+    return _markdown(*table(results))
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([_row(header), _row(["---"] * len(header)), *map(_row, rows)])
+
+
+# Before the name of a set of attack prompts among the tasks.
+_ATTACK = "attack "
+
+
+def task_tables(results: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of the utility tasks' table, and of one for each set of attack prompts; none without tasks."""
+    measures = [m for m in results.get("task_measures", []) if m["column"]]
+    tables = {"utility": {m["name"]: m["title"] for m in measures if not m["task"].startswith(_ATTACK)}}
+    for m in measures:
+        if m["task"].startswith(_ATTACK):
+            title = m["title"].removeprefix(f"{m['task'].removeprefix(_ATTACK)}: ")
+            tables.setdefault(f"under {m['task']}", {})[m["name"]] = title
+    return [table(results, titles, corner) for corner, titles in tables.items() if titles]
+
+
+def task_lines(results: Mapping[str, Any]) -> list[str]:
+    """The tables of the tasks in Markdown, with what was asked and how far the edit is from the original model."""
+    tables = task_tables(results)
+    about = results.get("tasks", {})
+    if not about:
+        return []
+    lines = ["## Utility and attacks", ""]
+    for header, rows in tables:
+        lines += [_markdown(header, rows), ""]
+    for name, one in about.items():
+        if "not_measured" in one:
+            lines.append(f"- {name}: not measured: {one['not_measured']}")
+            continue
+        answers = f"; answers of at most {one['tokens']} tokens, {one['samples']} each" if "tokens" in one else ""
+        left_out = f"; {one['left_out']} too long for the model and left out" if one["left_out"] else ""
+        lines.append(f"- {name}: {one['source']}, {one['taken']}{left_out}{answers}.")
+    titles = {m["name"]: m["title"] for m in results.get("task_measures", []) if m["column"]}
+    for name, d in results.get("task_differences", {}).get("edit - base", {}).items():
+        if name in titles and d["mean"] is not None:
+            difference = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
+            lines.append(f"- {titles[name]}, edit - base: {difference}, same {d['n']} questions.")
+    return [*lines, ""]
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -110,6 +161,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     lines += [
         f"- The edit as an intervention and baked into the weights: {agreement}",
         "",
+        *task_lines(results),
         "## How it was chosen",
         "",
         f"On validation, of each method: {choice['rule']}. Limits: {describe_limits(choice['limits'])}.",
@@ -159,14 +211,28 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def print_run(console: Any, results: Mapping[str, Any], answers: Path) -> None:
+    """The first answers on test, side by side, and the results.
+
+    Args:
+        answers: the run's file of them.
+    """
+    print_answers(console, read_jsonl(answers))
+    print_results(console, results)
+
+
 def print_results(console: Any, results: Mapping[str, Any]) -> None:
-    """The test results as a table that breaks between words alone.
+    """The test results as tables that break between words alone: the behaviour's measures, utility, attacks.
 
     A console that is too narrow for a column a measure gets a row a measure, with n below its title.
     """
+    for header, rows in (table(results), *task_tables(results)):
+        _print_table(console, header, rows)
+
+
+def _print_table(console: Any, header: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
 
-    header, rows = table(results)
     # Cells never break; titles may, between their words.
     widest = [max(len(row[i]) for row in rows) for i in range(1, len(header))]
     if sum(widest) + 3 * len(header) + 24 > console.width:

@@ -28,6 +28,10 @@ class Journalled(Engine):
         self.batch = max(_BATCH, engine.slots // 4)
         self.calls = 0
 
+    @property
+    def context(self) -> int | None:
+        return self.engine.context
+
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return self.engine.tokens(messages)
 
@@ -41,6 +45,7 @@ class Journalled(Engine):
         max_new_tokens: int,
         progress: Progress | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] | None = None,
     ) -> list[Answer]:
         answers: list[Answer] = []
         self.calls += 1
@@ -49,11 +54,13 @@ class Journalled(Engine):
             batch = requests[first : first + self.batch]
 
             def make(batch: Sequence[Request] = batch) -> dict[str, Any]:
-                answered = self.engine.generate(batch, table, max_new_tokens, None, sampling)
+                answered = self.engine.generate(batch, table, max_new_tokens, None, sampling, stop)
                 rows = [[list(a.ids), a.text, a.ended, a.start, a.thinking] for a in answered]
                 return {"answers": rows, "rows": self.engine.slots}
 
             asked = [[[list(r.ids), r.row, r.seed] for r in batch], [i.name for i in table], max_new_tokens, drawn]
+            if stop is not None:
+                asked.append(list(stop))
             line = self.journal.keep(f"own {self.calls}", "answers", number, asked, make)
             self.engine.slots = self.slots = line["rows"]
             answers += [Answer(tuple(ids), *rest) for ids, *rest in line["answers"]]

@@ -107,10 +107,16 @@ class Search(Section):
         return self
 
 
+# Settings of the tasks, on which no answer of the search or of the behaviour's test depends.
+TASK_SETTINGS = ("task_tokens", "task_samples", "task_sampling", "attack_tokens")
+
+
 class Evaluation(Section):
     """How answers are made, in the search and on test, and the batch plan, which results may depend on.
 
-    With a `temperature` above 0 answers are sampled, `samples` of each prompt; at 0 they are greedy.
+    With a `temperature` above 0 answers are sampled, `samples` of each prompt; at 0 they are greedy. Utility tasks have
+    their own settings: `task_sampling: model` samples as the model's generation_config says. Answers to attacks are
+    `attack_tokens` long.
     """
 
     new_tokens: Many = 24
@@ -123,9 +129,15 @@ class Evaluation(Section):
     rows: Many = 128
     batch: Many = 512
     resamples: Many = 2000
+    task_tokens: Many = 512
+    task_samples: Many = 1
+    task_sampling: Literal["greedy", "model"] = "greedy"
+    attack_tokens: Annotated[Many, Field(ge=100)] = 128
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Evaluation:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("Greedy answers are all the same: give a temperature above 0 with samples above 1")
+        if self.task_samples > 1 and self.task_sampling == "greedy":
+            raise ValueError("Greedy answers are all the same: write task_sampling: model with task_samples above 1")
         return self

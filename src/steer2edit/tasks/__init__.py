@@ -1,0 +1,1 @@
+"""Utility tasks: what a changed model can still do, by known test sets."""
