@@ -23,8 +23,8 @@ from ..probing.chat import CHAT, Chat
 from ..progress import say
 from .answers import EndAtStopString, StopStrings, answer_of
 from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
-from .decoding import SlotDecoder
-from .sampling import ChosenOnly, Sampler
+from .decoding import SlotDecoder, common_prefix
+from .sampling import ChosenOnly, Draw, draws_of
 from .slots import SlotCache
 
 # Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
@@ -87,7 +87,7 @@ class TransformersEngine(Engine):
         generate = self._generate_in_slots if self.slotted else self._generate_in_step
         while True:
             try:
-                return generate(requests, table, max_new_tokens, progress, Sampler(sampling, requests))
+                return generate(requests, table, max_new_tokens, progress, draws_of(sampling, requests))
             except RuntimeError as error:
                 if self.slots == 1 or not should_reduce_batch_size(error):
                     raise
@@ -102,11 +102,11 @@ class TransformersEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None,
-        sampler: Sampler,
+        draws: Sequence[Draw],
     ) -> list[Answer]:
-        prefix = _common_prefix([r.ids for r in requests])
+        prefix = common_prefix([r.ids for r in requests])
         with Interventions(self.model, table) as running:
-            return SlotDecoder(self, requests, max_new_tokens, running, sampler, prefix).run(progress)
+            return SlotDecoder(self, requests, max_new_tokens, running, draws, prefix).run(progress)
 
     def _generate_in_step(
         self,
@@ -114,7 +114,7 @@ class TransformersEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None,
-        sampler: Sampler,
+        draws: Sequence[Draw],
     ) -> list[Answer]:
         """Like `generate`, with transformers' own loop: a batch runs until its last row ends."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -138,11 +138,12 @@ class TransformersEngine(Engine):
                     ids[row, width - len(requests[i].ids) :] = torch.tensor(requests[i].ids)
                     mask[row, width - len(requests[i].ids) :] = 1
                 running.rows([requests[i].row for i in some])
+                sampled = [] if draws[some[0]].greedy else [ChosenOnly([draws[i] for i in some])]
                 out = model.generate(
                     ids.to(self.device),
                     attention_mask=mask.to(self.device),
                     generation_config=config,
-                    logits_processor=LogitsProcessorList([] if sampler.greedy else [ChosenOnly(sampler, some)]),
+                    logits_processor=LogitsProcessorList(sampled),
                     stopping_criteria=StoppingCriteriaList([EndAtStopString(strings, width)] if strings else []),
                 )
                 self.forward_passes += out.shape[1] - width
@@ -194,7 +195,7 @@ class TransformersEngine(Engine):
             return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0])
         longest = max(len(p) + len(a) for p, a in pairs)
         self._check_length(longest)
-        prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
+        prefix = common_prefix([p for p, _ in pairs]) if self.slotted else ()
         with Interventions(self.model, full) as running:
             scored = 0  # pairs of an answer and a row
             for first in range(1, max(2, len(full)), rows_at_once - 1):
@@ -364,12 +365,3 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all prompts begin with, short of the last token of each."""
-    shortest = min(len(p) for p in prompts) - 1
-    length = 0
-    while length < shortest and len({p[length] for p in prompts}) == 1:
-        length += 1
-    return prompts[0][:length]
