@@ -11,6 +11,7 @@ import typer
 
 from .errors import Steer2EditError
 from .progress import be_quiet, say
+from .serving import verbs as serving
 
 app = typer.Typer(
     name="steer2edit",
@@ -479,6 +480,8 @@ def recipes(
     write_text(target, shipped[copy])
     print(target)
 
+
+serving.register(app)
 
 if __name__ == "__main__":
     main()

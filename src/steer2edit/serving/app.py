@@ -100,9 +100,13 @@ class _Guard:
         if self.key is None or request.url.path == "/health":
             return None
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), self.key.encode()):
+        if scheme.lower() == "bearer" and hmac.compare_digest(_sent(token), self.key.encode()):
             return None
         return ApiError(401, "a wrong API key, or none", code="invalid_api_key")
+
+
+def _sent(token: str) -> bytes:
+    return token.strip().encode("latin-1")  # as headers are decoded
 
 
 def _refused(error: ApiError) -> Response:

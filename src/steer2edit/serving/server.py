@@ -92,8 +92,8 @@ def listening(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def serve(worker: Worker, catalogue: Catalogue, bound: socket.socket, key: str | None) -> None:
-    """Serves until Ctrl-C."""
+def serve_on(worker: Worker, catalogue: Catalogue, bound: socket.socket, key: str | None) -> None:
+    """Serves on a socket until Ctrl-C."""
     server_on(worker, catalogue, bound, key).run(sockets=[bound])
 
 
