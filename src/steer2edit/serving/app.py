@@ -36,7 +36,7 @@ def build_app(worker: Worker, catalogue: Catalogue, *, key: str | None = None, h
     """
     # The documentation pages of FastAPI load scripts from elsewhere.
     app = FastAPI(title="steer2edit", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Guard, key=key, hosts=tuple(hosts))
+    app.add_middleware(Guard, key=key, hosts=tuple(hosts))
     started = int(time.time())
 
     @app.exception_handler(ApiError)
@@ -82,7 +82,7 @@ def build_app(worker: Worker, catalogue: Catalogue, *, key: str | None = None, h
     return app
 
 
-class _Guard:
+class Guard:
     """Lets nobody in who addresses the server by a strange name, or has no token."""
 
     def __init__(self, app: Any, key: str | None, hosts: Sequence[str]):

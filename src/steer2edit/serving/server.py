@@ -99,18 +99,28 @@ def serve_on(worker: Worker, catalogue: Catalogue, bound: socket.socket, key: st
 
 def server_on(worker: Worker, catalogue: Catalogue, bound: socket.socket, key: str | None) -> Any:
     """A uvicorn server for a socket that listens."""
-    import uvicorn
-
     from .app import build_app
 
+    address, hosts = address_of(bound)
+    say(f"  serving {', '.join(catalogue.names())} on {address}/v1")
+    say(f"  up to {worker.engine.slots} requests at once, {worker.context} tokens each")
+    return http_server(build_app(worker, catalogue, key=key, hosts=hosts))
+
+
+def address_of(bound: socket.socket) -> tuple[str, tuple[str, ...]]:
+    """The URL of a socket that listens, and the names under which it may be addressed: none is all.
+
+    It says who can reach it.
+    """
     host, port = bound.getsockname()[:2]
     local = is_loopback(host)
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    say(f"  serving {', '.join(catalogue.names())} on {where}")
-    say("  only this machine can reach it" if local else "  other machines can reach it")
-    say(f"  up to {worker.engine.slots} requests at once, {worker.context} tokens each; Ctrl-C ends it")
-    hosts = ("localhost", "127.0.0.1", "::1", host) if local else ()
-    app = build_app(worker, catalogue, key=key, hosts=hosts)
+    say("  only this machine can reach it; Ctrl-C ends it" if local else "  other machines can reach it; Ctrl-C ends it")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}", ("localhost", "127.0.0.1", "::1", host) if local else ()
+
+
+def http_server(app: Any) -> Any:
+    import uvicorn
+
     return uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
     )

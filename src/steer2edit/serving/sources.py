@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..edits import Combination, Edit, Scores, load_any
 from ..engines.plan import Model
@@ -13,7 +14,6 @@ from ..files.reading import read_json
 from ..files.schema import parse
 from ..models.embedded import EMBEDDED, HUB_NAMES
 from ..recipe import load_recipe
-from ..searching.candidates import steering_vectors
 
 # Signs with a meaning in a model's name: a strength follows one, another edit the other.
 STRENGTH, AND = "@", "+"
@@ -27,6 +27,7 @@ class Source:
     Attributes:
         scores: for other ρ and α, and for steering; a run has them.
         gamma: the steering strength that the run chose, if it chose one.
+        layers: those to which the run restricts its edit, as "8-20".
         model: the model section of the run's recipe.
     """
 
@@ -34,6 +35,7 @@ class Source:
     edit: Edit | Combination
     scores: Scores | None = None
     gamma: float | None = None
+    layers: str | None = None
     model: Model | None = None
 
     def __repr__(self) -> str:
@@ -70,15 +72,21 @@ def open_source(text: str) -> Source:
         return Source(name, load_any(path))
     if not (path / "edit.safetensors").is_file():
         raise FileError("there is no edit in the folder", got=path, fix="Give an edit file, or a finished run.")
-    edit, scores, gamma, model = load_any(path / "edit.safetensors"), None, None, None
+    edit, scores, gamma, layers, model = load_any(path / "edit.safetensors"), None, None, None, None
     if (path / "scores.safetensors").is_file():
         scores = Scores.load(path / "scores.safetensors")
     if (path / "choice.json").is_file():
-        chosen = read_json(path / "choice.json").get("steering")
-        gamma = float(chosen["config"]["gamma"]) if chosen else None
+        choice = read_json(path / "choice.json")
+        gamma, layers = _config(choice, "steering").get("gamma"), _config(choice, "edit").get("layers")
     if (path / "recipe.yaml").is_file():
         model = load_recipe(path / "recipe.yaml").model
-    return Source(name, edit, scores, gamma, model)
+    return Source(name, edit, scores, gamma, layers, model)
+
+
+def _config(choice: Any, kind: str) -> dict[str, Any]:
+    """What a run's `choice.json` holds of a method; nothing if none was chosen."""
+    brief = choice.get(kind) if isinstance(choice, dict) else None
+    return dict((brief or {}).get("config", {}))
 
 
 def open_sources(texts: Sequence[str]) -> list[Source]:
@@ -109,7 +117,3 @@ def section_of(model: str | None, sources: Sequence[Source], dtype: str = "auto"
         raise ModelError("no model is named", got="an edit file that names none", fix=f"Give --model, like {EMBEDDED}.")
     return parse(Model, {"name": name} | changes)
 
-
-def vectors_of(source: Source) -> dict[str, object]:
-    """Block key → steering vector; empty for an edit file, which holds directions without their lengths."""
-    return {} if source.scores is None else dict(steering_vectors(source.scores))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -234,28 +235,31 @@ class Worker:
         return [Piece(rest), done] if rest else [done]
 
 
-def answers_of(worker: Worker, questions: Sequence[Question]) -> list[Done]:
-    """The answers to questions that run side by side, once all are complete. Raises what went wrong."""
-    events: list[list[Event]] = [[] for _ in questions]
-    ended = [threading.Event() for _ in questions]
+def streamed(worker: Worker, questions: Sequence[Question]) -> Iterator[tuple[int, Event]]:
+    """What becomes of questions that run side by side: the question's number, and an event, until all have ended.
 
-    def listener(i: int) -> Callable[[Event], None]:
-        def on_event(event: Event) -> None:
-            events[i].append(event)
-            if not isinstance(event, Piece):
-                ended[i].set()
-
-        return on_event
-
-    tickets = worker.ask([(question, listener(i)) for i, question in enumerate(questions)])
+    Whoever stops iterating frees the rows.
+    """
+    events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    listeners = [lambda event, i=i: events.put((i, event)) for i in range(len(questions))]
+    tickets = worker.ask(list(zip(questions, listeners, strict=True)))
     try:
-        for one in ended:
-            one.wait()
+        left = len(questions)
+        while left:
+            i, event = events.get()
+            left -= not isinstance(event, Piece)
+            yield i, event
     finally:
         for ticket in tickets:
             ticket.cancel()
-    last = [of[-1] for of in events]
-    for event in last:
+
+
+def answers_of(worker: Worker, questions: Sequence[Question]) -> list[Done]:
+    """The answers to questions that run side by side, once all are complete. Raises what went wrong."""
+    answers: dict[int, Done] = {}
+    for i, event in streamed(worker, questions):
         if isinstance(event, Failed):
             raise event.error
-    return [event for event in last if isinstance(event, Done)]
+        if isinstance(event, Done):
+            answers[i] = event
+    return [answers[i] for i in range(len(questions))]
