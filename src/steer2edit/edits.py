@@ -235,7 +235,9 @@ class Edit(AnyEdit):
         """
         variant = self.config.get("variant", FULL)
         if variant != FULL and variant not in SCORED:
-            raise EditError("this edit has no (ρ, α) to change", got=f"the variant {variant}", fix="Change its strength.")
+            raise EditError(
+                "this edit has no (ρ, α) to change", got=f"the variant {variant}", fix="Change its strength."
+            )
         rho = {"attn": rho_attn, "mlp": rho_mlp}
         sites = {key: replace(s, lam=magnitudes(s.g, rho[s.site.block], alpha)) for key, s in self.sites.items()}
         budget = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}

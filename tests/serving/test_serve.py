@@ -223,7 +223,9 @@ def test_a_web_page_under_another_name_reaches_nothing(served: Any) -> None:
 
 def test_a_token_is_needed_where_one_is_set() -> None:
     with a_worker() as (worker, catalogue), a_server(worker, catalogue, key="sésame") as client:
-        assert [post(client, b"", "models", Authorization=wrong)[0] for wrong in ("", "Bearer x", "Basic x")] == [401] * 3
+        assert [post(client, b"", "models", Authorization=wrong)[0] for wrong in ("", "Bearer x", "Basic x")] == [
+            401
+        ] * 3
         body = json.dumps({"model": "base", "messages": HELLO}).encode()
         status, answer = post(client, body, Authorization="Bearer wrong")
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import ModelError, Steer2EditError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..method.intervention import NOTHING, Intervention, steering
 from ..searching.candidates import TITLES, layers_of, steering_vectors
 from .catalogue import mixed
 from .sources import Source
-from .worker import Failed, Piece, Question, Worker, streamed
+from .worker import Event, Failed, Piece, Question, Worker, streamed
 
 ORIGINAL, STEERING, EDIT = (TITLES[kind] for kind in ("base", "steering", "edit"))
 Messages = list[dict[str, str]]
@@ -135,7 +136,7 @@ class Conversation:
             self._made[key] = made
         return made
 
-    def ask(self, histories: Mapping[str, Messages], settings: Settings) -> Iterator[Turn]:
+    def ask(self, histories: Mapping[str, Messages], settings: Settings) -> Generator[Turn, None, None]:
         """Asks every system that has a history, whose last message is the question, in one batch. Yields what there is
         so far after every piece of text.
 
@@ -157,7 +158,14 @@ class Conversation:
         room = self.worker.context - max(len(question.ids) for question in questions)
         tokens = max(1, min(settings.tokens, room))
         turn = Turn(dict.fromkeys(histories, ""))
-        for i, event in streamed(self.worker, [replace(question, tokens=tokens) for question in questions]):
+        events = streamed(self.worker, [replace(question, tokens=tokens) for question in questions])
+        with contextlib.closing(events):
+            yield from self._turns(turn, events, owners)
+
+    def _turns(
+        self, turn: Turn, events: Iterator[tuple[int, Event]], owners: Mapping[int, Sequence[str]]
+    ) -> Iterator[Turn]:
+        for i, event in events:
             for system in owners[i]:
                 if isinstance(event, Piece):
                     turn = replace(turn, texts={**turn.texts, system: turn.texts[system] + event.text})

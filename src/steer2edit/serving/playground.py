@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .conversation import Budget, Conversation, Messages, Settings
 from .server import address_of, http_server, is_loopback, listening
 from .visible import visible
 
+# Seconds between two looks at an answer that grows.
+REFRESH = 0.1
 _FILE_NAME = re.compile(r"[\w][\w .-]*\.(safetensors|yaml)")
 
 
@@ -56,9 +59,13 @@ class Playground:
         asked = {name: [*histories.get(name, []), {"role": "user", "content": question}] for name in systems}
         try:
             settings = self.settings(values)
+            shown_at = 0.0
             for turn in self.conversation.ask({name: [*first, *asked[name]] for name in systems}, settings):
-                answers = {name: [*asked[name], {"role": "assistant", "content": turn.texts[name]}] for name in systems}
                 ended = len(turn.done) == len(systems)
+                if not ended and time.monotonic() - shown_at < REFRESH:
+                    continue
+                shown_at = time.monotonic()
+                answers = {name: [*asked[name], {"role": "assistant", "content": turn.texts[name]}] for name in systems}
                 failed = "\n".join(f"{name}: {why}" for name, why in turn.failures.items())
                 shown = [_transcript(answers[name]) for name in systems]
                 kept = answers if ended and not turn.failures else histories
@@ -98,7 +105,7 @@ def build_page(playground: Playground, title: str) -> Any:
             anew = gr.Button("New conversation", elem_id="new")
         with gr.Row():
             answers = [_answer_box(gr, name) for name in systems]
-        status = gr.Textbox(label="status", interactive=False, elem_id="status", lines=1)
+        status = gr.Textbox(label="state", interactive=False, elem_id="status", lines=1)
         system = gr.Textbox(label="system prompt", elem_id="system")
         controls = _controls(gr, playground)
         with gr.Row():
@@ -125,14 +132,14 @@ def _controls(gr: Any, playground: Playground) -> list[Any]:
     conversation = playground.conversation
     defaults, budget = conversation.defaults(), conversation.budget
     own = _rounded(budget) if budget else Budget(0.0, 0.0, 0.0)
-    widest = max(1.0, 3 * max(own.rho_attn or 0, own.rho_mlp or 0))
+    widest = round(max(1.0, 3 * max(own.rho_attn or 0, own.rho_mlp or 0)), 1)
     with gr.Accordion("edits and steering", open=True), gr.Row():
         controls = [
             gr.Slider(-3, 3, strength, step=0.05, label=f"strength of {visible(name)}", elem_id=f"strength-{i}")
             for i, (name, strength) in enumerate(defaults.strengths.items())
         ]
         steers = len(conversation.systems) == 3
-        most = max(1.0, 3 * defaults.gamma)
+        most = round(max(1.0, 3 * defaults.gamma), 1)
         controls += [
             gr.Slider(-most, most, defaults.gamma, step=0.001, label="γ of steering", visible=steers, elem_id="gamma"),
             _rho(gr, "ρ of attention (0 is off)", own.rho_attn, widest, budget, "rho-attn"),

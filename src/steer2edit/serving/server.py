@@ -113,9 +113,12 @@ def address_of(bound: socket.socket) -> tuple[str, tuple[str, ...]]:
     It says who can reach it.
     """
     host, port = bound.getsockname()[:2]
-    local = is_loopback(host)
-    say("  only this machine can reach it; Ctrl-C ends it" if local else "  other machines can reach it; Ctrl-C ends it")
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}", ("localhost", "127.0.0.1", "::1", host) if local else ()
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if not is_loopback(host):
+        say("  other machines can reach it; Ctrl-C ends it")
+        return url, ()
+    say("  only this machine can reach it; Ctrl-C ends it")
+    return url, ("localhost", "127.0.0.1", "::1", host)
 
 
 def http_server(app: Any) -> Any:

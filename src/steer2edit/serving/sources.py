@@ -116,4 +116,3 @@ def section_of(model: str | None, sources: Sequence[Source], dtype: str = "auto"
     if name is None:
         raise ModelError("no model is named", got="an edit file that names none", fix=f"Give --model, like {EMBEDDED}.")
     return parse(Model, {"name": name} | changes)
-

@@ -84,7 +84,7 @@ class TerminalChat:
         """Streams the edited model's answer; Ctrl-C stops it."""
         shown = ""
         turns = self.conversation.ask({EDIT: self.messages(question)}, self.settings)
-        with contextlib.closing(turns):  # type: ignore[type-var]
+        with contextlib.closing(turns):
             try:
                 for turn in turns:
                     text = turn.texts[EDIT]
@@ -108,10 +108,10 @@ class TerminalChat:
         messages = self.messages(question)
         systems = self.conversation.systems
         turn = None
-        with contextlib.closing(self.conversation.ask(dict.fromkeys(systems, messages), self.settings)) as turns:  # type: ignore[type-var]
-            with self._live() as live:
-                for turn in turns:
-                    live(self._table(turn.texts | turn.failures))
+        turns = self.conversation.ask(dict.fromkeys(systems, messages), self.settings)
+        with contextlib.closing(turns), self._live() as show:
+            for turn in turns:
+                show(self._table({**turn.texts, **turn.failures}))
         if turn is not None:
             said = {"role": "assistant", "content": turn.texts[EDIT]}
             self.history += [{"role": "user", "content": question}, said]

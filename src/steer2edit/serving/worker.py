@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -235,7 +235,7 @@ class Worker:
         return [Piece(rest), done] if rest else [done]
 
 
-def streamed(worker: Worker, questions: Sequence[Question]) -> Iterator[tuple[int, Event]]:
+def streamed(worker: Worker, questions: Sequence[Question]) -> Generator[tuple[int, Event], None, None]:
     """What becomes of questions that run side by side: the question's number, and an event, until all have ended.
 
     Whoever stops iterating frees the rows.
