@@ -157,7 +157,11 @@ def _questions(worker: Worker, catalogue: Catalogue, asked: ChatRequest) -> list
 
 def _listener(events: asyncio.Queue[tuple[int, Event]], i: int) -> Callable[[Event], None]:
     loop = asyncio.get_running_loop()
-    return lambda event: loop.call_soon_threadsafe(events.put_nowait, (i, event)) and None
+
+    def on_event(event: Event) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, (i, event))
+
+    return on_event
 
 
 async def _body(request: Request) -> bytes:

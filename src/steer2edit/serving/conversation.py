@@ -196,8 +196,9 @@ class Conversation:
         budget = settings.budget or self.budget
         search: dict[str, object] = {"steering": [settings.gamma] if settings.gamma else []}
         if budget is not None:
+            # YAML's word for off is false.
             rho = {"rho_attn": budget.rho_attn, "rho_mlp": budget.rho_mlp}
-            search |= {name: ["off" if value is None else value] for name, value in rho.items()}
+            search |= {name: [False if value is None else value] for name, value in rho.items()}
             search["alpha"] = [budget.alpha]
         strengths = ", ".join(f"{name} {strength:g}" for name, strength in settings.strengths.items())
         return f"# strength: {strengths}\n" + yaml.safe_dump({"search": search}, sort_keys=False)

@@ -69,7 +69,7 @@ class Playground:
                 failed = "\n".join(f"{name}: {why}" for name, why in turn.failures.items())
                 shown = [_transcript(answers[name]) for name in systems]
                 kept = answers if ended and not turn.failures else histories
-                yield [*shown, kept, visible(failed) or ("" if ended else "answering…")]
+                yield [*shown, kept, visible(failed) or ("done" if ended else "answering…")]
         except Steer2EditError as error:
             yield [*before, histories, visible(str(error))]
 
@@ -105,7 +105,7 @@ def build_page(playground: Playground, title: str) -> Any:
             anew = gr.Button("New conversation", elem_id="new")
         with gr.Row():
             answers = [_answer_box(gr, name) for name in systems]
-        status = gr.Textbox(label="state", interactive=False, elem_id="status", lines=1)
+        status = gr.Textbox(label="state", interactive=False, elem_id="state", lines=1)
         system = gr.Textbox(label="system prompt", elem_id="system")
         controls = _controls(gr, playground)
         with gr.Row():
