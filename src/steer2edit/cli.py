@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import Steer2EditError
+from .pipeline import share_verbs as sharing
 from .progress import be_quiet, say
 from .serving import verbs as serving
 
@@ -482,6 +483,7 @@ def recipes(
 
 
 serving.register(app)
+sharing.register(app)
 
 if __name__ == "__main__":
     main()
