@@ -78,7 +78,7 @@ class Hub(BaseHTTPRequestHandler):
             self._reply(403, {"error": "not yours"})
         elif self.path.endswith("/repos/create"):
             name = json.loads(body)["name"]
-            self._reply(200, {"url": f"http://hub/{name}", "name": name})
+            self._reply(200, {"url": f"http://{self.headers['Host']}/me/{name}", "name": name})
         elif "/preupload/" in self.path:
             how = {"uploadMode": "regular", "shouldIgnore": False}
             files = [{"path": file["path"], **how} for file in json.loads(body)["files"]]
@@ -87,7 +87,7 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._reply(200, {"commitUrl": "http://hub/commit/1", "commitOid": "0" * 40, "success": True})
+            self._reply(200, {"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True})
         else:
             self._reply(200, {})
 
@@ -171,7 +171,7 @@ def test_what_is_not_the_same_is_named(run: Path, tmp_path: Path) -> None:
     assert not result["same"]
     assert not result["close"]
     (shared / "choice.json").unlink()
-    with pytest.raises(FileError, match="no choice.json"):
+    with pytest.raises(FileError, match="no choice"):
         reproduce(shared, tmp_path / "again")
 
 

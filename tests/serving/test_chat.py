@@ -182,7 +182,7 @@ def test_the_terminals_commands(talking: Conversation, tmp_path: Path) -> None:
     assert len(load_any(file).parts) == 2
     assert "exists already" in written
     assert "/compare TEXT asks another one" in written
-    assert [message["content"] for message in chat.history][0] == "Why?"
+    assert chat.history[0]["content"] == "Why?"
     _, chat = terminal(talking, "Why?", "/system Be kind.", "/system")
     assert (chat.system, chat.history) == ("", [])
 
