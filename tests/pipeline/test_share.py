@@ -87,7 +87,8 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._reply(200, {"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True})
+            address = f"http://{self.headers['Host']}/me/mine/commit/{'0' * 40}"
+            self._reply(200, {"commitUrl": address, "commitOid": "0" * 40, "success": True})
         else:
             self._reply(200, {})
 
