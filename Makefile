@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM := .venv-vllm
 NODE := .node
 
-.PHONY: demo test test-slow test-all test-vllm test-llama-cpp lint bench clean
+.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser lint bench clean
 
 demo: $(READY)
 	$(VENV)/bin/steer2edit demo
@@ -15,7 +15,7 @@ test: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "not slow and not vllm"
 
 test-slow: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "slow and not vllm and not llama_cpp"
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "slow and not vllm and not llama_cpp and not browser"
 
 test-all: test test-slow
 
@@ -24,6 +24,10 @@ test-vllm: $(READY) $(VLLM)/.ready
 
 test-llama-cpp: $(READY) $(NODE)/.ready
 	HF_HUB_OFFLINE=1 STEER2EDIT_LLAMA_CPP=$(NODE) $(PY) -m pytest -m llama_cpp
+
+# Needs Debian's chromium: apt-get install chromium. Without it these tests are skipped.
+test-browser: $(READY)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m browser
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

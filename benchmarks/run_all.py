@@ -18,6 +18,8 @@ SCRIPTS = (
     "mixed_batch.py",
     "study.py",
     "slots.py",
+    "serve.py",
+    "chat.py",
     "export.py",
     "tpe.py",
 )

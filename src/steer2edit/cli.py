@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from .errors import Steer2EditError
+from .pipeline import share_verbs as sharing
 from .progress import be_quiet, say
+from .serving import verbs as serving
 
 app = typer.Typer(
     name="steer2edit",
@@ -494,6 +496,9 @@ def recipes(
     write_text(target, shipped[copy])
     print(target)
 
+
+serving.register(app)
+sharing.register(app)
 
 if __name__ == "__main__":
     main()

@@ -227,6 +227,22 @@ class Edit(AnyEdit):
             raise EditError("the strength must be finite", got=strength, fix="1.0 is the edit as scored.")
         return replace(self, strength=float(strength))
 
+    def with_budget(self, *, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
+        """The edit that the same g gives at another (ρ, α), in all layers.
+
+        Raises:
+            EditError: ρ ≤ 0, α outside [0, 1), or the edit's λ is not the soft threshold of its g.
+        """
+        variant = self.config.get("variant", FULL)
+        if variant != FULL and variant not in SCORED:
+            raise EditError(
+                "this edit has no (ρ, α) to change", got=f"the variant {variant}", fix="Change its strength."
+            )
+        rho = {"attn": rho_attn, "mlp": rho_mlp}
+        sites = {key: replace(s, lam=magnitudes(s.g, rho[s.site.block], alpha)) for key, s in self.sites.items()}
+        budget = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
+        return replace(self, sites=sites, config={**self.config, **budget})
+
     def summary(self) -> dict[str, Any]:
         """For each block type: how many components there are, are edited, reinforced (λ > 0) and suppressed (λ < 0),
         and the largest |λ|."""

@@ -18,61 +18,75 @@ from transformers.generation.logits_process import (
 from .base import Request, Sampling
 
 
-class Sampler:
-    """Chooses tokens for the requests of one call.
+class Draw:
+    """How the tokens of one request are chosen. A request's draws depend only on its own seed, not on other rows."""
 
-    Every request has its own generator, seeded by `request.seed`, and takes one number per token from it. Its draws do
-    not depend on the other rows.
-    """
-
-    def __init__(self, sampling: Sampling, requests: Sequence[Request]):
+    def __init__(self, sampling: Sampling, seed: int):
+        self.sampling = sampling
         self.greedy = sampling.temperature == 0
-        self.generators: list[torch.Generator] = []
-        self.warpers = LogitsProcessorList()
-        if self.greedy:
-            return
-        self.generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        self.warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k:
-            self.warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._generator = None if self.greedy else torch.Generator().manual_seed(seed)
 
-    def choose(self, logits: Tensor, requests: Sequence[int | None]) -> Tensor:
-        """The next token of each row, on the CPU.
+    def number(self) -> float:
+        """The next number in [0, 1); one is taken per token."""
+        return float(torch.rand((), generator=self._generator))
 
-        Args:
-            logits: [rows, vocabulary].
-            requests: which request each row is; None for a row without one, whose token means nothing.
-        """
-        if self.greedy:
-            return logits.argmax(dim=-1).cpu()
-        scores = logits.float()
-        # The likeliest token gets the score 0, so that a temperature close to 0 does not overflow.
-        scores = scores - scores.amax(dim=-1, keepdim=True)
-        unused: Any = None  # the warpers take the tokens so far and do not read them
-        warped = self.warpers(unused, scores)
-        cumulative = warped.softmax(dim=-1).cumsum(dim=-1)  # [rows, vocabulary]
-        draws = torch.tensor([0.0 if i is None else self._draw(i) for i in requests])
-        # The first token whose cumulative probability is above the draw. Filtered tokens add nothing and are never it.
-        return torch.searchsorted(cumulative, draws.to(cumulative)[:, None] * cumulative[:, -1:], right=True)[
-            :, 0
-        ].cpu()
 
-    def _draw(self, request: int) -> float:
-        return float(torch.rand((), generator=self.generators[request]))
+def choose(logits: Tensor, draws: Sequence[Draw | None]) -> Tensor:
+    """The next token of each row, on the CPU.
+
+    Args:
+        logits: [rows, vocabulary].
+        draws: how each row's token is chosen; None for a row without a request, whose token means nothing.
+    """
+    if all(draw is None or draw.greedy for draw in draws):
+        return logits.argmax(dim=-1).cpu()
+    by_sampling: dict[Sampling, list[int]] = {}
+    for row, draw in enumerate(draws):
+        if draw is not None:
+            by_sampling.setdefault(draw.sampling, []).append(row)
+    tokens = torch.zeros(len(draws), dtype=torch.long)
+    for sampling, rows in by_sampling.items():
+        some = logits if len(rows) == len(draws) else logits[torch.tensor(rows, device=logits.device)]
+        if sampling.temperature == 0:
+            tokens[rows] = some.argmax(dim=-1).cpu()
+        else:
+            numbers = [draw.number() for row in rows if (draw := draws[row]) is not None]
+            tokens[rows] = _drawn(some, sampling, torch.tensor(numbers))
+    return tokens
+
+
+def _drawn(logits: Tensor, sampling: Sampling, numbers: Tensor) -> Tensor:
+    """One token for each row of logits [rows, vocabulary], by a number in [0, 1) each."""
+    scores = logits.float()
+    # The likeliest token gets the score 0, so that a temperature close to 0 does not overflow.
+    scores = scores - scores.amax(dim=-1, keepdim=True)
+    unused: Any = None  # the warpers take the tokens so far and do not read them
+    cumulative = _warpers(sampling)(unused, scores).softmax(dim=-1).cumsum(dim=-1)  # [rows, vocabulary]
+    # The first token whose cumulative probability is above the number. Filtered tokens add nothing and are never it.
+    threshold = numbers.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].cpu()
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
 
 
 class ChosenOnly(LogitsProcessor):
-    """Leaves each row of transformers' own loop only the token that the sampler chooses.
+    """Leaves each row of transformers' own loop only the token that is chosen for it."""
 
-    Args:
-        requests: which request each row is.
-    """
-
-    def __init__(self, sampler: Sampler, requests: Sequence[int]):
-        self.sampler, self.requests = sampler, requests
+    def __init__(self, draws: Sequence[Draw]):
+        self.draws = draws
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = self.sampler.choose(scores, self.requests).to(scores.device)
+        chosen = choose(scores, self.draws).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def draws_of(sampling: Sampling, requests: Sequence[Request]) -> list[Draw]:
+    """A draw for each request, by its own seed."""
+    return [Draw(sampling, request.seed) for request in requests]

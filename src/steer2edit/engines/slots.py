@@ -105,3 +105,31 @@ class SlotCache(Cache):
                 assert layer.values is not None
                 kept = rows.to(layer.keys.device)
                 layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Makes room for `rows` sequences, not fewer than now, of up to `capacity` tokens; what is kept stays in place.
+
+        A smaller capacity drops the positions behind it.
+        """
+        before, kept = self.rows, min(capacity, self.capacity)
+        self.rows, self.capacity = rows, capacity
+        for layer in self.slots:
+            layer.rows, layer.capacity = rows, capacity
+            if layer.is_initialized:
+                old_keys, old_values = layer.keys, layer.values
+                assert old_keys is not None
+                assert old_values is not None
+                layer.lazy_initialization(old_keys, old_values)
+                assert layer.keys is not None
+                assert layer.values is not None
+                layer.keys[:before, :, :kept] = old_keys[:, :, :kept]
+                layer.values[:before, :, :kept] = old_values[:, :, :kept]
+
+    def clear(self, row: int) -> None:
+        """Sets a row to 0. Masked keys count for nothing, but a masked value that is not finite would not."""
+        for layer in self.slots:
+            if layer.is_initialized:
+                assert layer.keys is not None
+                assert layer.values is not None
+                layer.keys[row] = 0
+                layer.values[row] = 0

@@ -23,8 +23,8 @@ from ..probing.chat import CHAT, Chat
 from ..progress import say
 from .answers import EndAtStopString, StopStrings, answer_of
 from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
-from .decoding import SlotDecoder
-from .sampling import ChosenOnly, Sampler
+from .decoding import SlotDecoder, common_prefix
+from .sampling import ChosenOnly, Draw, draws_of
 from .slots import SlotCache
 
 # Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
@@ -90,7 +90,7 @@ class TransformersEngine(Engine):
         ends = self.chat.stop if stop is None else stop
         while True:
             try:
-                return generate(requests, table, max_new_tokens, progress, Sampler(sampling, requests), ends)
+                return generate(requests, table, max_new_tokens, progress, draws_of(sampling, requests), ends)
             except RuntimeError as error:
                 if self.slots == 1 or not should_reduce_batch_size(error):
                     raise
@@ -105,12 +105,12 @@ class TransformersEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None,
-        sampler: Sampler,
+        draws: Sequence[Draw],
         stop: Sequence[str],
     ) -> list[Answer]:
-        prefix = _common_prefix([r.ids for r in requests])
+        prefix = common_prefix([r.ids for r in requests])
         with Interventions(self.model, table) as running:
-            return SlotDecoder(self, requests, max_new_tokens, running, sampler, prefix, stop).run(progress)
+            return SlotDecoder(self, requests, max_new_tokens, running, draws, prefix, stop).run(progress)
 
     def _generate_in_step(
         self,
@@ -118,7 +118,7 @@ class TransformersEngine(Engine):
         table: Sequence[Intervention],
         max_new_tokens: int,
         progress: Progress | None,
-        sampler: Sampler,
+        draws: Sequence[Draw],
         stop: Sequence[str],
     ) -> list[Answer]:
         """Like `generate`, with transformers' own loop: a batch runs until its last row ends."""
@@ -143,11 +143,12 @@ class TransformersEngine(Engine):
                     ids[row, width - len(requests[i].ids) :] = torch.tensor(requests[i].ids)
                     mask[row, width - len(requests[i].ids) :] = 1
                 running.rows([requests[i].row for i in some])
+                sampled = [] if draws[some[0]].greedy else [ChosenOnly([draws[i] for i in some])]
                 out = model.generate(
                     ids.to(self.device),
                     attention_mask=mask.to(self.device),
                     generation_config=config,
-                    logits_processor=LogitsProcessorList([] if sampler.greedy else [ChosenOnly(sampler, some)]),
+                    logits_processor=LogitsProcessorList(sampled),
                     stopping_criteria=StoppingCriteriaList([EndAtStopString(strings, width)] if strings else []),
                 )
                 self.forward_passes += out.shape[1] - width
@@ -181,8 +182,7 @@ class TransformersEngine(Engine):
             rows = max(2, min(most, self.logits // each))
             try:
                 if not table:
-                    nll = self._base_nll(pairs, rows, progress)
-                    return Losses(nll.new_zeros(len(pairs), 0), nll.new_zeros(len(pairs), 0), nll)
+                    return self._base_losses(pairs, rows, progress)
                 return self._losses(pairs, table, rows, progress)
             except RuntimeError as error:
                 if rows == 2 or not should_reduce_batch_size(error):
@@ -190,23 +190,25 @@ class TransformersEngine(Engine):
             self.logits = rows // 2 * each
             clear_device_cache(garbage_collection=True)
 
-    def _base_nll(
+    def _base_losses(
         self,
         pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
         rows_at_once: int,
         progress: Progress | None,
-    ) -> Tensor:
-        """NLL per token of given answers under the model alone [pairs].
+    ) -> Losses:
+        """The losses of given answers under the model alone.
 
         Without interventions that share an answer, different answers share a batch. Padding stands on the right, where
         no token that counts sees it.
         """
-        nll = torch.zeros(len(pairs))
+        none = torch.zeros(len(pairs), 0)
+        nll, greedy = torch.zeros(len(pairs)), torch.zeros(len(pairs), dtype=torch.bool)
+        losses = Losses(none, none, nll, none.bool(), greedy)
         if not pairs:
-            return nll
+            return losses
         longest = max(len(p) + len(a) for p, a in pairs)
-        self._check_length(longest)
-        prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
+        self._check_length(longest - 1)
+        prefix = common_prefix([p for p, _ in pairs]) if self.slotted else ()
         start = len(prefix)
         by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         # The head runs on every position, those of the prompt too.
@@ -230,10 +232,11 @@ class TransformersEngine(Engine):
                     end = len(tails[row])
                     log_row = logits[row, end - len(answer) : end].float().log_softmax(dim=-1)
                     nll[i] = -log_row.gather(1, answer[:, None]).mean()
+                    greedy[i] = (log_row.argmax(dim=-1) == answer).all()
                 scored += len(some)
                 if progress:
                     progress(scored, len(pairs))
-        return nll
+        return losses
 
     def _losses(
         self,
@@ -249,7 +252,7 @@ class TransformersEngine(Engine):
             return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
         longest = max(len(p) + len(a) for p, a in pairs)
         self._check_length(longest - 1)
-        prefix = _common_prefix([p for p, _ in pairs]) if self.slotted else ()
+        prefix = common_prefix([p for p, _ in pairs]) if self.slotted else ()
         with Interventions(self.model, full) as running:
             scored = 0  # pairs of an answer and a row
             for first in range(1, max(2, len(full)), rows_at_once - 1):
@@ -424,12 +427,3 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all prompts begin with, short of the last token of each."""
-    shortest = min(len(p) for p in prompts) - 1
-    length = 0
-    while length < shortest and len({p[length] for p in prompts}) == 1:
-        length += 1
-    return prompts[0][:length]

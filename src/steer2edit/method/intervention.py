@@ -5,9 +5,10 @@ An edit has b = 0, activation steering has a = 0, and the base model is an inter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -64,3 +65,29 @@ def steering(vectors: Mapping[str, Tensor], gamma: float, name: str | None = Non
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     return Intervention(name or f"steering γ={gamma:g}", {key: Term(b=gamma * v) for key, v in vectors.items()})
+
+
+def together(interventions: Sequence[Intervention], name: str) -> Intervention:
+    """Interventions that act at the same time: their changes add up.
+
+    >>> import torch
+    >>> steered = [steering({"3.mlp": torch.ones(2)}, gamma) for gamma in (0.5, 0.25)]
+    >>> together(steered, "both").terms["3.mlp"].b
+    tensor([0.7500, 0.7500])
+    """
+    by_site: dict[str, list[Term]] = {}
+    for intervention in interventions:
+        for key, term in intervention.terms.items():
+            by_site.setdefault(key, []).append(term)
+    return Intervention(name, {key: terms[0] if len(terms) == 1 else _sum(terms) for key, terms in by_site.items()})
+
+
+def _sum(terms: Sequence[Term]) -> Term:
+    u = [term.u for term in terms if term.u is not None]
+    a = [term.a for term in terms if term.a is not None]
+    b = [term.b for term in terms if term.b is not None]
+    return Term(
+        torch.cat(u, dim=1) if u else None,
+        torch.cat(a) if a else None,
+        torch.stack(b).sum(dim=0) if b else None,
+    )

@@ -1,0 +1,68 @@
+"""The verbs of the command line that hand an edit to others and make it again; heavy imports inside the functions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..progress import be_quiet
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
+    app.command()(push)
+    app.command()(reproduce)
+
+
+def push(
+    source: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A finished run, or an exported folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="The Hub's repository, as owner/name.")],
+    export: Annotated[str | None, typer.Option(help="Which of a run's exports: adapter, checkpoint, gguf.")] = None,
+    dry_run: Annotated[
+        Path | None, typer.Option("--dry-run", metavar="OUT", help="Only write the folder that would be pushed.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the result and errors.")] = False,
+) -> None:
+    """Push an adapter, edit or checkpoint with its card, its recipe and its manifest to the Hub."""
+    from .share import push as upload
+    from .share import write_share
+
+    be_quiet(quiet)
+    if dry_run is not None:
+        print(write_share(source, dry_run, export))
+    else:
+        print(upload(source, repository, export, private))
+
+
+def reproduce(
+    source: Annotated[str, typer.Argument(metavar="FOLDER|REPO", help="A run, or what `push` wrote, here or there.")],
+    out: Annotated[Path, typer.Option("--out", help="Where it is made again; a stopped one goes on.")] = Path(
+        "runs/reproduced"
+    ),
+    trust_recipe_code: Annotated[
+        bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")] = False,
+) -> None:
+    """Make an edit again from its recipe, and say tensor by tensor whether it is the same; exit code 1 if not."""
+    from .share import reproduce as again
+
+    be_quiet(quiet)
+    result = again(source, out, trust_recipe_code)
+    if json:
+        from json import dumps
+
+        print(dumps(result, indent=2))
+    else:
+        for name, word in {**result["tensors"], **result.get("adapter", {})}.items():
+            print(f"{name}: {word if isinstance(word, str) else f'differs by {word:.1e}'}")
+        if result["same"]:
+            print("the same")
+        else:
+            print("not the same, but close: at most 1e-4 off" if result["close"] else "NOT the same")
+    sys.exit(0 if result["same"] else 1)
