@@ -20,7 +20,7 @@ _NEARLY_ALL = 0.9
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the test results: mean [95 % interval] of every measure that was measured."""
     sizes = next(iter(results["systems"].values()))
-    columns = {name: title for name, title in _columns(results).items() if sizes[name]["n"]}
+    columns = {name: title for name, title in table_columns(results).items() if sizes[name]["n"]}
     header = ["on test", *columns.values()]
     rows = []
     for kind, system in results["systems"].items():
@@ -30,7 +30,7 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _columns(results: Mapping[str, Any]) -> dict[str, str]:
+def table_columns(results: Mapping[str, Any]) -> dict[str, str]:
     """Measure → title. Results of older runs do not hold the titles: there the names serve."""
     if "measures" in results:
         return {m["name"]: m["title"] for m in results["measures"] if m["column"]}
