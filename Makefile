@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM := .venv-vllm
 NODE := .node
 
-.PHONY: demo test test-slow test-all test-vllm test-llama-cpp lint bench clean
+.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser lint bench clean
 
 demo: $(READY)
 	$(VENV)/bin/steer2edit demo
@@ -24,6 +24,11 @@ test-vllm: $(READY) $(VLLM)/.ready
 
 test-llama-cpp: $(READY) $(NODE)/.ready
 	HF_HUB_OFFLINE=1 STEER2EDIT_LLAMA_CPP=$(NODE) $(PY) -m pytest -m llama_cpp
+
+# The tests themselves are in `make test` too, where they are skipped without a browser.
+test-browser: $(READY)
+	@command -v chromium >/dev/null || { echo "Chromium is needed: apt-get install chromium (Debian, Ubuntu), or put one named chromium on the PATH."; exit 2; }
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m browser
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

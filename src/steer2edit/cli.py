@@ -200,20 +200,36 @@ def _stage(name: str, help: str) -> None:
 
 
 _stage("traces", "Stage 1: make the traces, responses that show the behaviour and responses that don't.")
-
 _stage("probe", "Stage 2: run the traces through the model once and keep each site's means.")
-
 _stage("score", "Stage 3: score every attention head and neuron.")
-
 _stage("search", "Stage 4: try the recipe's edits and steering strengths on validation.")
-
 _stage("edit", "Stage 5: choose one of each by the recipe's rule and write the edit.")
-
 _stage("export", "Stage 6: write the edit for other tools.")
-
 _stage("evaluate", "Stage 7: measure original, steering and edit on test.")
 
-_stage("report", "Stage 8: draw the figures and write the report.")
+
+@app.command()
+def report(
+    recipe: Annotated[str, typer.Argument(help="A recipe, or the directory of a run, whether it is finished or not.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe keys to override, or more runs.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Put several runs on one axis.")] = False,
+    model: ModelName = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; of --compare where it writes.")] = None,
+    trust_recipe_code: TrustCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 8: draw the figures and write the report and its page; or compare several runs."""
+    be_quiet(quiet)
+    from .pipeline import report as verb
+
+    if compare:
+        for written in verb.compare([recipe, *(overrides or [])], out or Path("compare")):
+            print(written)
+        return
+    folder = Path(recipe) if Path(recipe).is_dir() else None
+    name = recipe if folder is None else str(verb.recipe_of(folder))
+    opened = _open(name, overrides, model, out or folder, quiet, trust_recipe_code)
+    print(f"report: done, see {verb.report(opened, name, unfinished=folder is not None)}")
 
 
 @app.command()

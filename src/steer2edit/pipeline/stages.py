@@ -25,7 +25,7 @@ from ..probing.score import score
 from ..probing.traces import read_traces, write_traces
 from ..progress import say, showing
 from ..report.card import model_card
-from ..report.figures import heat_map, trade_off
+from ..report.figures import each_measure, heat_map, trade_off
 from ..report.html.render import PAGE, write_page
 from ..report.inspection import MANIFEST
 from ..report.live import watching
@@ -238,7 +238,11 @@ def _report(run: Run) -> list[str]:
     run.path("figures").mkdir(exist_ok=True)
     choice, results = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
     edit = Edit.load(run.path(EDIT))
-    files = trade_off(read_study(run).trials, choice, run.recipe.behaviour.measures, run.path("figures/trade_off"))
+    plan = run.recipe.evaluation
+    drawing = {"resamples": plan.resamples, "seed": run.recipe.seed, "samples": plan.samples}
+    trials, measures = read_study(run).trials, run.recipe.behaviour.measures
+    files = trade_off(trials, choice, measures, run.path("figures/trade_off"), **drawing)
+    files += each_measure(results, run.path("figures/measures"))
     files += heat_map(edit, run.path("figures/lambda"))
     write_text(run.path("report.md"), markdown(run.recipe, choice, results, edit))
     write_page(contents_of(run), run.path(PAGE))

@@ -25,7 +25,7 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for kind, system in results["systems"].items():
         name = TITLES[kind] if kind == "base" else f"{TITLES[kind]} ({describe(system['config'])})"
-        rows.append([name, *(_cell(system[column]) for column in columns)])
+        rows.append([name, *(interval_cell(system[column]) for column in columns)])
     rows.append(["n", *(str(sizes[column]["n"]) for column in columns)])
     return header, rows
 
@@ -63,7 +63,7 @@ def _setting(name: str, value: Any) -> str:
     return f"{_SIGNS.get(name, name)} {'off' if value is None else value}"
 
 
-def _cell(value: Mapping[str, Any]) -> str:
+def interval_cell(value: Mapping[str, Any]) -> str:
     if value["mean"] is None:
         return f"not finite in {value['not_finite']}" if value.get("not_finite") else "–"
     return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
@@ -120,7 +120,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     methods = [kind for kind in TITLES if kind in choice["tried"]]
     for kind in methods:
         counts = [choice["tried"][kind], choice["evaluations"][kind]]
-        cells = [TITLES[kind], *counts, _cell(choice["hypervolume"][kind]), len(choice["front"][kind])]
+        cells = [TITLES[kind], *counts, interval_cell(choice["hypervolume"][kind]), len(choice["front"][kind])]
         lines.append(_row([str(cell) for cell in cells]))
     lines += [
         "",

@@ -37,7 +37,7 @@ def page_of(contents: Contents) -> str:
     return _environment().get_template("page.html.j2").render(
         recipe=contents.recipe,
         version=contents.manifest.get("steer2edit", ""),
-        sections=[{"id": section.id, "title": section.title, "data": data} for section, data in shown],
+        sections=[{"id": section.id, "link": section.link, "title": section.title, "data": data} for section, data in shown],
         missing=[
             {"title": section.title, "stage": section.needs, "reason": REASONS[states.get(section.needs, "missing")]}
             for section in absent

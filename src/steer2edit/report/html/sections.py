@@ -27,12 +27,14 @@ class Section:
 
     Attributes:
         id: its anchor, its template `ID.html.j2`, and the key of its script data.
+        link: its name in the navigation. title: its heading.
         needs: the stage without which it is missing, for the remark on the page; None if a run may lack it.
         data: what its template shows; None if the run directory has nothing for it.
         script: what its script reads, as JSON; None if it has no script.
     """
 
     id: str
+    link: str
     title: str
     needs: str | None
     data: Callable[[Contents], dict[str, Any] | None]
@@ -44,7 +46,10 @@ def _headline(contents: Contents) -> dict[str, Any] | None:
     if results is None:
         return None
     first = next(iter(results["systems"].values()))
-    columns = [(name, title) for name, title in table_columns(results).items() if first[name]["n"]]
+    titles = {name: title for name, title in table_columns(results).items() if first[name]["n"]}
+    # What it is about and what it costs come first, where a narrow window shows them.
+    names = [name for name in (results["attribute"], UTILITY_LOSS.name) if name in titles]
+    columns = [(name, titles[name]) for name in dict.fromkeys([*names, *titles])]
     rows = []
     for kind, system in results["systems"].items():
         cells = [{"name": name, "title": title, **system[name]} for name, title in columns]
@@ -185,10 +190,10 @@ def _answers_script(contents: Contents) -> dict[str, Any] | None:
 
 
 SECTIONS = (
-    Section("headline", "What it bought and what it cost", "evaluate", _headline),
-    Section("trade_off", "Trade-off", "search", _trade_off, _trade_off_script),
-    Section("map", "Where the edit is", "edit", _map, _map_script),
-    Section("scores", "Scores and threshold", "score", _scores, _scores_script),
-    Section("answers", "Answers", "evaluate", _answers, _answers_script),
-    Section("provenance", "How to make it again", None, provenance),
+    Section("headline", "Result", "What it bought and what it cost", "evaluate", _headline),
+    Section("trade_off", "Trade-off", "Trade-off", "search", _trade_off, _trade_off_script),
+    Section("map", "Edit", "Where the edit is", "edit", _map, _map_script),
+    Section("scores", "Threshold", "Scores and threshold", "score", _scores, _scores_script),
+    Section("answers", "Answers", "Answers", "evaluate", _answers, _answers_script),
+    Section("provenance", "Reproduce", "How to make it again", None, provenance),
 )
