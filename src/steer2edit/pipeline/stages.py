@@ -36,7 +36,6 @@ from ..searching.choice import moved, require_choice, summary
 from ..searching.front import choose
 from ..searching.own_answers import Journalled
 from ..searching.rounds import run_study
-from ..searching.study import Study
 from .answers import answers_on_test, answers_on_validation
 from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
 from .keys import ORDER, score_files
@@ -57,6 +56,7 @@ from .names import (
 from .reporting import contents_of, read_study, write_what_is_there
 from .results import results_of
 from .run import Run
+
 
 def _traces(run: Run) -> list[str]:
     if _put_by_hand(run):

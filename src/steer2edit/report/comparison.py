@@ -1,4 +1,4 @@
-"""Several runs on one axis: what each system of each run shows on test against what it costs, as a figure and a table."""
+"""Several runs on one axis: what each system of each run shows on test and costs, as a figure and a table."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ def comparison_markdown(runs: Sequence[Compared], figure: str) -> str:
     header, rows = comparison_table(runs)
     lines = [" | ".join(_cell(text) for text in row) for row in (header, ["---"] * len(header), *rows)]
     table = "\n".join(f"| {line} |" for line in lines)
-    return f"# Runs compared, on test\n\n{table}\n\nMeans with 95 % intervals over prompts.\n\n![runs compared]({figure})\n"
+    note = "Means with 95 % intervals over prompts."
+    return f"# Runs compared, on test\n\n{table}\n\n{note}\n\n![runs compared]({figure})\n"
 
 
 def _cell(text: str) -> str:

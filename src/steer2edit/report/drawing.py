@@ -96,7 +96,9 @@ def legend_below(figure: Any, entries: Mapping[str, Any]) -> None:
         entries: label → what is drawn.
     """
     columns = min(len(entries), max(2, int(figure.get_figwidth() / 1.35)))
-    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
 
 
 def darker(colour: str) -> tuple[float, float, float]:

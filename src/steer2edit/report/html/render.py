@@ -1,4 +1,4 @@
-"""The page: sections as one HTML file with its styles, scripts, charts and data inside, which asks nothing of a network."""
+"""The page: sections as one HTML file that holds its styles, scripts, charts and data, and needs no network."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def page_of(contents: Contents) -> str:
     script_data = {s.id: data for s in SECTIONS if s.id in ids and (data := s.script(contents)) is not None}
     states = {stage.name: stage.state for stage in contents.stages}
     scripts = [_asset(_CHARTS), "\n".join(_asset(name) for name in _SCRIPTS)]
+    drawn = [{"id": section.id, "link": section.link, "title": section.title, "data": data} for section, data in shown]
     return _environment().get_template("page.html.j2").render(
         recipe=contents.recipe,
         version=contents.manifest.get("steer2edit", ""),
-        sections=[{"id": section.id, "link": section.link, "title": section.title, "data": data} for section, data in shown],
+        sections=drawn,
         missing=[
             {"title": section.title, "stage": section.needs, "reason": REASONS[states.get(section.needs, "missing")]}
             for section in absent

@@ -87,7 +87,9 @@ def _tiles(contents: Contents, results: dict[str, Any] | Any) -> list[dict[str, 
         for block, unit in (("attn", "heads"), ("mlp", "neurons")):
             summary = contents.edit.summary()[block]
             if summary["edited"]:
-                tiles.append({"value": f"{summary['edited']:,}", "label": f"of {summary['components']:,} {unit} edited"})
+                tiles.append(
+                    {"value": f"{summary['edited']:,}", "label": f"of {summary['components']:,} {unit} edited"}
+                )
     if contents.study is not None:
         tiles.append({"value": str(len(contents.study.trials)), "label": "configurations tried"})
     return tiles

@@ -17,10 +17,10 @@ from typing import Any
 # Of a packed set of answers, in bytes of base64.
 TEST_BUDGET, VALIDATION_BUDGET = 1_600_000, 2_400_000
 
-# An answer is cut at the first of these lengths with which all of them fit.
-_LENGTHS = (200_000, 20_000, 4_000, 1_000, 300, 100)
-# gzip and base64 make at least this share of plain text: what is larger is not even tried.
-_LEAST = 0.02
+# Lengths at which answers are cut, one after the other, until they fit.
+_LENGTHS = (20_000, 4_000, 1_000, 300, 100)
+# Of many trials some are left out before answers are cut to less than this; of a few, answers are cut further.
+_READABLE, _FEW = 1_000, 8
 
 # C0 and C1 controls but tab and newline, marks and overrides of direction, and halves of surrogate pairs.
 _HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -71,20 +71,19 @@ def pack_rows(
     Returns:
         None if not even the first answers fit.
     """
-    kept = list(ids)
+    kept, length = list(ids), max((_longest(row, ids) for row in rows), default=0)
+    shorter = [one for one in _LENGTHS if one < length]
+    is_cut = False
     while kept:
-        for length in _LENGTHS:
-            table = [_table_row(row, kept, measures, length) for row in rows]
-            plain = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-            if len(plain) * _LEAST > budget:
-                continue
-            data = base64.b64encode(gzip.compress(plain, 6, mtime=0)).decode()
-            if len(data) <= budget:
-                is_cut = any(_longest(row, kept) > length for row in rows)
-                return Packed(data, tuple(ids[len(kept) :]), length if is_cut else None)
-            if len(kept) > 2 and len(data) > budget and length <= 1_000:
-                break  # fewer trials tell more than shorter answers
-        kept = kept[: len(kept) * 2 // 3]
+        table = [_table_row(row, kept, measures, length) for row in rows]
+        plain = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        data = base64.b64encode(gzip.compress(plain, 6, mtime=0)).decode()
+        if len(data) <= budget:
+            return Packed(data, tuple(ids[len(kept) :]), length if is_cut else None)
+        if shorter and (shorter[0] >= _READABLE or len(kept) <= _FEW):
+            length, is_cut = shorter.pop(0), True
+        else:
+            kept = kept[: int(len(kept) * min(0.9, 0.95 * budget / len(data)))]
     return None
 
 

@@ -1,4 +1,4 @@
-"""What the edit bought and what it cost, in words made from the numbers of `results.json`, and where it does not win."""
+"""What the edit bought and cost, in words made from the numbers of `results.json`, and where it does not win."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ def _against(results: Mapping[str, Any], attribute: Mapping[str, Any]) -> str:
     return f"; {_listed(said)}" if said else ""
 
 
-def _others(
-    results: Mapping[str, Any], measures: Mapping[str, Any], attribute: Mapping[str, Any]
-) -> list[str]:
+def _others(results: Mapping[str, Any], measures: Mapping[str, Any], attribute: Mapping[str, Any]) -> list[str]:
     """The methods that the edit does not beat, and those that cost less."""
     systems, cost = results["systems"], UTILITY_LOSS.name
     remarks = []

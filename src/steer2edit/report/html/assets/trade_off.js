@@ -136,7 +136,7 @@ function trialsTable(data, showAnswers) {
   });
   head.append(element("th", { scope: "col" }, element("span", { class: "sr" }, "Answers")));
   fill(data.trials);
-  const caption = element("caption", {}, "Every configuration with its means on validation; a column's name sorts by it.");
+  const caption = element("caption", {}, element("span", {}, "Every configuration with its means on validation; a column's name sorts by it."));
   byId("trials-table").append(element("table", {}, caption, element("thead", {}, head), body));
 }
 
