@@ -386,7 +386,7 @@ def test_the_sentence_says_what_was_bought_what_it_cost_and_against_whom() -> No
     assert said.sentence == (
         "On 50 test prompts the edit takes what is wanted from 0.10 to 0.50 (+0.40 [+0.30, +0.50]);"
         " it costs 0.12 KL per token and a cost 0.05 → 0.10;"
-        " it does better than steering and it is not told apart from one layer."
+        " it does better than steering; it is not told apart from one layer."
     )
     assert said.remarks == (
         "One layer is not told apart from the edit (+0.05 [−0.05, +0.15]), and costs less (0.04 against 0.12 KL per"

@@ -42,7 +42,7 @@ LOOKS = {
 # Runs beside each other: as far apart in lightness as in hue.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-_RC = {
+_RC: Any = {
     "font.size": 9,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,

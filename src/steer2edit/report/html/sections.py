@@ -16,7 +16,7 @@ from ..page import already_there, describe, nothing_moved, table_columns
 from .components import block_maps, largest, spreads
 from .contents import Contents
 from .provenance import provenance
-from .texts import TEST_BUDGET, VALIDATION_BUDGET, pack_rows
+from .texts import ANSWERS_BUDGET, TEST_BUDGET, pack_rows
 from .trials import chart_of, wanted_first
 from .verdict import verdict
 
@@ -173,6 +173,7 @@ def _answers_script(contents: Contents) -> dict[str, Any] | None:
     measures = [m for m in contents.recipe.behaviour.measures if m.column]
     names = [m.name for m in measures]
     shown: dict[str, Any] = {"measures": [m.to_json() | {"rate": m.rate, "common": m in COMMON} for m in measures]}
+    left = ANSWERS_BUDGET
     if contents.answers:
         systems = [kind for kind in TITLES if kind in contents.answers[0]]
         rows = [
@@ -181,10 +182,11 @@ def _answers_script(contents: Contents) -> dict[str, Any] | None:
         ]
         packed = pack_rows(rows, systems, names, TEST_BUDGET)
         if packed is not None:
+            left -= len(packed.data)
             shown["test"] = packed.to_json() | {"ids": [kind for kind in systems if kind not in packed.left_out]}
     if contents.tried_answers and contents.study is not None:
         ids = wanted_first(contents.study, contents.recipe, contents.choice)
-        packed = pack_rows(contents.tried_answers, ids, names, VALIDATION_BUDGET)
+        packed = pack_rows(contents.tried_answers, ids, names, left)
         if packed is not None:
             shown["validation"] = packed.to_json() | {"ids": [id for id in ids if id not in set(packed.left_out)]}
     shown["titles"] = TITLES

@@ -86,7 +86,7 @@ def _against(results: Mapping[str, Any], attribute: Mapping[str, Any]) -> str:
         said.append(f"it is not told apart from {_listed(by_outcome['not told apart'])}")
     if by_outcome["worse"]:
         said.append(f"it does worse than {_listed(by_outcome['worse'])}")
-    return f"; {_listed(said)}" if said else ""
+    return "".join(f"; {one}" for one in said)
 
 
 def _others(results: Mapping[str, Any], measures: Mapping[str, Any], attribute: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,9 @@
 
 const LONGEST = 1500; // words: the table of a comparison has their product
 
-const segmenter = new Intl.Segmenter(undefined, { granularity: "word" });
-const wordsOf = (text) => Array.from(segmenter.segment(text), (part) => part.segment);
+// Words of scripts without spaces too; an older browser splits at spaces alone.
+const segmenter = Intl.Segmenter ? new Intl.Segmenter(undefined, { granularity: "word" }) : null;
+const wordsOf = (text) => (segmenter ? Array.from(segmenter.segment(text), (part) => part.segment) : text.match(/\s+|\S+/g) || []);
 
 /** [["same" | "new" | "gone", text], …], or null if the texts are too long. By the longest common subsequence. */
 function difference(before, after) {
