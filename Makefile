@@ -25,8 +25,9 @@ test-vllm: $(READY) $(VLLM)/.ready
 test-llama-cpp: $(READY) $(NODE)/.ready
 	HF_HUB_OFFLINE=1 STEER2EDIT_LLAMA_CPP=$(NODE) $(PY) -m pytest -m llama_cpp
 
-# Needs Debian's chromium: apt-get install chromium. Without it these tests are skipped.
+# These tests are in `make test` too, where they are skipped without a browser.
 test-browser: $(READY)
+	@command -v chromium >/dev/null || { echo "Chromium is needed: apt-get install chromium (Debian, Ubuntu), or put one named chromium on the PATH."; exit 2; }
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m browser
 
 lint: $(READY)

@@ -41,8 +41,14 @@ def main() -> None:
                 grids.append(searched(name, hand, written, ["search", "edit"]))
         volumes = [volume_of(grid) for grid in grids]
         tried = [grid["tried"]["edit"] for grid in grids]
-        print(f"{name}: auto {volume_of(found):.3f} with {half} edits; hand-made {volumes} with {tried} edits", flush=True)
-        report(f"{name}: hypervolume of auto less the best hand-made grid's", volume_of(found) - max(volumes), (">=", -0.05))
+        print(
+            f"{name}: auto {volume_of(found):.3f} with {half} edits; hand-made {volumes} with {tried} edits", flush=True
+        )
+        report(
+            f"{name}: hypervolume of auto less the best hand-made grid's",
+            volume_of(found) - max(volumes),
+            (">=", -0.05),
+        )
 
 
 def searched(name: str, folder: Path, overrides: list[str], stages: list[str]) -> dict[str, Any]:

@@ -230,7 +230,28 @@ def evaluate(
     _show_results(opened, json)
 
 
-_stage("report", "Stage 8: draw the figures and write the report.")
+@app.command()
+def report(
+    recipe: Annotated[str, typer.Argument(help="A recipe, or the directory of a run, whether it is finished or not.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe keys to override, or more runs.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Put several runs on one axis.")] = False,
+    model: ModelName = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; of --compare where it writes.")] = None,
+    trust_recipe_code: TrustCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 8: draw the figures and write the report and its page; or compare several runs."""
+    be_quiet(quiet)
+    from .pipeline import report as verb
+
+    if compare:
+        for written in verb.compare([recipe, *(overrides or [])], out or Path("compare")):
+            print(written)
+        return
+    folder = Path(recipe) if Path(recipe).is_dir() else None
+    name = recipe if folder is None else str(verb.recipe_of(folder))
+    opened = _open(name, overrides, model, out or folder, quiet, trust_recipe_code)
+    print(f"report: done, see {verb.report(opened, name, unfinished=folder is not None)}")
 
 
 @app.command()

@@ -48,6 +48,7 @@ OUTPUTS = [
     "search/trials.jsonl",
     "search/discarded.jsonl",
     "search/study.json",
+    "search/answers.jsonl",
     "choice.json",
     "edit.safetensors",
     "exports.json",
@@ -59,8 +60,13 @@ OUTPUTS = [
     "evaluation/answers.jsonl",
     "figures/trade_off.png",
     "figures/trade_off.svg",
+    "figures/trade_off.pdf",
+    "figures/measures.png",
+    "figures/measures.svg",
+    "figures/measures.pdf",
     "figures/lambda.png",
     "figures/lambda.svg",
+    "figures/lambda.pdf",
     "report.md",
 ]
 

@@ -664,5 +664,7 @@ def test_a_system_prompt_leads_the_user_message_where_the_template_refuses_its_r
 @pytest.mark.parametrize("messages", [[{"role": "system", "content": "Be brief."}], [{"role": "tool", "content": "3"}]])
 def test_messages_that_a_template_refuses_are_one_sentence(tokenizer: Any, messages: Any) -> None:
     tokenizer.chat_template = GEMMA + "{% if messages[0].role == 'tool' %}{{ raise_exception('No tools') }}{% endif %}"
-    with pytest.raises(ModelError, match=r"the model's chat template refuses the messages \(got: (System role|No tools)"):
+    with pytest.raises(
+        ModelError, match=r"the model's chat template refuses the messages \(got: (System role|No tools)"
+    ):
         render(tokenizer, messages)

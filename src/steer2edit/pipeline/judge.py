@@ -14,9 +14,10 @@ from ..searching.bench import Bench
 from ..searching.candidates import Candidate, Trial, of_kind
 from ..searching.front import choose
 from ..searching.rounds import run_study
+from .names import CHOICE, DISCARDED, RESULTS, STUDY, TRIALS
 from .results import results_of
 from .run import Run
-from .stages import CHOICE, DISCARDED, RESULTS, STUDY, TRIALS, chosen_of
+from .stages import chosen_of
 from .tasks import judged_again
 
 JUDGED = "judged.json"

@@ -17,7 +17,7 @@ from ..behaviours.base import WEAK_AGREEMENT
 from ..edits import Edit
 from ..engines.plan import load_tokenizer
 from ..errors import FileError, ModelError, Steer2EditError, TaskError
-from ..files.reading import read_json, read_jsonl, sha256
+from ..files.reading import read_json, sha256
 from ..files.writing import write_json, write_jsonl, write_text
 from ..probing.collect import plan_pass, probe_of
 from ..probing.probe import Probe
@@ -25,7 +25,9 @@ from ..probing.score import score
 from ..probing.traces import read_traces, write_traces
 from ..progress import say, showing
 from ..report.card import model_card
-from ..report.figures import heat_map, trade_off
+from ..report.figures import each_measure, heat_map, trade_off
+from ..report.html.render import PAGE, write_page
+from ..report.inspection import MANIFEST
 from ..report.live import watching
 from ..report.page import markdown
 from ..searching.bench import Bench
@@ -34,17 +36,27 @@ from ..searching.choice import moved, require_choice, summary
 from ..searching.front import choose
 from ..searching.own_answers import Journalled
 from ..searching.rounds import run_study
-from ..searching.study import Discarded, Study
+from .answers import answers_on_test, answers_on_validation
 from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
 from .keys import ORDER, score_files
+from .names import (
+    ANSWERS,
+    CHOICE,
+    DISCARDED,
+    EDIT,
+    OWN_TRACES,
+    PROBE,
+    RESULTS,
+    SCORES,
+    STUDY,
+    TRACES,
+    TRIALS,
+    TRIED_ANSWERS,
+)
+from .reporting import contents_of, read_study, write_what_is_there
 from .results import results_of
 from .run import Run
 from .tasks import check_tasks, measure_tasks
-
-OWN_TRACES = "traces/own.jsonl"
-TRACES, PROBE, EDIT = "traces.jsonl", "probe.safetensors", "edit.safetensors"
-TRIALS, DISCARDED, STUDY = "search/trials.jsonl", "search/discarded.jsonl", "search/study.json"
-CHOICE, RESULTS, ANSWERS = "choice.json", "evaluation/results.json", "evaluation/answers.jsonl"
 
 
 def _traces(run: Run) -> list[str]:
@@ -141,7 +153,8 @@ def _search(run: Run) -> list[str]:
     write_jsonl(run.path(DISCARDED), (row.to_json() for row in study.discarded))
     written = {"evaluations": study.evaluations, "refined": study.refined, "rounds": study.rounds, "scale": study.scale}
     write_json(run.path(STUDY), written)
-    return [TRIALS, DISCARDED, STUDY]
+    write_jsonl(run.path(TRIED_ANSWERS), answers_on_validation(bench, study))
+    return [TRIALS, DISCARDED, STUDY, TRIED_ANSWERS]
 
 
 def _say_empty(bench: Bench) -> None:
@@ -149,13 +162,6 @@ def _say_empty(bench: Bench) -> None:
         say(
             f"  {bench.empty} neutral prompts have an empty answer by the original model and are left out of the losses"
         )
-
-
-def read_study(run: Run) -> Study:
-    """What the stage search wrote."""
-    trials = [Trial.from_json(row) for row in read_jsonl(run.path(TRIALS))]
-    discarded = [Discarded.from_json(row) for row in read_jsonl(run.path(DISCARDED))]
-    return Study(trials, discarded, **read_json(run.path(STUDY)))
 
 
 def _edit(run: Run) -> list[str]:
@@ -199,14 +205,7 @@ def _evaluate(run: Run) -> list[str]:
     prompt = run.engine.tokens(bench.items[0].messages(recipe.behaviour.system))
     results["agreement"] = run.host.call(_agreement, edit, prompt)
     write_json(run.path(RESULTS), results)
-    outcomes = dict(zip((c.kind for c in tried), bench.outcomes(tried, "test"), strict=True))
-    answers = []
-    for i, item in enumerate(bench.open):
-        texts = {kind: [outcome.text for outcome in rows[i]] for kind, rows in outcomes.items()}
-        several = recipe.evaluation.samples > 1
-        row: dict[str, Any] = {"prompt": item.prompt, "kind": item.kind}
-        answers.append(row | {kind: text if several else text[0] for kind, text in texts.items()})
-    write_jsonl(run.path(ANSWERS), answers)
+    write_jsonl(run.path(ANSWERS), answers_on_test(bench, tried))
     if failure is not None:  # what was measured is written; the stage is not whole
         raise TaskError(failure.what, got=failure.got, fix=failure.fix)
     return [RESULTS, ANSWERS]
@@ -244,14 +243,19 @@ def _report(run: Run) -> list[str]:
     run.path("figures").mkdir(exist_ok=True)
     choice, results = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
     edit = Edit.load(run.path(EDIT))
-    files = trade_off(read_study(run).trials, choice, run.recipe.behaviour.measures, run.path("figures/trade_off"))
+    plan = run.recipe.evaluation
+    drawing = {"resamples": plan.resamples, "seed": run.recipe.seed, "samples": plan.samples}
+    trials, measures = read_study(run).trials, run.recipe.behaviour.measures
+    files = trade_off(trials, choice, measures, run.path("figures/trade_off"), **drawing)
+    files += each_measure(results, run.path("figures/measures"))
     files += heat_map(edit, run.path("figures/lambda"))
     write_text(run.path("report.md"), markdown(run.recipe, choice, results, edit))
+    write_page(contents_of(run), run.path(PAGE))
     for kind in EXPORTS:
         if run.path(kind).is_dir():
             write_text(run.path(f"{kind}/{CARD}"), model_card(run.recipe, edit, choice, results, kind))
             files.append(run.path(f"{kind}/{CARD}"))
-    return ["report.md", *(str(file.relative_to(run.folder)) for file in files)]
+    return ["report.md", PAGE, *(str(file.relative_to(run.folder)) for file in files)]
 
 
 @dataclass(frozen=True)
@@ -266,11 +270,11 @@ STAGES: dict[str, Stage] = {
     "traces": Stage(_traces),
     "probe": Stage(_probe, (TRACES,)),
     "score": Stage(_score, (PROBE,)),
-    "search": Stage(_search, ("scores.safetensors",)),
+    "search": Stage(_search, (SCORES,)),
     "edit": Stage(_edit, (TRIALS, DISCARDED, STUDY)),
     "export": Stage(export, (EDIT,)),
     "evaluate": Stage(_evaluate, (EDIT,)),
-    "report": Stage(_report, (EDIT, CHOICE, RESULTS, SUMMARY)),
+    "report": Stage(_report, (EDIT, TRIALS, TRIED_ANSWERS, CHOICE, RESULTS, ANSWERS, SUMMARY)),
 }
 assert tuple(STAGES) == ORDER
 
@@ -295,6 +299,7 @@ def run_all(run: Run) -> None:
                 failure = failure or error
             except Steer2EditError as error:
                 if stage != "export":
+                    write_what_is_there(run)
                     raise
                 say(f"  the export failed, the run goes on without it: {error}")
                 failure = error
@@ -311,6 +316,9 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
     for before in ORDER[: ORDER.index(stage)]:
         needed = before not in ("export", "evaluate") or stage == "report"
         if needed and not run.is_whole(before) and not _hand_made(run, before, stage):
+            if stage == "report" and run.path(MANIFEST).is_file():
+                with run.working():
+                    write_what_is_there(run)
             raise FileError(
                 f"the stage {before} has not been run with this recipe",
                 got=run.folder,

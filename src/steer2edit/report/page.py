@@ -28,18 +28,18 @@ def table(
         titles: measure → title of its column; None is the behaviour's measures.
     """
     sizes = next(iter(results["systems"].values()))
-    shown = _columns(results) if titles is None else titles
+    shown = table_columns(results) if titles is None else titles
     columns = {name: title for name, title in shown.items() if sizes[name]["n"]}
     header = [corner, *columns.values()]
     rows = []
     for kind, system in results["systems"].items():
         name = TITLES[kind] if kind == "base" else f"{TITLES[kind]} ({describe(system['config'])})"
-        rows.append([name, *(_cell(system[column]) for column in columns)])
+        rows.append([name, *(interval_cell(system[column]) for column in columns)])
     rows.append(["n", *(str(sizes[column]["n"]) for column in columns)])
     return header, rows
 
 
-def _columns(results: Mapping[str, Any]) -> dict[str, str]:
+def table_columns(results: Mapping[str, Any]) -> dict[str, str]:
     """Measure → title. Results of older runs do not hold the titles: there the names serve."""
     if "measures" in results:
         return {m["name"]: m["title"] for m in results["measures"] if m["column"]}
@@ -114,7 +114,7 @@ def _setting(name: str, value: Any) -> str:
     return f"{_SIGNS.get(name, name)} {'off' if value is None else value}"
 
 
-def _cell(value: Mapping[str, Any]) -> str:
+def interval_cell(value: Mapping[str, Any]) -> str:
     if value["mean"] is None:
         return f"not finite in {value['not_finite']}" if value.get("not_finite") else "–"
     return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
@@ -172,7 +172,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     methods = [kind for kind in TITLES if kind in choice["tried"]]
     for kind in methods:
         counts = [choice["tried"][kind], choice["evaluations"][kind]]
-        cells = [TITLES[kind], *counts, _cell(choice["hypervolume"][kind]), len(choice["front"][kind])]
+        cells = [TITLES[kind], *counts, interval_cell(choice["hypervolume"][kind]), len(choice["front"][kind])]
         lines.append(_row([str(cell) for cell in cells]))
     lines += [
         "",

@@ -50,6 +50,9 @@ class Bench:
         probe: with the means of the residual stream, for the baselines on it.
         given: a candidate's id → what it does, where that is not made from the scores.
         seed: of sampled answers.
+
+    Attributes:
+        labels: of each candidate that was run, by its id: what each open item counted for, measure → number.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Bench:
         self.open = [item for item in items if not item.choices]
         self.closed = [item for item in items if item.choices]
         self.base: list[list[Outcome]] | None = None
+        self.labels: dict[str, list[dict[str, float | None]]] = {}
         self._ids_of: dict[str, Ids] = {}
         own = self._own_answers(neutral)
         self.own = [(item, ids) for item, ids in zip(neutral, own, strict=True) if ids]
@@ -141,9 +145,10 @@ class Bench:
             self.base = answers[of_base[0]] if of_base else answers[0]
         base = [*self.base, *base_chosen]
         outcomes = [[*answers[c], *chosen[c]] for c in range(len(tried))]
-        values = self._values(outcomes, base)
+        labels = self._labels(outcomes, base)
+        self.labels |= {candidate.id: labels[c][: len(self.open)] for c, candidate in enumerate(tried)}
         return [
-            self._trial(candidate, name, values[c], [row[c] for row in kl], [row[c] for row in rise])
+            self._trial(candidate, name, self._values(labels[c]), [row[c] for row in kl], [row[c] for row in rise])
             for c, candidate in enumerate(tried)
         ]
 
@@ -317,10 +322,10 @@ class Bench:
 
     # Trials --------------------------------------------------------------------------------------------------------
 
-    def _values(
+    def _labels(
         self, outcomes: Sequence[Sequence[Sequence[Outcome]]], base: Sequence[Sequence[Outcome]]
-    ) -> list[dict[str, list[float | None]]]:
-        """Of each candidate, measure → a number an item: the mean over its samples.
+    ) -> list[list[dict[str, float | None]]]:
+        """What each item counts for, [candidates][items]: measure → the mean over its samples, None if not finite.
 
         Args:
             outcomes: [candidates][items][samples]. base: [items][samples]. Open items come first.
@@ -329,15 +334,15 @@ class Bench:
         places = [(c, i, s) for c, rows in enumerate(outcomes) for i, row in enumerate(rows) for s in range(len(row))]
         asked = [(items[i], outcomes[c][i][s], base[i][s]) for c, i, s in places]
         judged = dict(zip(places, judge(self.behaviour, asked), strict=True))
-        names = [measure.name for measure in self.behaviour.measures]
-        values: list[dict[str, list[float | None]]] = [{name: [] for name in names} for _ in outcomes]
+        labels: list[list[dict[str, float | None]]] = []
         for c, rows in enumerate(outcomes):
-            for i, row in enumerate(rows):
-                samples = [judged[c, i, s] for s in range(len(row))]
-                for measure in samples[0]:
-                    mean = sum(sample[measure] for sample in samples) / len(samples)
-                    values[c][measure].append(mean if math.isfinite(mean) else None)
-        return values
+            labels.append([_mean_label([judged[c, i, s] for s in range(len(row))]) for i, row in enumerate(rows)])
+        return labels
+
+    def _values(self, labels: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:
+        """Measure → a number for each item that counts for it."""
+        names = [measure.name for measure in self.behaviour.measures]
+        return {name: [label[name] for label in labels if name in label] for name in names}
 
     def _trial(
         self,
@@ -400,6 +405,12 @@ def _ends(items: Sequence[Item]) -> list[tuple[int, int]]:
     for item in items:
         ends.append(ends[-1] + len(item.choices))
     return list(pairwise(ends))
+
+
+def _mean_label(samples: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Of an item's samples the mean of each measure; None where it is not finite."""
+    means = {name: sum(sample[name] for sample in samples) / len(samples) for name in samples[0]}
+    return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
 def _sum(base: float | None, rise: float | None) -> float:

@@ -1,0 +1,43 @@
+"""What candidates answered and what each answer counted for, as rows for people: `answers.jsonl` of search and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..searching.bench import Bench
+from ..searching.candidates import Candidate
+from ..searching.study import Study
+
+
+def answers_on_test(bench: Bench, tried: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
+    """One row for each open test prompt: prompt, kind, each system's answer under its kind, and `labels`.
+
+    `labels` has kind → measure → what the answer counted for. Of several samples the answer is a list and a label the
+    mean.
+    """
+    outcomes = bench.outcomes(tried, "test")
+    for i, item in enumerate(bench.open):
+        row: dict[str, Any] = {"prompt": item.prompt, "kind": item.kind}
+        row |= {c.kind: _texts(bench, outcomes[number][i]) for number, c in enumerate(tried)}
+        yield row | {"labels": {c.kind: bench.labels[c.id][i] for c in tried}}
+
+
+def answers_on_validation(bench: Bench, study: Study) -> Iterator[dict[str, Any]]:
+    """One row for each open validation prompt: prompt, kind, and trial's id → its answer (`answers`) and `labels`."""
+    known = {c.id: c for c in (row.candidate for row in [*study.trials, *study.discarded])}
+    wanted = {trial.candidate.id for trial in study.trials}
+    answers: list[dict[str, Any]] = [{} for _ in bench.open]
+    for name, ids in study.rounds.items():
+        for id, rows in zip(ids, bench.outcomes([known[id] for id in ids], name), strict=True):
+            if id in wanted:
+                for i, outcomes in enumerate(rows):
+                    answers[i][id] = _texts(bench, outcomes)
+    for i, item in enumerate(bench.open):
+        labels = {id: bench.labels[id][i] for id in answers[i]}
+        yield {"prompt": item.prompt, "kind": item.kind, "answers": answers[i], "labels": labels}
+
+
+def _texts(bench: Bench, outcomes: Sequence[Any]) -> str | list[str]:
+    texts = [outcome.text for outcome in outcomes]
+    return texts if bench.plan.samples > 1 else texts[0]

@@ -1,0 +1,8 @@
+"""The files of a run directory that one stage writes and another reads."""
+
+TRACES, OWN_TRACES = "traces.jsonl", "traces/own.jsonl"
+PROBE, SCORES, EDIT = "probe.safetensors", "scores.safetensors", "edit.safetensors"
+TRIALS, DISCARDED, STUDY = "search/trials.jsonl", "search/discarded.jsonl", "search/study.json"
+# What every trial answered and what that counted for.
+TRIED_ANSWERS = "search/answers.jsonl"
+CHOICE, RESULTS, ANSWERS = "choice.json", "evaluation/results.json", "evaluation/answers.jsonl"

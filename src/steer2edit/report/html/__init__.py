@@ -1,0 +1,1 @@
+"""`report.html`: a whole run on one page that needs no network."""
