@@ -1,8 +1,8 @@
 """What `auto` gives up against a hand-made grid of twice as many edits: the difference of their hypervolumes.
 
-Three of the shipped recipes, on the same traces, prompts and limits. The hand-made grid is what a careful user would write
-who knows the scale of this model: ρ_attn in equal steps of log ρ over the range that is useful here, all layers and
-the upper half. Some twenty minutes on two cores.
+Three of the shipped recipes, on the same traces, prompts and limits. The hand-made grids are what a careful user would
+write who knows the scale of this model: ρ_attn in equal steps of log ρ over the range that is useful here, once for all
+layers and once for the upper half. Some twenty minutes on two cores.
 
 Run: python benchmarks/auto.py [RECIPE …]
 """

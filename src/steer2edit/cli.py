@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from .errors import Steer2EditError
-from .pipeline import share_verbs as sharing
-from .progress import be_quiet, say
+from .pipeline import file_verbs, share_verbs
+from .pipeline.options import Json, Quiet, TrustCode, console, print_json
+from .progress import be_quiet
 from .serving import verbs as serving
 
 app = typer.Typer(
@@ -32,11 +33,6 @@ ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub id, folder or .gguf file in place of the recipe's.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs/NAME by default.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
 _INTERRUPTED = 130
 
 
@@ -169,15 +165,9 @@ def _show_results(run: Any, json: bool) -> None:
 
     results = load_results(run.folder)
     if json:
-        _print_json(results)
+        print_json(results)
     else:
-        print_run(_console(), results, run.path("evaluation/answers.jsonl"))
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+        print_run(console(), results, run.path("evaluation/answers.jsonl"))
 
 
 def _stage(name: str, help: str) -> None:
@@ -257,7 +247,7 @@ def report(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A probe, scores or edit file, or a run directory.")],
-    picture: Annotated[Path | None, typer.Option(help="Also draw an edit's λ, as FILE.png and FILE.svg.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw an edit's λ, as FILE.png, .svg and .pdf.")] = None,
     top: Annotated[int, typer.Option(help="How many of the largest components to list.", min=0)] = 10,
     json: Json = False,
 ) -> None:
@@ -273,10 +263,10 @@ def inspect(
         for written in heat_map(Edit.load(edit_file), picture.with_suffix("")):
             print(written, file=sys.stderr)
     if json:
-        _print_json(contents)
+        print_json(contents)
         return
 
-    show(_console(), contents)
+    show(console(), contents)
 
 
 @app.command()
@@ -330,127 +320,9 @@ def doctor(
         findings = examine(empty)
     findings["model"] = section.name
     if json:
-        _print_json(findings)
+        print_json(findings)
         return
-    show(_console(), findings)
-
-
-@app.command(name="apply")
-def apply_edits(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder or a Hub id.")],
-    edits: Annotated[list[Path], typer.Argument(metavar="EDIT", help="Edit files; several are combined into one.")],
-    to: Annotated[Path, typer.Option("--to", help="Where to: a new folder, or a new file for gguf and edit.")],
-    kind: Annotated[
-        str, typer.Option("--as", metavar="KIND", help="checkpoint, adapter (PEFT), gguf (llama.cpp's LoRA) or edit.")
-    ] = "checkpoint",
-    strength: Annotated[
-        list[float] | None, typer.Option(help="Scale the edit; again for each of several, in order, or one for all.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers, like 8-20, the last one too.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="Only this block type: attn or mlp.")] = None,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
-    """Write edit files as a checkpoint, an adapter, a GGUF adapter or one edit file; no recipe is needed."""
-    from .errors import EditError
-    from .method.site import BLOCKS
-
-    be_quiet(quiet)
-    chosen = _layers(layers)
-    if blocks is not None and blocks not in BLOCKS:
-        raise EditError("no such block type", got=blocks, fix=f"Use one of {', '.join(BLOCKS)}, or leave --blocks out.")
-    from .edits import meetings
-    from .pipeline.apply import KINDS, gather, write
-
-    if kind not in KINDS:
-        raise EditError("an edit cannot be written as that", got=f"--as {kind}", fix=f"Use one of {', '.join(KINDS)}.")
-    edit = gather(edits, strength or (), chosen, BLOCKS if blocks is None else (blocks,))
-    met = meetings(edit)
-    for pair in met:
-        one, other = pair["edits"]
-        share = f"{pair['opposed']} of them opposite ways ({pair['opposed_share']:.0%})"
-        say(f"  {one} and {other} both change {pair['shared']} components, {share}")
-    write(edit, kind, to, base)
-    changes = edit.changes()
-    summary = {
-        "kind": "apply",
-        "as": kind,
-        "path": str(to),
-        "edit": edit.id,
-        "parts": [{"id": part.id, "strength": part.strength, "config": dict(part.config)} for part in edit.parts],
-        "sites": list(changes),
-        "rank": max(len(change.a) for change in changes.values()),
-        "interference": met,
-    }
-    strengths = ", ".join(f"{part.strength:g}" for part in edit.parts)
-    say(f"  {kind}: {len(changes)} sites, rank {summary['rank']}, strength {strengths}, edit {edit.id}")
-    if json:
-        _print_json(summary)
-    else:
-        print(to)
-
-
-def _layers(text: str | None) -> range | None:
-    import re
-
-    from .errors import EditError
-    from .searching.candidates import layers_of
-
-    if text is None:
-        return None
-    layers = layers_of(text) if re.fullmatch(r"\d+(-\d+)?", text) else range(0)
-    if not layers:
-        raise EditError(
-            "--layers names no layers", got=text, fix="Write them as first-last, like 8-20, or as one number."
-        )
-    return layers
-
-
-@app.command()
-def verify(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder, a Hub id, or embedded:….")],
-    edit: Annotated[Path, typer.Argument(help="The edit file.")],
-    edited: Annotated[Path, typer.Argument(help="The edited checkpoint's folder.")],
-    json: Json = False,
-) -> None:
-    """Check, bit by bit, that a checkpoint is the base with the edit in it and nothing else; exit code 1 if not."""
-    from .artefacts.audit import verify as check
-    from .edits import load_any
-    from .models.load import local_folder
-
-    audit = check(local_folder(base), load_any(edit), edited)
-    if json:
-        _print_json(audit)
-    else:
-        for word, count in audit["counts"].items():
-            print(f"{count} tensors {word}")
-        for name, word in (audit["tensors"] | audit["files"]).items():
-            if word not in ("equal", "edited as expected"):
-                print(f"{word}: {name}")
-        print("as expected" if audit["as_expected"] else "NOT as expected")
-    sys.exit(0 if audit["as_expected"] else 1)
-
-
-@app.command()
-def diff(
-    base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.")],
-    edited: Annotated[Path, typer.Argument(help="The other checkpoint's folder.")],
-    top: Annotated[int, typer.Option(help="How many of a site's largest components to list.", min=0)] = 5,
-    json: Json = False,
-) -> None:
-    """Say what differs between two checkpoints, and whether it is a rank-1 edit of heads and neurons."""
-    from .artefacts.audit import diff as compare
-
-    differences = compare(base, edited, top)
-    if json:
-        _print_json(differences)
-        return
-
-    from .report.inspection import show
-
-    for row in differences["sites"]:
-        row["largest"] = ", ".join(f"{i}: {lam:+.2f}" for i, lam in row["largest"])
-    show(_console(), differences)
+    show(console(), findings)
 
 
 @app.command()
@@ -466,28 +338,20 @@ def judge(
     be_quiet(quiet)
     judged = judge_again(run, trust_recipe_code)
     if json:
-        _print_json(judged)
+        print_json(judged)
         return
     from .report.page import print_results
 
     print("As judged before:")
-    print_results(_console(), judged["before"])
+    print_results(console(), judged["before"])
     print("As judged now:")
-    print_results(_console(), judged["after"])
+    print_results(console(), judged["after"])
     choice = judged["choice"]
     print(f"{len(judged['changed'])} validation trials are judged in another way.")
     if choice["new"] is None:
         print("By the new judgement no edit is within the limits.")
     elif choice["old"] != choice["new"]:
         print(f"The rule now takes {choice['new']} in place of {choice['old']}: run the stages edit to report again.")
-
-
-def _console() -> Any:
-    """As wide as the terminal or COLUMNS say; where neither does, wide enough for a table."""
-    from rich.console import Console
-
-    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Console(width=None if known else 150)
 
 
 @app.command()
@@ -504,7 +368,7 @@ def recipes(
     shipped = shipped_recipes()
     if copy is None:
         if json:
-            _print_json(sorted(shipped))
+            print_json(sorted(shipped))
             return
         for name, text in shipped.items():
             print(f"{name:12} {text.splitlines()[0].lstrip('# ')}")
@@ -519,7 +383,8 @@ def recipes(
 
 
 serving.register(app)
-sharing.register(app)
+share_verbs.register(app)
+file_verbs.register(app)
 
 if __name__ == "__main__":
     main()
