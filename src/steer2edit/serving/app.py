@@ -240,7 +240,7 @@ class _Answer:
         choices: list[dict[str, Any]] = [{} for _ in self.questions]
         async for i, event in self._until_done():
             if isinstance(event, Done):
-                message = {"role": "assistant", "content": event.answer.text, "refusal": None}
+                message = {"role": "assistant", "content": event.answer.text}
                 choices[i] = {"index": i, "message": message, "logprobs": None, "finish_reason": _reason(event)}
         body = {**self.head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
         return JSONResponse(body)
