@@ -262,7 +262,7 @@ def test_inspect_lists_the_largest_first(say: Any, whole: Path) -> None:
 def test_inspect_draws_an_edit(say: Any, whole: Path, tmp_path: Path) -> None:
     said = say("inspect", whole, "--picture", tmp_path / "lambda.png")
     assert said.code == 0
-    assert said.err.splitlines() == [str(tmp_path / "lambda.png"), str(tmp_path / "lambda.svg")]
+    assert said.err.splitlines() == [str(tmp_path / f"lambda.{suffix}") for suffix in ("png", "svg", "pdf")]
     assert (tmp_path / "lambda.png").read_bytes() == (whole / "figures/lambda.png").read_bytes()
     _is_one_line(say("inspect", whole / "probe.safetensors", "--picture", tmp_path / "p"), "does not hold a edit")
 

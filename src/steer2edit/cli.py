@@ -235,7 +235,7 @@ def report(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A probe, scores or edit file, or a run directory.")],
-    picture: Annotated[Path | None, typer.Option(help="Also draw an edit's λ, as FILE.png and FILE.svg.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw an edit's λ, as FILE.png, .svg and .pdf.")] = None,
     top: Annotated[int, typer.Option(help="How many of the largest components to list.", min=0)] = 10,
     json: Json = False,
 ) -> None:

@@ -39,7 +39,8 @@ from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.searching.candidates import edit_of
 
-# What two runs of one recipe must agree on to the byte. The manifest holds times, and nothing else that may differ.
+# What two runs of one recipe must agree on to the byte. The manifest and the page, which shows it, hold times, and
+# nothing else that may differ.
 OUTPUTS = [
     "recipe.yaml",
     "traces.jsonl",
@@ -142,7 +143,7 @@ def test_a_run_writes_everything_and_nothing_else(unbroken: Path) -> None:
     found = {str(file.relative_to(unbroken)) for file in unbroken.rglob("*") if file.is_file()}
     journals = {name for name in found if "/journal-" in name}
     assert len(journals) == 3
-    assert found - journals == {*OUTPUTS, "manifest.json", ".lock", "traces/own.jsonl"}
+    assert found - journals == {*OUTPUTS, "report.html", "manifest.json", ".lock", "traces/own.jsonl"}
 
 
 def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(unbroken: Path, recipe: Recipe) -> None:
@@ -150,8 +151,9 @@ def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(unbr
     assert list(manifest["stages"]) == list(STAGES)
     assert manifest["recipe"] == recipe.model_dump(mode="json")
     digests = {name: digest for entry in manifest["stages"].values() for name, digest in entry["files"].items()}
+    written = _bytes(unbroken, [*OUTPUTS, "report.html"])
     assert digests == {
-        name: hashlib.sha256(content).hexdigest() for name, content in _bytes(unbroken).items() if name != "recipe.yaml"
+        name: hashlib.sha256(content).hexdigest() for name, content in written.items() if name != "recipe.yaml"
     }
 
 
