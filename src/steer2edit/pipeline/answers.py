@@ -25,7 +25,8 @@ def answers_on_test(bench: Bench, tried: Sequence[Candidate]) -> Iterator[dict[s
 
 def answers_on_validation(bench: Bench, study: Study) -> Iterator[dict[str, Any]]:
     """One row for each open validation prompt: prompt, kind, and trial's id → its answer (`answers`) and `labels`."""
-    known = {c.id: c for c in (row.candidate for row in [*study.trials, *study.discarded])}
+    every = [*(trial.candidate for trial in study.trials), *(row.candidate for row in study.discarded)]
+    known = {candidate.id: candidate for candidate in every}
     wanted = {trial.candidate.id for trial in study.trials}
     answers: list[dict[str, Any]] = [{} for _ in bench.open]
     for name, ids in study.rounds.items():

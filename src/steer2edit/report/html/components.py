@@ -106,7 +106,7 @@ def component_name(site: Site, number: int) -> str:
 
 def largest(edit: Edit) -> list[dict[str, Any]]:
     """The components with the largest |λ|, for a table."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for s in edit.edited().values():
         ratio = ratios(edit, s)
         for i in s.lam.abs().topk(min(LISTED, s.site.n)).indices.tolist():

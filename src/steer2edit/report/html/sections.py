@@ -152,7 +152,7 @@ def _scores_script(contents: Contents) -> dict[str, Any] | None:
     source = contents.edit or contents.scores
     if source is None:
         return None
-    config = {} if contents.edit is None else contents.edit.config | _layers(contents)
+    config = {} if contents.edit is None else {**contents.edit.config, **_layers(contents)}
     variant = config.get("variant")
     alpha = 0.0 if variant == "l2" else config.get("alpha", 0.4)
     return {"alpha": alpha, "variant": variant, "blocks": spreads(source.sites, config)}
