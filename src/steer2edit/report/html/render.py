@@ -40,7 +40,11 @@ def page_of(contents: Contents) -> str:
         version=contents.manifest.get("steer2edit", ""),
         sections=drawn,
         missing=[
-            {"title": section.title, "stage": section.needs, "reason": REASONS[states.get(section.needs or "", "missing")]}
+            {
+                "title": section.title,
+                "stage": section.needs,
+                "reason": REASONS[states.get(section.needs or "", "missing")],
+            }
             for section in absent
         ],
         unfinished=[{"name": stage.name, "reason": REASONS[stage.state]} for stage in contents.unfinished],
