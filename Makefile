@@ -12,7 +12,7 @@ demo: $(READY)
 	$(VENV)/bin/steer2edit demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "not slow and not vllm"
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "not slow and not vllm and not browser"
 
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 -m "slow and not vllm and not llama_cpp and not browser"
@@ -25,7 +25,7 @@ test-vllm: $(READY) $(VLLM)/.ready
 test-llama-cpp: $(READY) $(NODE)/.ready
 	HF_HUB_OFFLINE=1 STEER2EDIT_LLAMA_CPP=$(NODE) $(PY) -m pytest -m llama_cpp
 
-# These tests are in `make test` too, where they are skipped without a browser.
+# Report and playground in a real browser, which the system's packages bring.
 test-browser: $(READY)
 	@command -v chromium >/dev/null || { echo "Chromium is needed: apt-get install chromium (Debian, Ubuntu), or put one named chromium on the PATH."; exit 2; }
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m browser
