@@ -32,21 +32,13 @@ def page_of(contents: Contents) -> str:
     ids = [section.id for section, _ in shown]
     absent = [section for section in SECTIONS if section.id not in ids and section.needs is not None]
     script_data = {s.id: data for s in SECTIONS if s.id in ids and (data := s.script(contents)) is not None}
-    states = {stage.name: stage.state for stage in contents.stages}
     scripts = [_asset(_CHARTS), "\n".join(_asset(name) for name in _SCRIPTS)]
     drawn = [{"id": section.id, "link": section.link, "title": section.title, "data": data} for section, data in shown]
     return _environment().get_template("page.html.j2").render(
         recipe=contents.recipe,
         version=contents.manifest.get("steer2edit", ""),
         sections=drawn,
-        missing=[
-            {
-                "title": section.title,
-                "stage": section.needs,
-                "reason": REASONS[states.get(section.needs or "", "missing")],
-            }
-            for section in absent
-        ],
+        missing=[{"title": section.title, "stage": section.needs} for section in absent],
         unfinished=[{"name": stage.name, "reason": REASONS[stage.state]} for stage in contents.unfinished],
         styles=_markup(_asset("page.css")),
         scripts=[_markup(script) for script in scripts],
