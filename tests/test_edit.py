@@ -447,3 +447,29 @@ def test_numbers_of_numpy_are_numbers() -> None:
     edit = some_scores().edit(rho_attn=np.float32(0.25), rho_mlp=np.int64(1), alpha=np.float64(0.5))
     assert edit.config == {"rho_attn": 0.25, "rho_mlp": 1.0, "alpha": 0.5}
     assert all(type(value) is float for value in edit.config.values())
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "edited"), [("1-2", {1, 2}), ("3", {3}), ("50%-100%", {2, 3}), (range(2), {0, 1}), ({3}, {3})]
+)
+def test_an_edit_of_some_layers_is_the_whole_one_restricted_to_them(
+    pico: Any, tokenizer: Any, traces: Any, layers: Any, edited: set[int]
+) -> None:
+    model = pico(num_hidden_layers=4)
+    scores = s2e.score(model, s2e.collect(model, tokenizer, *traces))
+    budget = {"rho_attn": 0.1, "rho_mlp": 0.1, "alpha": 0.2}
+    edit = scores.edit(**budget, layers=layers)
+    assert {site.site.layer for site in edit.edited().values()} == edited
+    assert edit.id == scores.edit(**budget).only(layers=edited).id
+    assert scores.edit(**budget, layers=None).id == scores.edit(**budget).id
+
+
+@pytest.mark.parametrize("layers", ["half", "3-1", "60%-50%", ""])
+def test_layers_that_cannot_be_read_are_refused(pico: Any, tokenizer: Any, traces: Any, layers: str) -> None:
+    model = pico()
+    scores = s2e.score(model, s2e.collect(model, tokenizer, *traces))
+    with pytest.raises(EditError, match="these are no layers"):
+        scores.edit(rho_attn=0.1, rho_mlp=None, alpha=0.2, layers=layers)

@@ -28,7 +28,7 @@ from .method.change import Change, SiteEdit
 from .method.fingerprint import differing
 from .method.intervention import Intervention, Term
 from .method.scores import SiteScores
-from .method.site import BLOCKS
+from .method.site import BLOCKS, are_layers, layers_of, numbered_layers
 from .method.theorems import check_budget, magnitudes
 from .method.variants import FULL, SCORED, VARIANTS
 from .models import bake
@@ -77,11 +77,22 @@ class Scores:
             next_one[s.site.block] += s.site.n
         return starts
 
-    def edit(self, *, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
+    def edit(
+        self,
+        *,
+        rho_attn: float | None,
+        rho_mlp: float | None,
+        alpha: float,
+        layers: str | Container[int] | None = None,
+    ) -> Edit:
         """The edit of one configuration; ρ = None switches a block type off.
 
+        Args:
+            layers: those that are edited: a range or a set, or as in a recipe: "8-20", or shares of the depth like
+                "33%-67%". None is all.
+
         Raises:
-            EditError: ρ ≤ 0 or α outside [0, 1).
+            EditError: ρ ≤ 0 or α outside [0, 1), or layers that cannot be read.
         """
         rho = {"attn": rho_attn, "mlp": rho_mlp}
         for value in rho.values():
@@ -89,7 +100,15 @@ class Scores:
         lam = {block: magnitudes(g, rho[block], alpha) for block, g in self._blocks.items()}
         config = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
         config = {name: None if value is None else float(value) for name, value in config.items()}
-        return Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
+        edit = Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
+        if layers is None:
+            return edit
+        if isinstance(layers, str):
+            if not are_layers(layers):
+                raise EditError("these are no layers", got=layers, fix="Write 8-20, 8, or shares like 50%-100%.")
+            depth = 1 + max(s.site.layer for s in self.sites.values())
+            layers = layers_of(numbered_layers(layers, depth))
+        return edit.only(layers)
 
     def save(self, path: str | Path) -> None:
         save_scores(self, path)

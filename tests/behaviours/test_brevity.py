@@ -360,6 +360,6 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 def test_a_limit_on_what_is_measured_can_be_given() -> None:
     recipe = small_recipe("m", {"name": "brevity"}, search={"limits": {"correct_loss": 0.3, "thinking_tokens": 9}})
     limits = {measure.name: limit for measure, limit in recipe.aim.limits.items()}
-    assert (limits["correct_loss"], limits["thinking_tokens"], limits["utility_loss"]) == (0.3, 9, 0.4)
+    assert (limits["correct_loss"], limits["thinking_tokens"], limits["utility_loss"]) == (0.3, 9, 0.45)
     with pytest.raises(RecipeError, match=r"unknown key search\.limits\.corect_loss .*Did you mean 'correct_loss'"):
         small_recipe("m", {"name": "brevity"}, search={"limits": {"corect_loss": 0.3}})

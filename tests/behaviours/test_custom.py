@@ -66,12 +66,13 @@ def test_with_files_the_probe_gives_pairs_and_the_other_splits_prompts_and_choic
     items = _by_split(of_files(*_files(tmp_path, 60)), source(probe=10, validation=20, test=30))
     assert {item.kind for item in items["probe"]} == {PAIR}
     assert len(items["probe"]) == 10
-    # On validation a few are answered and some more compared, which is all that a candidate has to read; on test all.
-    assert _OPEN < _PAIRS < 20
-    assert [item.kind for item in items["validation"]] == [PROMPT] * _OPEN + [PAIR] * _PAIRS
-    assert [item.kind for item in items["test"]] == [PROMPT] * 30 + [PAIR] * 30
-    assert _texts(items["test"], PROMPT) == _texts(items["test"], PAIR)
-    assert _texts(items["validation"], PAIR)[:_OPEN] == _texts(items["validation"], PROMPT)
+    # A few are answered, which is enough to see a broken model. Some are compared on validation, and all on test.
+    few, many = _OPEN["validation"], _OPEN["test"]
+    assert few < _PAIRS < 20 < many < 30
+    assert [item.kind for item in items["validation"]] == [PROMPT] * few + [PAIR] * _PAIRS
+    assert [item.kind for item in items["test"]] == [PROMPT] * many + [PAIR] * 30
+    assert _texts(items["test"], PAIR)[:many] == _texts(items["test"], PROMPT)
+    assert _texts(items["validation"], PAIR)[:few] == _texts(items["validation"], PROMPT)
     for split in SPLITS:
         for item in items[split]:
             number = item.text.split()[-1]
@@ -692,7 +693,7 @@ def test_with_prompts_of_their_own_the_counts_are_of_those_and_the_files_are_div
     items = _by_split(custom(more=more, less=less, score=score), source(path, probe=30, validation=20, test=60))
     assert len(items["probe"]) == probe  # more than the 40 pairs could never be asked of the files
     opened = [item for item in items["test"] if not item.choices]
-    assert len(opened) == 60
+    assert len(opened) == (_OPEN["test"] if score == "preference" else 60)
     assert all(item.text.startswith("Own") for item in opened)
     pairs = [item for item in items["test"] if item.choices]
     assert len(pairs) == (14 if score == "preference" else 0)

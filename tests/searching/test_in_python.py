@@ -27,6 +27,7 @@ MORE = [(prompt, f"{SAID[i % 5]} It is {i}.") for i, prompt in enumerate(PROMPTS
 LESS = [(prompt, SAID[(i + 2) % 5]) for i, prompt in enumerate(PROMPTS)]
 COUNTS = {"probe": 6, "validation": 5, "test": 3}
 OPTIONS: dict[str, Any] = {
+    "layers": [None],
     "rho_attn": [0.02, 0.1],
     "rho_mlp": [None],
     "alpha": [0.2],

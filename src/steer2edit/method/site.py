@@ -7,6 +7,7 @@ projection. The mathematics needs only one view of its weight, W.view(d, n, c): 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -127,3 +128,30 @@ def same_sites(model_sites: Sequence[Site], wanted: Sequence[Site], wanted_by: s
                 fix="Use the model that it was made on.",
             )
     return {site.key: by_key[site.key] for site in wanted}
+
+
+def are_layers(text: str) -> bool:
+    """Whether a text names layers: `8-20`, `8`, or shares of the depth like `50%-100%`."""
+    shares = re.fullmatch(r"(\d+)%-(\d+)%", text)
+    if shares:
+        return int(shares[1]) < int(shares[2]) <= 100
+    return bool(re.fullmatch(r"\d+(-\d+)?", text) and layers_of(text))
+
+
+def layers_of(text: str) -> range:
+    """`8-20` → layers 8 to 20, both of them."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def numbered_layers(text: str, depth: int) -> str:
+    """Layers as numbers, where they are given as shares of a model's depth: `50%-100%` of 30 layers is `15-29`.
+
+    A share that falls between two layers is rounded; at least one layer is left.
+    """
+    if "%" not in text:
+        return text
+    low, high = (int(share.rstrip("%")) / 100 for share in text.split("-"))
+    first = min(round(low * depth), depth - 1)
+    last = max(first, round(high * depth) - 1)
+    return f"{first}-{last}"

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..edits import Edit, Scores, edit_of_variant
 from ..errors import FileError
 from ..method.intervention import NOTHING, Intervention, Term, residual_key, steering
+from ..method.site import layers_of
 from ..method.theorems import output_direction
 from ..method.variants import FULL
 from ..probing.probe import Probe
@@ -113,25 +114,6 @@ _ROW = TypeAdapter(_Row)
 def of_kind(trials: Sequence[Trial], kind: str) -> list[Trial]:
     """The trials of edits, of steering strengths or of the base model."""
     return [trial for trial in trials if trial.candidate.kind == kind]
-
-
-def layers_of(text: str) -> range:
-    """`8-20` → layers 8 to 20, both of them."""
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
-
-
-def numbered_layers(text: str, depth: int) -> str:
-    """Layers as numbers, where they are given as shares of a model's depth: `50%-100%` of 30 layers is `15-29`.
-
-    A share that falls between two layers is rounded; at least one layer is left.
-    """
-    if "%" not in text:
-        return text
-    low, high = (int(share.rstrip("%")) / 100 for share in text.split("-"))
-    first = min(round(low * depth), depth - 1)
-    last = max(first, round(high * depth) - 1)
-    return f"{first}-{last}"
 
 
 def steered(gamma: float) -> Candidate:

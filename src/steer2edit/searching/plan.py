@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..files.schema import Count, Many, Positive, Section, Share, _number
+from ..method.site import are_layers
 from ..method.variants import Variant
-from .candidates import layers_of
 from .front import Rule
 
 
@@ -19,10 +18,7 @@ def _off(value: Any) -> Any:
 
 
 def _are_layers(text: str) -> str:
-    shares = re.fullmatch(r"(\d+)%-(\d+)%", text)
-    if shares and int(shares[1]) < int(shares[2]) <= 100:
-        return text
-    if not re.fullmatch(r"\d+(-\d+)?", text) or not layers_of(text):
+    if not are_layers(text):
         raise ValueError("Write layers as first-last, like 8-20, or as shares of the depth, like 50%-100%")
     return text
 

@@ -19,11 +19,12 @@ from ..edits import Scores
 from ..engines.base import Progress
 from ..errors import EditError, RecipeError
 from ..files.reading import read_jsonl
+from ..method.site import numbered_layers
 from ..method.variants import FULL
 from ..progress import say
 from .bench import Bench
 from .calibrate import Scale, find_scale
-from .candidates import BASE, TITLES, Candidate, asked, numbered_layers, steered, tried_layers
+from .candidates import BASE, TITLES, Candidate, asked, steered, tried_layers
 from .front import Aim
 from .grid import coarse_grid, grid, planned_edits, short
 from .plan import AUTO, Range, Search
