@@ -138,7 +138,7 @@ def test_the_recipe_that_it_writes_is_the_run(
     shutil.copy(out / "recipe.yaml", tmp_path / "copied.yaml")
     assert command(monkeypatch, "run", tmp_path / "copied.yaml", "--out", again, "--quiet") == 0
     other = _bytes(again)
-    varying = {"manifest.json", ".lock"}
+    varying = {"manifest.json", "report.html", ".lock"}  # they hold times
     assert set(other) == set(before)
     assert {name for name in before if other[name] != before[name]} <= varying
 
@@ -169,7 +169,7 @@ def test_files_give_the_traces_and_the_choices(
     # A system prompt's answers stand beside the prompt, and not in its place.
     answers = read_jsonl(out / "evaluation/answers.jsonl")
     assert {row["prompt"] for row in answers} == texts["test"]
-    assert len(answers[0]) == 6  # prompt, kind, and what each of four systems answered
+    assert len(answers[0]) == 7  # prompt, kind, labels, and what each of four systems answered
 
 
 def test_what_the_model_wrote_for_comparison_is_kept_and_can_be_judged_without_a_model(
