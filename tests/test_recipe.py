@@ -13,11 +13,11 @@ from runs import tiny_recipe
 from steer2edit.behaviours.base import SPLITS
 from steer2edit.engines import plan
 from steer2edit.errors import FileError, RecipeError
+from steer2edit.method.site import layers_of
 from steer2edit.models.architectures import Architecture, Experts, Heads
 from steer2edit.pipeline.run import Run
 from steer2edit.probing.chat import CHAT, Chat
 from steer2edit.recipe import Data, Questions, Recipe, load_recipe, parse_recipe, shipped_recipes
-from steer2edit.searching.candidates import layers_of
 from steer2edit.searching.plan import Range
 
 

@@ -23,9 +23,10 @@ from runs import FakeEngine, make_scores, tiny_recipe
 from runs import a_bench as bench_of
 from steer2edit.behaviours.base import Item
 from steer2edit.errors import EditError, RecipeError
+from steer2edit.method.site import numbered_layers
 from steer2edit.recipe import Recipe
 from steer2edit.searching.bench import Bench
-from steer2edit.searching.candidates import Candidate, Trial, edited, numbered_layers
+from steer2edit.searching.candidates import Candidate, Trial, edited
 from steer2edit.searching.choice import require_choice, summary
 from steer2edit.searching.front import hypervolume, hypervolume_interval
 from steer2edit.searching.grid import coarse_grid, grid

@@ -320,7 +320,7 @@ WEAK_AGREEMENT = 0.3
 AUTOMATIC: Mapping[str, Any] = {
     "rho_mlp": [None],
     "layers": ["33%-83%", "50%-100%"],
-    "span": [0.15, 0.42],
+    "span": [0.1, 0.42],
     "points": 3,
 }
 

@@ -77,7 +77,7 @@ def _layers(text: str | None) -> range | None:
     import re
 
     from ..errors import EditError
-    from ..searching.candidates import layers_of
+    from ..method.site import layers_of
 
     if text is None:
         return None

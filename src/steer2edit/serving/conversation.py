@@ -14,7 +14,8 @@ from ..engines.base import GREEDY, Sampling
 from ..errors import EditError, FileError
 from ..files.writing import write_text
 from ..method.intervention import NOTHING, Intervention, steering
-from ..searching.candidates import TITLES, layers_of, steering_vectors
+from ..method.site import layers_of
+from ..searching.candidates import TITLES, steering_vectors
 from .catalogue import mixed
 from .sources import Source
 from .worker import Event, Failed, Piece, Question, Worker, streamed
