@@ -229,7 +229,9 @@ def _choice(**changes: Any) -> dict[str, Any]:
 
 
 def _report(choice: dict[str, Any], accuracy: float | None = None, results: dict[str, Any] | None = None) -> list[str]:
-    recipe = tiny_recipe(search__reference=2.0)
+    recipe = tiny_recipe(
+        search__reference=2.0, search__limits={"over_refusal": 0.2, "accuracy_loss": 0.05, "degenerate": None}
+    )
     edit = make_scores().edit(rho_attn=0.1, rho_mlp=None, alpha=0.2)
     return markdown(recipe, choice, results or _results(accuracy), edit).splitlines()
 
@@ -245,7 +247,7 @@ def test_the_report_has_a_row_of_the_budget_and_the_hypervolume_for_each_method(
     text = "\n".join(lines)
     assert "refusal (harmful) from worst to best and KL per token from 0 to 2 that" in text
     assert "On validation, of each method: the knee." in text
-    assert "Limits: over refusal ≤ 0.2, accuracy loss ≤ 0.05." in text
+    assert "Limits: over-refusal (benign) ≤ 0.2, accuracy lost ≤ 0.05." in text
     assert "- steering: none stays within the limits." in text
 
 

@@ -86,7 +86,7 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
     )
     counts: Mapping[str, Any] = edit.provenance.get("probe", {}).get("counts", {})
     probed = ", ".join(f"{counts[label]['responses']} {label}" for label in LABELS if label in counts)
-    chosen = f"chosen on validation prompts:\n  {choice['rule']}. Limits: {describe_limits(choice['limits'])}"
+    chosen = f"chosen on validation prompts:\n  {choice['rule']}. Limits: {describe_limits(recipe.aim)}"
     steered = kind == "steering"
     title = "steered" if steered else "edited"
     became = (

@@ -11,6 +11,7 @@ from ..edits import Edit
 from ..files.reading import read_jsonl
 from ..recipe import Recipe
 from ..searching.candidates import TITLES
+from ..searching.front import Aim
 
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ"}
 # So much of a system prompt is shown in a table.
@@ -164,7 +165,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         *task_lines(results),
         "## How it was chosen",
         "",
-        f"On validation, of each method: {choice['rule']}. Limits: {describe_limits(choice['limits'])}.",
+        f"On validation, of each method: {choice['rule']}. Limits: {describe_limits(recipe.aim)}.",
         "",
         "| on validation | tried | configurations × prompts | hypervolume | on the front |",
         "| --- | --- | --- | --- | --- |",
@@ -202,9 +203,10 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
     return "\n".join(lines)
 
 
-def describe_limits(limits: Mapping[str, Any]) -> str:
-    written = [f"{name.replace('_', ' ')} ≤ {value:g}" for name, value in limits.items() if value is not None]
-    return ", ".join(written) or "none"
+def describe_limits(aim: Aim) -> str:
+    """The limits in words, by the measures' titles."""
+    limits = [(measure, limit) for measure, limit in aim.limits.items() if limit is not None]
+    return ", ".join(f"{m.title} {'≥' if m.better == 'higher' else '≤'} {limit:g}" for m, limit in limits) or "none"
 
 
 def _row(cells: Sequence[str]) -> str:

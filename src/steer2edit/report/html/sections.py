@@ -12,7 +12,7 @@ from typing import Any
 
 from ...behaviours.base import COMMON, UTILITY_LOSS
 from ...searching.candidates import TITLES
-from ..page import already_there, describe, nothing_moved, table_columns
+from ..page import already_there, describe, describe_limits, nothing_moved, table_columns
 from .components import block_maps, largest, spreads
 from .contents import Contents
 from .provenance import provenance
@@ -113,18 +113,13 @@ def _trade_off(contents: Contents) -> dict[str, Any] | None:
     choice = contents.choice
     shown: dict[str, Any] = {"discarded": len(contents.study.discarded), "methods": []}
     if choice is not None:
-        shown |= {"rule": choice["rule"], "limits": _limits(contents), "reference": choice["reference"]}
+        shown |= {"rule": choice["rule"], "limits": describe_limits(contents.recipe.aim), "reference": choice["reference"]}
         for kind in TITLES:
             if kind in choice["tried"]:
                 row = {"title": TITLES[kind], "tried": choice["tried"][kind], "asked": choice["evaluations"][kind]}
                 chosen = describe(choice[kind]["config"]) if choice.get(kind) else "none within the limits"
                 shown["methods"].append(row | {"volume": choice["hypervolume"][kind], "chosen": chosen})
     return shown
-
-
-def _limits(contents: Contents) -> str:
-    limits = [(m, limit) for m, limit in contents.recipe.aim.limits.items() if limit is not None]
-    return ", ".join(f"{m.title} {'≥' if m.better == 'higher' else '≤'} {limit:g}" for m, limit in limits) or "none"
 
 
 def _trade_off_script(contents: Contents) -> dict[str, Any] | None:
