@@ -13,6 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..errors import ModelError, Steer2EditError
 from ..method.intervention import NOTHING, Intervention
+from ..models.few_rows import few_rows
 from ..models.hooks import Interventions
 from ..progress import say
 from .answers import StopStrings
@@ -247,6 +248,7 @@ class OpenBatch:
             self._hooked = False
         if not self._hooked:
             self._hooks.enter_context(running)
+            self._hooks.enter_context(few_rows(self.engine.model))
             self._hooked = True
         if self._slots is not None and self._slots.running is not running:
             for row in self.rows:
