@@ -1,7 +1,7 @@
 """Fewer seconds for a few rows on a CPU: BLAS multiplies x [2..6, k] by a weight much faster as (W xᵀ)ᵀ than as x Wᵀ.
 
-On an AVX2 machine three rows cost 2 to 3 times as much as one the usual way, and about 1.3 times this way. More rows gain
-nothing. The results differ in the last bits of fp32, as they do between batches of other sizes.
+On an AVX2 machine three rows cost 2 to 3 times as much as one the usual way, and about 1.3 times this way. More rows
+gain nothing. The results differ in the last bits of fp32, as they do between batches of other sizes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
             if type(module) is nn.Linear and "forward" not in vars(module):
                 weight = module.weight
                 if weight.dtype is torch.float32 and weight.device.type == "cpu":
-                    module.forward = _forward(module)  # type: ignore[method-assign]
+                    module.forward = _forward(module)  # type: ignore[method-assign, assignment]
                     undo.callback(delattr, module, "forward")
         yield
 

@@ -113,7 +113,8 @@ def _trade_off(contents: Contents) -> dict[str, Any] | None:
     choice = contents.choice
     shown: dict[str, Any] = {"discarded": len(contents.study.discarded), "methods": []}
     if choice is not None:
-        shown |= {"rule": choice["rule"], "limits": describe_limits(contents.recipe.aim), "reference": choice["reference"]}
+        limits = describe_limits(contents.recipe.aim)
+        shown |= {"rule": choice["rule"], "limits": limits, "reference": choice["reference"]}
         for kind in TITLES:
             if kind in choice["tried"]:
                 row = {"title": TITLES[kind], "tried": choice["tried"][kind], "asked": choice["evaluations"][kind]}
