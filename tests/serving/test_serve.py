@@ -260,15 +260,15 @@ def test_more_than_may_wait_get_429(monkeypatch: Any) -> None:
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_frees_its_rows(served: Any, streamed: bool) -> None:
     worker, _, client = served
-    body = {"model": "large", "messages": HELLO, "max_tokens": 480, "n": 3, "stream": streamed}
+    body = {"model": "large", "messages": HELLO, "max_tokens": 480, "n": 3, "temperature": 0, "stream": streamed}
     sent = json.dumps(body).encode()
     for _ in range(3):
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(sent)}\r\n\r\n"
             connection.sendall(head.encode() + sent)
-            until(lambda: worker.counts()["running"] == 3)
-        until(lambda: worker.counts() == {"running": 0, "waiting": 0}, seconds=5)
-        until(lambda: not worker._batch.busy, seconds=5)
+            until(lambda: worker.counts()["running"] > 0)
+        until(lambda: worker.counts() == {"running": 0, "waiting": 0})
+        until(lambda: not worker._batch.busy)
     assert worker._batch._slots is None
 
 
