@@ -266,9 +266,9 @@ def test_a_client_that_goes_frees_its_rows(served: Any, streamed: bool) -> None:
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(sent)}\r\n\r\n"
             connection.sendall(head.encode() + sent)
-            until(lambda: worker.counts()["running"] > 0)
-        until(lambda: worker.counts() == {"running": 0, "waiting": 0})
-        until(lambda: not worker._batch.busy)
+            until(lambda: worker.counts()["running"] == 3)
+        until(lambda: worker.counts() == {"running": 0, "waiting": 0}, seconds=5)
+        until(lambda: not worker._batch.busy, seconds=5)
     assert worker._batch._slots is None
 
 
@@ -327,7 +327,8 @@ def test_32_clients_at_once_lose_nothing() -> None:
 
         def ask(i: int) -> None:
             turn = i
-            while time.monotonic() - started < seconds:
+            # On a busy machine longer than 20 seconds, until every client had its turns.
+            while time.monotonic() - started < (seconds if finished[i] > 3 else 6 * seconds):
                 name = NAMES[turn % len(NAMES)]
                 asked: Any = {"model": name, "messages": questions[i], "max_tokens": 16, "temperature": 0}
                 try:
@@ -354,7 +355,7 @@ def test_32_clients_at_once_lose_nothing() -> None:
         for thread in threads:
             thread.join()
         assert wrong == []
-        assert sum(finished) >= 64
+        assert min(finished) > 3
         until(lambda: worker.counts() == {"running": 0, "waiting": 0}, seconds=5)
         until(lambda: not worker._batch.busy, seconds=5)
         early = [size for at, size in memory if seconds / 4 < at < seconds / 2]
