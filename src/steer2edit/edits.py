@@ -27,10 +27,11 @@ from .files.tensors import read_header
 from .method.change import Change, SiteEdit
 from .method.fingerprint import differing
 from .method.intervention import Intervention, Term
+from .method.preserve import EPSILON, Evidence, quieted
 from .method.scores import SiteScores
 from .method.site import BLOCKS, are_layers, layers_of, numbered_layers
 from .method.theorems import check_budget, magnitudes
-from .method.variants import FULL, SCORED, VARIANTS
+from .method.variants import FULL, PRESERVE, SCORED, VARIANTS
 from .models import bake
 from .models.hooks import intervening
 
@@ -43,6 +44,7 @@ class Scores:
         sites: site key → its scores, in the model's order.
         fingerprint: site key → sketch of the base's weight.
         provenance: where the probe and the vectors came from.
+        evidence: the probe's, for edits that preserve; None if it kept none.
 
     >>> from steer2edit.method.scores import score_site
     >>> from steer2edit.method.site import Site
@@ -58,6 +60,7 @@ class Scores:
     sites: Mapping[str, SiteScores]
     fingerprint: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Evidence | None = None
 
     def __repr__(self) -> str:
         return f"Scores({len(self.sites)} sites, {sum(s.site.n for s in self.sites.values())} components)"
@@ -84,15 +87,18 @@ class Scores:
         rho_mlp: float | None,
         alpha: float,
         layers: str | Container[int] | None = None,
+        preserve: float | None = None,
     ) -> Edit:
         """The edit of one configuration; ρ = None switches a block type off.
 
         Args:
             layers: those that are edited: a range or a set, or as in a recipe: "8-20", or shares of the depth like
                 "33%-67%". None is all.
+            preserve: ε of `method.preserve`, above 0: heads fire little at what the probe was told to preserve. A
+                smaller ε is quieter there; a large one gives the paper's edit, as None does.
 
         Raises:
-            EditError: ρ ≤ 0 or α outside [0, 1), or layers that cannot be read.
+            EditError: ρ ≤ 0, α outside [0, 1) or ε ≤ 0, layers that cannot be read, or no evidence to preserve by.
         """
         rho = {"attn": rho_attn, "mlp": rho_mlp}
         for value in rho.values():
@@ -101,14 +107,29 @@ class Scores:
         config = {"rho_attn": rho_attn, "rho_mlp": rho_mlp, "alpha": alpha}
         config = {name: None if value is None else float(value) for name, value in config.items()}
         edit = Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
-        if layers is None:
-            return edit
+        if layers is not None:
+            edit = edit.only(self._numbered(layers))
+        return edit if preserve is None else self._preserving(edit, preserve)
+
+    def _numbered(self, layers: str | Container[int]) -> Container[int]:
         if isinstance(layers, str):
             if not are_layers(layers):
                 raise EditError("these are no layers", got=layers, fix="Write 8-20, 8, or shares like 50%-100%.")
             depth = 1 + max(s.site.layer for s in self.sites.values())
-            layers = layers_of(numbered_layers(layers, depth))
-        return edit.only(layers)
+            return layers_of(numbered_layers(layers, depth))
+        return layers
+
+    def _preserving(self, edit: Edit, epsilon: float) -> Edit:
+        if not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
+            raise EditError("preserve must be above 0 and finite", got=epsilon, fix="Use None for the paper's edit.")
+        if self.evidence is None:
+            raise EditError(
+                "the scores have no evidence to preserve by",
+                got="a probe without preserve",
+                fix="Collect with preserve=(…), the groups of negative traces at which nothing is to change.",
+            )
+        sites = {key: quieted(site, self.evidence, epsilon) for key, site in edit.sites.items()}
+        return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon)})
 
     def save(self, path: str | Path) -> None:
         save_scores(self, path)
@@ -252,7 +273,7 @@ class Edit(AnyEdit):
         Raises:
             EditError: ρ ≤ 0, α outside [0, 1), or the edit's λ is not the soft threshold of its g.
         """
-        variant = self.config.get("variant", FULL)
+        variant = PRESERVE if PRESERVE in self.config else self.config.get("variant", FULL)
         if variant != FULL and variant not in SCORED:
             raise EditError(
                 "this edit has no (ρ, α) to change", got=f"the variant {variant}", fix="Change its strength."
@@ -423,12 +444,18 @@ def meetings(edit: AnyEdit) -> list[dict[str, Any]]:
 
 
 def edit_of_variant(
-    variant: str, scores: Mapping[str, Scores], rho_attn: float | None, rho_mlp: float | None, alpha: float
+    variant: str,
+    scores: Mapping[str, Scores],
+    rho_attn: float | None,
+    rho_mlp: float | None,
+    alpha: float,
+    layers: str | None = None,
 ) -> Edit:
     """The edit of one configuration under a variant.
 
     Args:
         scores: the full method's under "full", those of `SCORED` variants under their names.
+        layers: those that are edited, as in a recipe; None is all.
 
     Raises:
         EditError: the variant is unknown, or its scores are missing.
@@ -436,7 +463,13 @@ def edit_of_variant(
     source = variant if variant in SCORED else FULL
     if variant not in VARIANTS or source not in scores:
         raise EditError("there are no scores for that variant", got=variant, fix=f"Known: {', '.join(VARIANTS)}.")
-    edit = scores[source].edit(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=0.0 if variant == "l2" else alpha)
+    edit = scores[source].edit(
+        rho_attn=rho_attn,
+        rho_mlp=rho_mlp,
+        alpha=0.0 if variant == "l2" else alpha,
+        layers=layers,
+        preserve=EPSILON if variant == PRESERVE else None,
+    )
     if variant == "l0":
         edit = _hard(edit, rho_attn, rho_mlp, alpha)
     return edit if variant == FULL else replace(edit, config={**edit.config, "variant": variant})

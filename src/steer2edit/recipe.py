@@ -18,6 +18,7 @@ from .engines.plan import EnginePlan, Model
 from .errors import FileError, RecipeError
 from .files.reading import read_text
 from .files.schema import Count, Many, Section, Text, nearest, parse
+from .method.variants import PRESERVE
 from .searching.front import Aim
 from .searching.plan import Evaluation, Search
 
@@ -92,13 +93,18 @@ class Data(Section):
 
 
 class ProbePass(Section):
-    """The pass over the traces."""
+    """The pass over the traces.
+
+    `preserve` names the groups of negative traces at which an edit of the variant `preserve` is to change little;
+    without it the behaviour says which.
+    """
 
     positions: Literal["predicting", "response"] = "predicting"
     part: Literal["both", "thinking", "answer"] = "both"
     max_tokens: Many = 4096
     batch_tokens: Many = 1024
     expert_tokens: Count = 16
+    preserve: list[str] | None = None
 
 
 def _behaviour(value: Any) -> Any:
@@ -188,6 +194,12 @@ class Recipe(Section):
                 fix="Write `split` into each line of data.prompts.",
             )
         self._check_tasks()
+        if PRESERVE in self.search.variants and not self.preserved:
+            raise RecipeError(
+                "the recipe's search.variants cannot be used",
+                got=f"{PRESERVE}, and nothing to preserve",
+                fix="Name groups of negative traces in probe.preserve, at whose prompts nothing is to change.",
+            )
         names = [measure.name for measure in self.behaviour.measures]
         for name in self.search.limits:
             if name not in names:
@@ -213,6 +225,13 @@ class Recipe(Section):
                     got=f"{name}, whose {', '.join(sorted(taken))} is a measure already",
                     fix="Give it another name.",
                 )
+
+    @property
+    def preserved(self) -> tuple[str, ...]:
+        """The groups of negative traces of which the probe keeps evidence; none unless an edit is to preserve."""
+        if PRESERVE not in self.search.variants:
+            return ()
+        return tuple(self.behaviour.preserved if self.probe.preserve is None else self.probe.preserve)
 
     @property
     def source(self) -> Source:

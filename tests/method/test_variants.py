@@ -177,7 +177,7 @@ def test_scoring_a_model_and_its_files_gives_the_variant_of_every_site(
     variant: Any, pico: Any, tokenizer: Any, traces: Any, tmp_path: Path
 ) -> None:
     model = pico()
-    probe = s2e.collect(model, tokenizer, *traces)
+    probe = s2e.collect(model, tokenizer, *traces, preserve=[""])
     model.save_pretrained(str(tmp_path / "model"))
     full, found = score(model, probe), score(model, probe, variant=variant)
     assert found.provenance["variant"] == variant
@@ -206,7 +206,7 @@ def test_a_variants_edit_is_known_to_be_in_a_model_or_not(
     variant: Any, rho: float, pico: Any, tokenizer: Any, traces: Any
 ) -> None:
     base, edited = pico(), pico()
-    probe = s2e.collect(base, tokenizer, *traces)
+    probe = s2e.collect(base, tokenizer, *traces, preserve=[""])
     table = {name: score(base, probe, variant=name) for name in {FULL, variant if variant in SCORED else FULL}}
     edit = edit_of_variant(variant, table, rho, rho, 0.3)
     with edit.applied(base):
@@ -220,10 +220,10 @@ def test_a_variants_edit_is_known_to_be_in_a_model_or_not(
 
 def test_variants_of_a_model_edit_it_each_in_its_own_way(pico: Any, tokenizer: Any, traces: Any) -> None:
     model = pico()
-    probe = s2e.collect(model, tokenizer, *traces)
+    probe = s2e.collect(model, tokenizer, *traces, preserve=[""])
     table = {name: score(model, probe, variant=name) for name in (FULL, *SCORED)}  # type: ignore[arg-type]
     edits = {name: edit_of_variant(name, table, 0.1, 0.1, 0.3) for name in VARIANTS}
-    assert len({edit.id for edit in edits.values()}) == len(VARIANTS) == 6
+    assert len({edit.id for edit in edits.values()}) == len(VARIANTS) == 7
     ids = torch.tensor([[5, 9, 17, 30]])
     with torch.inference_mode():
         plain = model(ids).logits

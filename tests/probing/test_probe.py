@@ -19,7 +19,8 @@ from steer2edit.files.tensors import read_tensors, write_tensors
 from steer2edit.models.sites import find_sites
 from steer2edit.models.weights import weight_of
 from steer2edit.probing.chat import CHAT
-from steer2edit.probing.collect import _Sum, batches_by_length, collect, plan_pass, probe_of, run_pass
+from steer2edit.probing.collect import _Sum, batches_by_length, collect, probe_of, run_pass
+from steer2edit.probing.plan import plan_pass
 from steer2edit.probing.probe import Probe
 from steer2edit.probing.traces import Trace
 

@@ -15,6 +15,7 @@ from ..errors import EditError, FileError
 from ..files.tensors import read_tensors, write_tensors
 from ..method.change import Part, SiteEdit
 from ..method.fingerprint import SKETCHES
+from ..method.preserve import Evidence
 from ..method.scores import SiteScores
 from ..method.site import Site
 
@@ -36,16 +37,21 @@ class ScoreTable(Protocol):
     def fingerprint(self) -> Mapping[str, Tensor]: ...
     @property
     def provenance(self) -> Mapping[str, Any]: ...
+    @property
+    def evidence(self) -> Evidence | None: ...
 
 
 def save_scores(scores: ScoreTable, path: str | Path) -> None:
-    header = {"v_norm": {key: s.v_norm for key, s in scores.sites.items()}, "provenance": dict(scores.provenance)}
+    header: dict[str, Any] = {"v_norm": {key: s.v_norm for key, s in scores.sites.items()}, "provenance": dict(scores.provenance)}
     tensors, sites = _packed(scores.sites, SCORES, scores.fingerprint)
+    if scores.evidence is not None:
+        tensors |= scores.evidence.tensors()
+        header["evidence"] = scores.evidence.rows_to_json()
     write_tensors(path, tensors, {"kind": "scores", "format": FORMAT, "sites": sites} | header)
 
 
 def load_scores(path: str | Path, build: Callable[..., T]) -> T:
-    """Reads what `save_scores` wrote, as `build(sites, fingerprint, provenance)`."""
+    """Reads what `save_scores` wrote, as `build(sites, fingerprint, provenance, evidence)`."""
     tensors, header = read_tensors(path, "scores")
     with _whole(path, "scores"):
         sites, fingerprint = _unpacked(tensors, header["sites"], SCORES)
@@ -53,7 +59,8 @@ def load_scores(path: str | Path, build: Callable[..., T]) -> T:
         if not all(0 <= norm < math.inf for norm in norms.values()):
             raise ValueError("a norm that is not finite")
         rows = {key: SiteScores(**row, v_norm=norms[key]) for key, row in sites.items()}
-        return build(rows, fingerprint, dict(header["provenance"]))
+        evidence = Evidence.read(tensors, header.get("evidence"), [row.site for row in rows.values()])
+        return build(rows, fingerprint, dict(header["provenance"]), evidence)
 
 
 def save_edit(edit: Part, path: str | Path) -> None:

@@ -227,6 +227,11 @@ class Behaviour(Section):
         return (self.attribute, *self.costs, *COMMON)
 
     @property
+    def preserved(self) -> tuple[str, ...]:
+        """The groups of negative traces at whose prompts the model is to stay as it is."""
+        return ()
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The files that the section names, whose contents a run depends on."""
         return () if self.traces is None else (self.traces,)

@@ -95,6 +95,10 @@ class Safety(Behaviour):
     def costs(self) -> tuple[Measure, ...]:
         return (OVER_REFUSAL, BORDERLINE, *REFUSAL_OF.values())
 
+    @property
+    def preserved(self) -> tuple[str, ...]:
+        return tuple(kind for kind in self.negative if kind != "harmful")
+
     def items(self, source: Source, split: Split) -> list[Item]:
         path = source.prompts
         if path == BUILTIN:

@@ -14,7 +14,8 @@ from accelerate.utils.memory import clear_device_cache
 
 from ..models.load import local_folder
 from ..models.weights import device_of
-from ..probing.collect import PassSums, Plan, run_pass
+from ..probing.collect import PassSums, run_pass
+from ..probing.plan import Plan
 from ..progress import say
 from .base import Engine, Progress
 from .plan import EnginePlan, Model, load_section, load_tokenizer

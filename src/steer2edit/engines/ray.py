@@ -18,7 +18,8 @@ import torch
 
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention
-from ..probing.collect import PassSums, Plan, run_pass
+from ..probing.collect import PassSums, run_pass
+from ..probing.plan import Plan
 from ..progress import be_quiet, say
 from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 from .host import Host

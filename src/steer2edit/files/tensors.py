@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Tensors whose names end like this are fp16, all others fp32: single responses' means, which are many.
+HALF = ".evidence"
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes a `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`."""
     from safetensors.torch import save_file
@@ -58,8 +62,10 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         actual = header.get("kind") if isinstance(header, dict) else type(header).__name__
         raise FileError(f"{path} does not hold a {kind}", got=actual, fix=f"Give a file that holds a {kind}.")
     for name, tensor in tensors.items():
-        if tensor.dtype is not torch.float32 or not torch.isfinite(tensor).all():
-            raise FileError(f"tensor {name} of {path} is not finite fp32", got=tensor.dtype, fix="Write it again.")
+        dtype = torch.float16 if name.endswith(HALF) else torch.float32
+        if tensor.dtype is not dtype or not torch.isfinite(tensor).all():
+            kind = f"{dtype}".removeprefix("torch.")
+            raise FileError(f"tensor {name} of {path} is not finite {kind}", got=tensor.dtype, fix="Write it again.")
     return tensors, header
 
 

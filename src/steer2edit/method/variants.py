@@ -1,7 +1,7 @@
 """The ablations (paper, tables 2–6): each changes one part of the method.
 
 k_mean and k_svd use another input direction, g_dot another score: they change the scores. l0 and l2 use another
-penalty: they change how scores become an edit.
+penalty: they change how scores become an edit. `preserve` is not the paper's: `method/preserve.py` has it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .scores import SiteScores, unit
 
-Variant = Literal["full", "k_mean", "k_svd", "g_dot", "l0", "l2"]
+Variant = Literal["full", "k_mean", "k_svd", "g_dot", "l0", "l2", "preserve"]
 
 FULL: Variant = "full"
+PRESERVE: Variant = "preserve"
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 

@@ -42,8 +42,8 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     # A behaviour that divides a file by itself makes each split by the counts of all.
     splits = [r["data"][split] for split in SPLITS] if recipe.behaviour.divides else [r["data"]["probe"]]
     keys = {"traces": _key("traces", *model, *data, r["seed"], *splits, evaluation["rows"])}
-    probe_pass = {name: value for name, value in r["probe"].items() if name != "expert_tokens"}
-    keys["probe"] = _key("probe", keys["traces"], probe_pass)
+    probe_pass = {name: value for name, value in r["probe"].items() if name not in ("expert_tokens", "preserve")}
+    keys["probe"] = _key("probe", keys["traces"], probe_pass, *recipe.preserved)
     keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], sorted(score_files(recipe)))
     keys["search"] = _key("search", keys["score"], _searched(recipe), r["data"]["validation"], asked)
     choice = _key("choice", keys["search"], rule)

@@ -19,7 +19,8 @@ from ..engines.plan import load_tokenizer
 from ..errors import FileError, ModelError, Steer2EditError, TaskError
 from ..files.reading import read_json, sha256
 from ..files.writing import write_json, write_jsonl, write_text
-from ..probing.collect import plan_pass, probe_of
+from ..probing.collect import probe_of
+from ..probing.plan import plan_pass
 from ..probing.probe import Probe
 from ..probing.score import score
 from ..probing.traces import read_traces, write_traces
@@ -107,7 +108,13 @@ def _probe(run: Run) -> list[str]:
     p, model = run.recipe.probe, run.recipe.model
     traces = read_traces(run.path(TRACES))
     plan = plan_pass(
-        load_tokenizer(model), traces, chat=model.chat, part=p.part, positions=p.positions, max_tokens=p.max_tokens
+        load_tokenizer(model),
+        traces,
+        chat=model.chat,
+        part=p.part,
+        positions=p.positions,
+        max_tokens=p.max_tokens,
+        preserve=run.recipe.preserved,
     )
     with showing("probe") as progress:
         sums = run.host.run_pass(plan, p.batch_tokens, progress)

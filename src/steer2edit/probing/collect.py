@@ -8,37 +8,33 @@ and groups weigh alike. PassSums are held in fp64 (compensated fp32 where a devi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import importlib.metadata
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, ProbeError, TraceError
+from ..errors import ModelError, ProbeError
 from ..method.intervention import residual_key
+from ..method.preserve import Evidence
 from ..method.site import BLOCKS, Site
 from ..models.architectures import architecture_of
 from ..models.experts import Tap, tapped
 from ..models.selfcheck import self_check
 from ..models.sites import find_sites, module_of
 from ..models.weights import device_of
-from ..progress import say
 from .chat import CHAT, Chat
+from .plan import Plan, part_of, plan_pass
 from .probe import Probe
-from .spans import Span, response_span
+from .spans import Span
 from .traces import LABELS, Label, Part, Positions, Trace
 
 # Positions that one step sums at once, so that the probe's memory, beside the model's own activations, does not grow
 # with the length of a sequence.
 CHUNK = 1024
-# With fewer responses on a side, a message says that the mean is uncertain.
-FEW = 8
 
 
 class _Sum:
@@ -65,9 +61,13 @@ class _Sum:
 class _Collector:
     """Hooks that add up, for each group of responses, every site's input and every block's output over the spans."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], groups: int):
-        self.sites, self.groups = sites, groups
+    def __init__(self, model: nn.Module, sites: Sequence[Site], groups: int, kept: int = 0):
+        self.sites, self.groups, self.kept = sites, groups, kept
         self.weights = torch.empty(0)  # [groups, batch · time]: 1 / span length inside a span, 0 elsewhere
+        self.parts = torch.empty(0)  # [parts, batch · time]: the same for the parts of responses that are kept
+        self.part_rows: list[int] = []  # [parts]: their rows in the evidence
+        self.evidence: dict[str, Tensor] = {}  # a site of heads → [kept rows, n·c]
+        self.heads = {site.key for site in sites if site.width > 1}
         self.sums: dict[tuple[str, str], _Sum] = {}
         self.reached: dict[str, Tensor] = {}  # expert's site → [groups], tokens that reached it
         self.opened = contextlib.ExitStack()
@@ -112,10 +112,18 @@ class _Collector:
 
     def _add(self, key: str, side: str, x: Tensor) -> None:
         flat = x.detach().reshape(-1, x.shape[-1])
+        if self.part_rows and side == "input" and key in self.heads:
+            self._keep(key, flat)
         weights = self.weights.to(flat.device)
         total = self._total(key, side, flat)
         for start in range(0, len(flat), CHUNK):
             total.add(weights[:, start : start + CHUNK] @ flat[start : start + CHUNK].float())
+
+    def _keep(self, key: str, flat: Tensor) -> None:
+        if key not in self.evidence:
+            self.evidence[key] = torch.zeros(self.kept, flat.shape[-1], dtype=torch.float16)
+        means = self.parts.to(flat.device) @ flat.float()
+        self.evidence[key][self.part_rows] = means.cpu().to(torch.float16)
 
     def first_not_finite(self) -> str | None:
         """The first site or block, in the model's order, whose sums hold a NaN or an infinity."""
@@ -146,12 +154,15 @@ def collect(
     max_tokens: int = 4096,
     batch_tokens: int = 1024,
     check: bool = True,
+    preserve: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Probe:
     """Runs the traces through the model once, forward only and without the language-model head.
 
     Args:
         positive, negative: the traces. Their own labels decide, so one mixed list will do.
+        preserve: the groups of the negative traces at whose prompts the model is to stay as it is. Then the probe also
+            keeps evidence, from which `Scores.edit(preserve=…)` makes an edit that fires little there.
         plain: no chat template, for base models: a trace's text is prompt + response. Short for Chat(plain=True).
         chat: how messages become text.
         part: which part of a thinking model's responses is used: the thinking, the answer, or both. A response without
@@ -169,98 +180,16 @@ def collect(
     """
     chat = replace(chat, plain=plain or chat.plain)
     plan = plan_pass(
-        tokenizer, [*positive, *negative], chat=chat, part=part, positions=positions, max_tokens=max_tokens
+        tokenizer,
+        [*positive, *negative],
+        chat=chat,
+        part=part,
+        positions=positions,
+        max_tokens=max_tokens,
+        preserve=preserve,
     )
     sums = run_pass(model, plan, None, batch_tokens, progress, check)
     return probe_of(plan, sums, {"batch_tokens": batch_tokens})
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The traces as spans of tokens, and what was counted on the way.
-
-    Attributes:
-        spans, owners: of each response its span and its trace.
-        rows: of each response the row of the sums that it goes to. Every group has two, one for each half of its
-            responses, so that it can be seen whether the halves agree.
-        groups: (label, group), in order.
-        provenance: how the spans were made.
-    """
-
-    spans: Sequence[Span]
-    owners: Sequence[Trace]
-    rows: Sequence[int]
-    groups: Sequence[tuple[Label, str]]
-    counts: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-
-
-def plan_pass(
-    tokenizer: Any, traces: Sequence[Trace], *, chat: Chat, part: Part, positions: Positions, max_tokens: int
-) -> Plan:
-    """Every trace's span. Raises TraceError if an item is not a Trace, or a label has no trace with a response."""
-    for trace in traces:
-        if not isinstance(trace, Trace):
-            raise TraceError(
-                "a trace is not a Trace",
-                got=repr(trace)[:80],
-                fix="Make each with steer2edit.Trace(prompt, response, label), or read_traces(file).",
-            )
-    groups = sorted({(t.label, t.group) for t in traces})
-    spans: list[Span] = []
-    owners: list[Trace] = []
-    counts: dict[str, Any] = {
-        label: {"responses": 0, "tokens": 0, "groups": {}, "group_tokens": {}} for label in LABELS
-    }
-    skipped, cut = Counter[str](), Counter[str]()
-    for trace in traces:
-        span, was_cut = response_span(
-            tokenizer, trace, chat=chat, part=part, positions=positions, max_tokens=max_tokens
-        )
-        cut[trace.label] += was_cut
-        if span is None:
-            skipped[trace.label] += 1
-            continue
-        spans.append(span)
-        owners.append(trace)
-        label = counts[trace.label]
-        label["responses"] += 1
-        label["tokens"] += span.last - span.first
-        for what, more in (("groups", 1), ("group_tokens", span.last - span.first)):
-            label[what][trace.group] = label[what].get(trace.group, 0) + more
-    for name in LABELS:
-        if not counts[name]["responses"]:
-            raise TraceError(
-                f"there is no {name} trace with a response",
-                got=f"{sum(t.label == name for t in traces)} {name} traces, {skipped[name]} of them without "
-                + ("a response" if part == "both" else f"the part {part!r}"),
-                fix="Give both sides: responses that show the behaviour, and responses that don't.",
-            )
-    few = [f"{counts[name]['responses']} {name}" for name in LABELS if counts[name]["responses"] < FEW]
-    if few:
-        say(f"  only {' and '.join(few)} responses: so few say more about themselves than about the behaviour")
-    counts["skipped_empty"], counts["cut_at_max_tokens"] = dict(skipped), dict(cut)
-    rows = _rows(owners, groups)
-    provenance = {
-        "positions": positions,
-        "part": part,
-        "chat": dataclasses.asdict(chat)
-        | {"stop": list(chat.stop), "template": _digest(chat.template or getattr(tokenizer, "chat_template", None))},
-        "max_tokens": max_tokens,
-    }
-    return Plan(spans, owners, rows, groups, counts, provenance)
-
-
-def _rows(owners: Sequence[Trace], groups: Sequence[tuple[Label, str]]) -> list[int]:
-    """Of each response its group's number, twice that for the group's first half and one more for its second."""
-    number = {group: i for i, group in enumerate(groups)}
-    seen = Counter[int]()
-    rows = []
-    for trace in owners:
-        group = number[trace.label, trace.group]
-        rows.append(2 * group + seen[group] % 2)
-        seen[group] += 1
-    return rows
 
 
 @dataclass(frozen=True)
@@ -272,16 +201,22 @@ class PassSums:
         totals: (site or block key, "input" or "output") → [2 · groups, k] fp64, a plan's rows.
         reached: an expert's site key → [2 · groups], tokens that reached it.
         provenance: of the model that ran.
+        evidence: site key → [rows of the plan's evidence, n·c] fp16; 0 in the rows of other responses.
     """
 
     sites: tuple[Site, ...]
     totals: Mapping[tuple[str, str], Tensor]
     reached: Mapping[str, Tensor]
     provenance: Mapping[str, Any]
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: PassSums) -> PassSums:
         return PassSums(
-            self.sites, _added(self.totals, other.totals), _added(self.reached, other.reached), self.provenance
+            self.sites,
+            _added(self.totals, other.totals),
+            _added(self.reached, other.reached),
+            self.provenance,
+            _added(self.evidence, other.evidence),
         )
 
 
@@ -315,10 +250,18 @@ def run_pass(
     which = range(len(plan.spans)) if which is None else which
     sites = find_sites(model)
     device = device_of(model)
-    with _Collector(model, sites, 2 * len(plan.groups)) as collector, torch.inference_mode():
+    kept, positions = plan.kept, plan.provenance["positions"]
+    with _Collector(model, sites, 2 * len(plan.groups), len(plan.evidence)) as collector, torch.inference_mode():
         done = 0
         for batch in batches_by_length([len(plan.spans[i].ids) for i in which], batch_tokens):
             chosen = [which[i] for i in batch]
+            parts = [
+                (b, part_of(plan.spans[i], part, positions), row)
+                for b, i in enumerate(chosen)
+                for row, part in kept.get(i, ())
+            ]
+            collector.part_rows = [row for _, _, row in parts]
+            collector.parts = _weights_of(parts, len(chosen), max(len(plan.spans[i].ids) for i in chosen))
             _forward(model, [plan.spans[i] for i in chosen], [plan.rows[i] for i in chosen], collector, device)
             if collector.first_not_finite():
                 collector.__exit__()  # its hooks would count the texts that now run one by one
@@ -335,7 +278,15 @@ def run_pass(
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     totals = {place: total.value() for place, total in collector.sums.items()}
-    return PassSums(sites, totals, dict(collector.reached), provenance)
+    return PassSums(sites, totals, dict(collector.reached), provenance, dict(collector.evidence))
+
+
+def _weights_of(parts: Sequence[tuple[int, range, int]], batch: int, width: int) -> Tensor:
+    """1 / its length over each part of a response of the batch, 0 elsewhere [parts, batch · width]."""
+    weights = torch.zeros(len(parts), batch, width)
+    for i, (b, span, _) in enumerate(parts):
+        weights[i, b, span.start : span.stop] = 1 / len(span)
+    return weights.flatten(1)
 
 
 def probe_of(plan: Plan, sums: PassSums, provenance: Mapping[str, Any]) -> Probe:
@@ -354,12 +305,8 @@ def probe_of(plan: Plan, sums: PassSums, provenance: Mapping[str, Any]) -> Probe
     counts = {**plan.counts, "experts": experts}
     agreement = _agreement(plan, halves, list(blocks))
     provenance = {**sums.provenance, **plan.provenance, **provenance, "halves_agree": agreement}
-    return Probe(sums.sites, inputs, outputs, counts, provenance, residual)
-
-
-def _digest(template: Any) -> str | None:
-    # It tells a template from that of another revision, whatever system prompt the template brings.
-    return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None
+    evidence = Evidence(plan.evidence, sums.evidence) if plan.evidence else None
+    return Probe(sums.sites, inputs, outputs, counts, provenance, residual, evidence)
 
 
 def _agreement(plan: Plan, halves: Mapping[tuple[str, str], Tensor], blocks: Sequence[str]) -> dict[str, float | None]:

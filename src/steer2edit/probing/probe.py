@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import FileError
 from ..files.tensors import read_tensors, write_tensors
 from ..method.intervention import residual_key
+from ..method.preserve import Evidence
 from ..method.site import Site
 from .traces import LABELS, Label
 
@@ -31,6 +32,7 @@ class Probe:
             under "experts", for each expert's site, how many tokens of each label reached it.
         provenance: model, dtype, span and versions.
         residual: layer → label → mean of the residual stream after it [d], fp32; empty if it was not measured.
+        evidence: inputs of heads in single responses, for edits that preserve; None if none was kept.
 
     >>> site = Site(0, "mlp", "down_proj", "down_proj.weight", d=2, n=3, width=1)
     >>> outputs = {"positive": torch.tensor([1.0, 2.0]), "negative": torch.tensor([0.0, 2.0])}
@@ -45,6 +47,7 @@ class Probe:
     counts: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     residual: Mapping[int, Mapping[Label, Tensor]] = field(default_factory=dict)
+    evidence: Evidence | None = None
 
     def vector(self, site: Site) -> Tensor:
         """The steering vector of the site's layer and block, v = δ̄_pos − δ̄_neg [d] (paper, equation 1)."""
@@ -79,6 +82,9 @@ class Probe:
             "counts": dict(self.counts),
             "provenance": dict(self.provenance),
         }
+        if self.evidence is not None:
+            tensors |= self.evidence.tensors()
+            header["evidence"] = self.evidence.rows_to_json()
         write_tensors(path, tensors, header)
 
     @classmethod
@@ -107,7 +113,8 @@ class Probe:
                 ):
                     raise ValueError(f"counts of {key}")
             residual = _residual(tensors, sites)
-            return cls(sites, inputs, outputs, counts, provenance, residual)
+            evidence = Evidence.read(tensors, header.get("evidence"), sites)
+            return cls(sites, inputs, outputs, counts, provenance, residual, evidence)
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} is not a whole probe", got=error, fix="Collect it again.") from None
 

@@ -97,7 +97,7 @@ def score(
         "variant": variant,
         "sites_with_zero_vector": [key for key, s in scores.items() if s.v_norm == 0],
     }
-    return Scores(scores, fingerprint, provenance)
+    return Scores(scores, fingerprint, provenance, probe.evidence if variant == FULL else None)
 
 
 def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:

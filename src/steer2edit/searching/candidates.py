@@ -12,7 +12,6 @@ from pydantic import TypeAdapter, ValidationError
 from ..edits import Edit, Scores, edit_of_variant
 from ..errors import FileError
 from ..method.intervention import NOTHING, Intervention, Term, residual_key, steering
-from ..method.site import layers_of
 from ..method.theorems import output_direction
 from ..method.variants import FULL
 from ..probing.probe import Probe
@@ -163,9 +162,8 @@ def edit_of(config: Mapping[str, Any], scores: Mapping[str, Scores]) -> Edit:
     Args:
         scores: the full method's under "full", and those of the variants that score in other ways.
     """
-    edit = edit_of_variant(config.get("variant", FULL), scores, config["rho_attn"], config["rho_mlp"], config["alpha"])
-    layers = config.get("layers")
-    return edit if layers is None else edit.only(layers=layers_of(layers))
+    variant, layers = config.get("variant", FULL), config.get("layers")
+    return edit_of_variant(variant, scores, config["rho_attn"], config["rho_mlp"], config["alpha"], layers)
 
 
 def intervention_of(candidate: Candidate, scores: Mapping[str, Scores], probe: Probe | None = None) -> Intervention:

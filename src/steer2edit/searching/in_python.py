@@ -20,7 +20,7 @@ from ..engines.base import Engine, Progress
 from ..errors import EditError, RecipeError
 from ..files.schema import nearest, parse
 from ..files.writing import write_jsonl
-from ..method.variants import FULL, SCORED
+from ..method.variants import FULL, PRESERVE, SCORED
 from ..probing.chat import CHAT, Chat
 from ..probing.collect import collect
 from ..probing.probe import Probe
@@ -149,7 +149,8 @@ def search(
         mark = _mark(live, behaviour, engine.chat)
         writer = Journalled(engine, place / f"own-{mark}.jsonl")
         traces = behaviour.make_traces(writer, behaviour.items(source, "probe"), None)
-        probe = collect(live, engine.tokenizer, traces, chat=engine.chat)
+        preserve = behaviour.preserved if PRESERVE in plan.variants else ()
+        probe = collect(live, engine.tokenizer, traces, chat=engine.chat, preserve=preserve)
         agreement = [cosine for cosine in probe.provenance["halves_agree"].values() if cosine is not None]
         if agreement:
             behaviour.check_contrast(max(agreement))

@@ -14,8 +14,7 @@ import numpy as np
 from ...edits import Edit
 from ...method.change import SiteEdit
 from ...method.scores import SiteScores
-from ...method.site import BLOCKS, Site
-from ...searching.candidates import layers_of
+from ...method.site import BLOCKS, Site, layers_of
 
 UNITS = {"attn": "head", "mlp": "neuron"}
 # Of each layer so many neurons are shown, the largest |λ| first.

@@ -1,0 +1,145 @@
+"""Edits that fire where they should: beyond the paper, whose k̂ fires on whatever excites a component along v.
+
+The probe may keep *evidence*: the mean inputs of attention heads over three parts of every positive response, and of
+every response to prompts at which the model is to stay as it is. `quiet_row` turns the paper's row a₀ of a site into
+the row that fires evenly on the first and hardly on the second, and otherwise stays near a₀.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from .change import SiteEdit
+from .site import Site
+
+# How near the paper's row the quiet one stays. It was chosen on validation prompts of the demo: docs/preserve.md.
+EPSILON = 0.3
+
+# The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
+# positions that predict the next five; and all later ones.
+PARTS = ("last prompt token", "first tokens", "rest")
+FIRST = 6
+# How much each part of what is preserved weighs. Whether an answer takes another course is decided at its first token.
+PART_WEIGHTS = (3.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class EvidenceRow:
+    """What one row of the evidence is the mean of: a part of the response to one prompt."""
+
+    label: str
+    group: str
+    response: int
+    part: int
+
+
+_ROWS = TypeAdapter(list[EvidenceRow])
+_FIELDS = [field.name for field in fields(EvidenceRow)]
+
+
+@dataclass(frozen=True, repr=False)
+class Evidence:
+    """Mean inputs of attention heads over parts of single responses.
+
+    Attributes:
+        rows: what each row is the mean of. inputs: site key → h [rows, n·c], fp16.
+    """
+
+    rows: Sequence[EvidenceRow]
+    inputs: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"Evidence({len(self.rows)} rows of {len(self.inputs)} sites)"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As tensors of a file; `rows_to_json` gives what its header needs."""
+        return {f"{key}.evidence": h for key, h in self.inputs.items()}
+
+    def rows_to_json(self) -> list[list[Any]]:
+        return [[row.label, row.group, row.response, row.part] for row in self.rows]
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], rows: Any, sites: Sequence[Site]) -> Evidence | None:
+        """What `tensors` and `rows_to_json` gave; None without rows. Raises ValueError if they do not fit the sites."""
+        if rows is None:
+            return None
+        parsed = _ROWS.validate_python([dict(zip(_FIELDS, row, strict=True)) for row in rows])
+        labels, parts = {row.label for row in parsed}, {row.part for row in parsed}
+        if labels != {"positive", "negative"} or not parts <= set(range(len(PARTS))):
+            raise ValueError("evidence of other labels or parts")
+        inputs = {s.key: tensors[f"{s.key}.evidence"] for s in sites if f"{s.key}.evidence" in tensors}
+        widths = {s.key: s.inputs for s in sites}
+        if any(h.shape != (len(parsed), widths[key]) or not h.isfinite().all() for key, h in inputs.items()):
+            raise ValueError("evidence of another shape, or not finite")
+        return cls(parsed, inputs)
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """Which rows are of positive responses [rows]."""
+        return torch.tensor([row.label == "positive" for row in self.rows])
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """What each row weighs [rows]: the positive ones one half, their parts alike; the others the other half, their
+        groups alike, and the parts of a group as PART_WEIGHTS."""
+        sets: dict[tuple[str, str, int], list[int]] = {}
+        for i, row in enumerate(self.rows):
+            sets.setdefault((row.label, row.group, row.part), []).append(i)
+        weights = torch.zeros(len(self.rows))
+        for (label, _, part), members in sets.items():
+            weights[members] = (1.0 if label == "positive" else PART_WEIGHTS[part]) / len(members)
+        for side in (self.positive, ~self.positive):
+            weights[side] /= 2 * weights[side].sum()
+        return weights
+
+
+def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, epsilon: float) -> Tensor:
+    """The row near the paper's that fires as much on the positive rows, evenly, and little on the others.
+
+        a = argmin_a  E₊[(aᵀh − t)²] + E₋[(aᵀh)²] + ε s̄ ‖a − a₀‖²,      t = E₊[a₀ᵀh]
+          = (S + ε s̄ I)⁻¹ (t m₊ + ε s̄ a₀),      S = E[h hᵀ],  m₊ = E₊[h],  s̄ = tr S / (n·c)
+
+    A ridge regression around a₀ (docs/preserve.md has the proof). It is linear in a₀, so that a strength scales both
+    rows alike; ε → ∞ gives a₀, the paper's edit. With fewer rows than columns the system is solved for the rows.
+
+    Args:
+        a0: [n·c] fp32. h: [rows, n·c]. weights: [rows]. positive: [rows] bool. epsilon: above 0.
+    """
+    h, weights = h.float(), weights[:, None]
+    scale = float((weights * h.square()).sum()) / h.shape[1]
+    if scale == 0:
+        return a0
+    target = float((weights * h * positive[:, None]).sum(dim=0) @ a0) / float(weights[positive].sum())
+    ridge = epsilon * scale
+    pull = target * (weights * h * positive[:, None]).sum(dim=0) + ridge * a0  # [n·c]
+    if len(h) >= h.shape[1]:
+        return torch.linalg.solve(h.T @ (weights * h) + ridge * torch.eye(h.shape[1]), pull)
+    # Woodbury: (BᵀB + r I)⁻¹ = (I − Bᵀ(B Bᵀ + r I)⁻¹B) / r with B = √w h.
+    root = weights.sqrt() * h
+    inner = torch.linalg.solve(root @ root.T + ridge * torch.eye(len(h)), root @ pull)
+    return (pull - root.T @ inner) / ridge
+
+
+def quieted(site: SiteEdit, evidence: Evidence, epsilon: float) -> SiteEdit:
+    """A site's edit with the quiet row over the components that it edits; as it was, if there is no evidence for it.
+
+    |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
+    """
+    h = evidence.inputs.get(site.site.key)
+    edited = site.lam != 0
+    if h is None or not edited.any():
+        return site
+    columns = edited.repeat_interleave(site.site.width)
+    row = torch.zeros_like(site.row)
+    row[columns] = quiet_row(site.row[columns], h[:, columns], evidence.weights, evidence.positive, epsilon)
+    parts = row.view(site.site.n, site.site.width)
+    lam = torch.copysign(torch.linalg.vector_norm(parts, dim=1), site.lam) * edited
+    k = torch.where(lam[:, None] != 0, parts / lam[:, None], site.k)
+    return SiteEdit(site.site, site.u, k, site.g, site.reach * (site.k * k).sum(dim=1), lam)

@@ -1,0 +1,181 @@
+"""The quiet row against least squares in fp64, its limits, and the weights of the evidence by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from steer2edit.edits import Scores
+from steer2edit.errors import EditError
+from steer2edit.method.change import SiteEdit
+from steer2edit.method.preserve import PARTS, Evidence, EvidenceRow, quiet_row, quieted
+from steer2edit.method.scores import score_site
+from steer2edit.method.site import Site
+
+
+def _case(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a₀, h, weights whose sides weigh one half each, and which rows are positive."""
+    draw = torch.Generator().manual_seed(seed)
+    h, a0 = torch.randn(rows, columns, generator=draw), torch.randn(columns, generator=draw)
+    weights = torch.rand(rows, generator=draw) + 0.1
+    positive = torch.arange(rows) % 3 == 0
+    for side in (positive, ~positive):
+        weights[side] /= 2 * weights[side].sum()
+    return a0, h, weights, positive
+
+
+def _least_squares(a0: Any, h: Any, weights: Any, positive: Any, epsilon: float) -> np.ndarray:
+    """The same minimum, as one tall least-squares problem: rows √w·h → √w·target, and √(ε s̄)·I → √(ε s̄)·a₀."""
+    a0, h, weights = (x.double().numpy() for x in (a0, h, weights))
+    positive = positive.numpy()
+    share = weights[positive] / weights[positive].sum()
+    target = sum(w * float(x @ a0) for w, x in zip(share, h[positive], strict=True))
+    scale = sum(w * float(x @ x) for w, x in zip(weights, h, strict=True)) / h.shape[1]
+    root, pull = np.sqrt(weights), np.sqrt(epsilon * scale)
+    A = np.concatenate([root[:, None] * h, pull * np.eye(h.shape[1])])
+    b = np.concatenate([root * target * positive, pull * a0])
+    return np.linalg.lstsq(A, b, rcond=None)[0]
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.3, 10.0])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40), (20, 20)])
+def test_the_quiet_row_is_the_minimum(rows: int, columns: int, epsilon: float) -> None:
+    case = _case(rows, columns)
+    np.testing.assert_allclose(quiet_row(*case, epsilon), _least_squares(*case, epsilon), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40)])
+def test_a_large_epsilon_gives_the_papers_row(rows: int, columns: int) -> None:
+    a0, *rest = _case(rows, columns)
+    torch.testing.assert_close(quiet_row(a0, *rest, 1e6), a0, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_linear_in_the_papers_row() -> None:
+    a0, *rest = _case(30, 12)
+    other = torch.randn(12)
+    sum_of_both = quiet_row(a0, *rest, 0.3) * 2 + quiet_row(other, *rest, 0.3)
+    torch.testing.assert_close(quiet_row(2 * a0 + other, *rest, 0.3), sum_of_both, rtol=1e-4, atol=1e-4)
+
+
+def test_it_fires_less_where_nothing_is_to_change_and_as_much_where_it_should() -> None:
+    """Two groups that differ along one axis, which the paper's row does not know."""
+    draw = torch.Generator().manual_seed(1)
+    h = torch.randn(200, 8, generator=draw) * 0.3
+    positive = torch.arange(200) < 100
+    h[:, 0] += 2.0  # what excites the paper's row on both sides
+    h[positive, 1] += 1.5
+    a0 = torch.zeros(8)
+    a0[0] = 1.0
+    a = quiet_row(a0, h, torch.full((200,), 1 / 200), positive, 0.05)
+    fired, quiet = (h[positive] @ a).mean(), (h[~positive] @ a).mean()
+    assert float(fired) == pytest.approx(float((h[positive] @ a0).mean()), rel=0.2)
+    assert float(quiet) < 0.25 * float(fired)
+    assert float((h[~positive] @ a0).mean()) > 0.9 * float((h[positive] @ a0).mean())
+
+
+def test_inputs_of_zero_leave_the_papers_row() -> None:
+    a0, h, weights, positive = _case(10, 4)
+    assert torch.equal(quiet_row(a0, 0 * h, weights, positive, 0.3), a0)
+
+
+def _rows(*of: tuple[str, str, int]) -> list[EvidenceRow]:
+    return [EvidenceRow(label, group, i, part) for i, (label, group, part) in enumerate(of)]
+
+
+def test_the_weights_of_the_rows_by_hand() -> None:
+    evidence = Evidence(
+        _rows(
+            ("positive", "harm", 0),
+            ("positive", "harm", 0),
+            ("positive", "harm", 1),
+            ("negative", "plain", 0),
+            ("negative", "plain", 2),
+            ("negative", "like", 0),
+            ("negative", "like", 0),
+        ),
+        {},
+    )
+    # The positive half: two parts of 1/4; the first has two rows. The other half: sets of 3, 1 and 3 parts in 7.
+    told = [1 / 8, 1 / 8, 1 / 4, 3 / 14, 1 / 14, 3 / 28, 3 / 28]
+    np.testing.assert_allclose(evidence.weights, told, rtol=1e-6)
+
+
+def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
+    site = Site(0, "attn", "self_attn.o_proj", "self_attn.o_proj.weight", d=6, n=n, width=c)
+    draw = torch.Generator().manual_seed(3)
+    s = score_site(site, torch.randn(6, n * c, generator=draw), *(torch.randn(k, generator=draw) for k in (6, n * c)))
+    lam = torch.tensor([0.5, 0.0, -0.7, 0.2])
+    rows = _rows(*[("positive" if i % 2 else "negative", "", i % 3) for i in range(24)])
+    h = torch.randn(24, n * c, generator=draw).half()
+    return SiteEdit(site, s.u, s.k, s.g, s.reach, lam), Evidence(rows, {"0.attn": h})
+
+
+def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
+    edit, evidence = _site_edit()
+    quiet = quieted(edit, evidence, 0.3)
+    assert torch.equal(torch.sign(quiet.lam), torch.sign(edit.lam))
+    assert quiet.row.view(4, 3)[1].tolist() == [0, 0, 0]
+    lengths = torch.linalg.vector_norm(quiet.k, dim=1)
+    torch.testing.assert_close(lengths, torch.ones(4), rtol=1e-5, atol=1e-5)
+    columns = [0, 1, 2, 6, 7, 8, 9, 10, 11]
+    h = evidence.inputs["0.attn"][:, columns]
+    expected = _least_squares(edit.row[columns], h, evidence.weights, evidence.positive, 0.3)
+    np.testing.assert_allclose(quiet.row[columns], expected, rtol=1e-3, atol=1e-4)
+    assert (quiet.g is edit.g, quiet.u is edit.u) == (True, True)
+
+
+def test_the_reach_is_that_of_the_new_direction() -> None:
+    edit, evidence = _site_edit()
+    quiet = quieted(edit, evidence, 0.3)
+    # v̂ᵀW_i k_i = reach_i · k̂_i·k_i, since W_iᵀv̂ = reach_i k̂_i.
+    along = edit.reach[:, None] * edit.k
+    torch.testing.assert_close(quiet.reach, (along * quiet.k).sum(dim=1))
+
+
+def test_a_site_without_evidence_and_one_that_is_not_edited_stay_the_papers() -> None:
+    edit, evidence = _site_edit()
+    assert quieted(edit, Evidence(evidence.rows, {}), 0.3) is edit
+    off = SiteEdit(edit.site, edit.u, edit.k, edit.g, edit.reach, torch.zeros(4))
+    assert quieted(off, evidence, 0.3) is off
+
+
+def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_range() -> None:
+    edit, evidence = _site_edit()
+    site = score_site(edit.site, torch.ones(6, 12), torch.ones(6), torch.ones(12))
+    with pytest.raises(EditError, match="no evidence"):
+        Scores({"0.attn": site}).edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3)
+    scores = Scores({"0.attn": site}, evidence=evidence)
+    for epsilon in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(EditError, match="above 0"):
+            scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=epsilon)
+    with pytest.raises(EditError, match="no \\(ρ, α\\) to change"):
+        scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3).with_budget(
+            rho_attn=0.1, rho_mlp=None, alpha=0.0
+        )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [["positive", "", 0, 0]],  # one label alone
+        [["positive", "", 0, 0], ["negative", "", 1, len(PARTS)]],
+        [["positive", "", 0, 0], ["negative", "", 1]],
+        [["positive", "", 0, 0], ["negative", 3, 1, 0]],
+        "rows",
+    ],
+)
+def test_rows_of_a_file_that_are_none_are_refused(rows: Any) -> None:
+    site = Site(0, "attn", "o", "o.weight", d=2, n=1, width=2)
+    with pytest.raises((ValueError, TypeError)):
+        Evidence.read({"0.attn.evidence": torch.zeros(2, 2).half()}, rows, [site])
+
+
+def test_evidence_of_another_shape_or_not_finite_is_refused() -> None:
+    site = Site(0, "attn", "o", "o.weight", d=2, n=1, width=2)
+    rows = [["positive", "", 0, 0], ["negative", "", 1, 0]]
+    for h in (torch.zeros(2, 3), torch.zeros(3, 2), torch.full((2, 2), float("nan"))):
+        with pytest.raises(ValueError, match="shape"):
+            Evidence.read({"0.attn.evidence": h.half()}, rows, [site])

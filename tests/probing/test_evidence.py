@@ -1,0 +1,152 @@
+"""The evidence of a probe: against a plain loop of one text at a time, through files, replicas and edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+import steer2edit as s2e
+from steer2edit.errors import FileError, TraceError
+from steer2edit.files.tensors import read_tensors, write_tensors
+from steer2edit.method.preserve import FIRST
+from steer2edit.probing.chat import CHAT
+from steer2edit.probing.collect import collect, probe_of, run_pass
+from steer2edit.probing.plan import plan_pass
+
+
+def _collected(model: Any, tokenizer: Any, traces: Any, **options: Any) -> s2e.Probe:
+    groups = {trace.group for trace in traces[1]}
+    return collect(model, tokenizer, *traces, preserve=sorted(groups), **options)
+
+
+@pytest.mark.parametrize("positions", ["predicting", "response"])
+@pytest.mark.parametrize("batch_tokens", [1, 400])
+def test_each_row_is_the_mean_of_its_part(
+    pico: Any, tokenizer: Any, traces: Any, positions: Any, batch_tokens: int
+) -> None:
+    model = pico()
+    evidence = _collected(model, tokenizer, traces, positions=positions, batch_tokens=batch_tokens).evidence
+    assert evidence is not None
+    runs = oracle.runs_of(tokenizer, [*traces[0], *traces[1]], predicting=positions == "predicting")
+    if positions == "response":  # the first part is the prompt's last position all the same
+        runs = [(label, group, ids, first - 1, last) for label, group, ids, first, last in runs]
+    kept = oracle.capture(model, runs)
+    for layer in (0, 1, 2):
+        responses = [response.inputs for response in kept[layer, "attn"]]
+        rows = []
+        for of_response in responses:
+            parts = (of_response[:1], of_response[1:FIRST], of_response[FIRST:])
+            rows += [part.mean(axis=0) for part in parts if len(part)]
+        told = torch.from_numpy(np.array(rows))
+        here = evidence.inputs[f"{layer}.attn"]
+        assert (here.dtype, here.shape) == (torch.float16, told.shape)
+        torch.testing.assert_close(here.double(), told.double(), rtol=2e-3, atol=2e-3)
+    assert set(evidence.inputs) == {"0.attn", "1.attn", "2.attn"}  # heads alone: neurons are too many
+
+
+def test_other_groups_are_not_kept_and_the_means_stay(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    positive, negative = traces
+    without = collect(model, tokenizer, positive, negative)
+    assert without.evidence is None
+    group = negative[0].group
+    probe = collect(model, tokenizer, positive, negative, preserve=[group])
+    assert probe.evidence is not None
+    assert {row.group for row in probe.evidence.rows if row.label == "negative"} == {group}
+    for key, labels in without.outputs.items():
+        for label, mean in labels.items():
+            assert torch.equal(mean, probe.outputs[key][label])
+
+
+def test_a_group_that_is_not_there_is_refused(pico: Any, tokenizer: Any, traces: Any) -> None:
+    with pytest.raises(TraceError, match="no such group"):
+        collect(pico(), tokenizer, *traces, preserve=["elsewhere"])
+
+
+def test_passes_over_parts_of_the_traces_add_up(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    groups = sorted({trace.group for trace in traces[1]})
+    plan = plan_pass(
+        tokenizer,
+        [*traces[0], *traces[1]],
+        chat=CHAT,
+        part="both",
+        positions="predicting",
+        max_tokens=4096,
+        preserve=groups,
+    )
+    whole = probe_of(plan, run_pass(model, plan, None, 400), {})
+    odd, even = (run_pass(model, plan, range(start, len(plan.spans), 2), 400) for start in (1, 0))
+    halves = probe_of(plan, odd + even, {})
+    assert whole.evidence is not None and halves.evidence is not None
+    assert whole.evidence.rows == halves.evidence.rows
+    for key, h in whole.evidence.inputs.items():
+        torch.testing.assert_close(h, halves.evidence.inputs[key], rtol=2e-3, atol=2e-3)
+
+
+def test_probe_scores_and_edit_keep_it_through_files(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
+    model = pico()
+    probe = _collected(model, tokenizer, traces)
+    probe.save(tmp_path / "probe.safetensors")
+    again = s2e.Probe.load(tmp_path / "probe.safetensors")
+    assert again.evidence is not None and probe.evidence is not None
+    assert again.evidence.rows == probe.evidence.rows
+    assert all(torch.equal(h, probe.evidence.inputs[key]) for key, h in again.evidence.inputs.items())
+
+    scores = s2e.score(model, again)
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = type(scores).load(tmp_path / "scores.safetensors")
+    budget: Any = {"rho_attn": 0.2, "rho_mlp": None, "alpha": 0.2, "preserve": 0.3}
+    edit = loaded.edit(**budget)
+    assert edit.id == scores.edit(**budget).id != scores.edit(**budget | {"preserve": None}).id
+    assert edit.config["preserve"] == 0.3
+    edit.save(tmp_path / "edit.safetensors")
+    assert s2e.Edit.load(tmp_path / "edit.safetensors").id == edit.id
+
+
+def test_damaged_evidence_is_refused(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    _collected(pico(), tokenizer, traces).save(path)
+    tensors, header = read_tensors(path, "probe")
+    for damage in ({"evidence": header["evidence"][1:]}, {"evidence": [["positive"]]}, {"evidence": 7}):
+        write_tensors(path, tensors, header | damage)
+        with pytest.raises(FileError, match="not a whole probe"):
+            s2e.Probe.load(path)
+
+
+def test_layers_and_components_that_are_off_stay_off(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico()
+    scores = s2e.score(model, _collected(model, tokenizer, traces))
+    budget: Any = {"rho_attn": 0.4, "rho_mlp": 0.4, "alpha": 0.5}
+    papers, quiet = (scores.edit(**budget, layers="1-2", preserve=epsilon) for epsilon in (None, 0.3))
+    for key, site in quiet.sites.items():
+        assert torch.equal(site.lam != 0, papers.sites[key].lam != 0)
+        if site.site.block == "mlp":
+            assert torch.equal(site.lam, papers.sites[key].lam)
+    assert not (quiet.sites["0.attn"].lam != 0).any()
+
+
+def test_hooks_weights_and_adapter_agree(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = pico()
+    scores = s2e.score(model, _collected(model, tokenizer, traces))
+    edit = scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.2, preserve=0.3)
+    ids = torch.tensor([tokenizer("What is the capital?")["input_ids"]])
+    with torch.no_grad():
+        base = model(ids).logits
+        with edit.applied(model):
+            hooked = model(ids).logits
+        edit.apply(model)
+        baked = model(ids).logits
+        edit.revert(model)
+        edit.save_adapter(tmp_path / "adapter")
+        adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")(ids).logits
+    assert float((hooked - base).abs().max()) > 1e-3
+    torch.testing.assert_close(hooked, baked, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hooked, adapted, rtol=1e-4, atol=1e-4)
