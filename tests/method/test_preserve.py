@@ -11,7 +11,7 @@ import torch
 from steer2edit.edits import Scores
 from steer2edit.errors import EditError
 from steer2edit.method.change import SiteEdit
-from steer2edit.method.preserve import PARTS, Evidence, EvidenceRow, quiet_row, quieted
+from steer2edit.method.preserve import PARTS, Evidence, EvidenceRow, in_bytes, quiet_row, quieted
 from steer2edit.method.scores import score_site
 from steer2edit.method.site import Site
 
@@ -97,10 +97,11 @@ def test_the_weights_of_the_rows_by_hand() -> None:
             ("negative", "like", 0),
         ),
         {},
+        {},
     )
-    # The positive half: two parts of 1/4; the first has two rows. The other half: sets of 3, 1 and 3 parts in 7.
-    told = [1 / 8, 1 / 8, 1 / 4, 3 / 14, 1 / 14, 3 / 28, 3 / 28]
-    np.testing.assert_allclose(evidence.weights, told, rtol=1e-6)
+    # The positive half: two parts of 1/4, of which the first has two rows. The other half: three parts of 1/6.
+    expected = [1 / 8, 1 / 8, 1 / 4, 1 / 6, 1 / 6, 1 / 12, 1 / 12]
+    np.testing.assert_allclose(evidence.weights, expected, rtol=1e-6)
 
 
 def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
@@ -109,8 +110,8 @@ def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
     s = score_site(site, torch.randn(6, n * c, generator=draw), *(torch.randn(k, generator=draw) for k in (6, n * c)))
     lam = torch.tensor([0.5, 0.0, -0.7, 0.2])
     rows = _rows(*[("positive" if i % 2 else "negative", "", i % 3) for i in range(24)])
-    h = torch.randn(24, n * c, generator=draw).half()
-    return SiteEdit(site, s.u, s.k, s.g, s.reach, lam), Evidence(rows, {"0.attn": h})
+    h = torch.randn(24, n * c, generator=draw)
+    return SiteEdit(site, s.u, s.k, s.g, s.reach, lam), Evidence(rows, *({"0.attn": x} for x in in_bytes(h)))
 
 
 def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
@@ -121,7 +122,7 @@ def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
     lengths = torch.linalg.vector_norm(quiet.k, dim=1)
     torch.testing.assert_close(lengths, torch.ones(4), rtol=1e-5, atol=1e-5)
     columns = [0, 1, 2, 6, 7, 8, 9, 10, 11]
-    h = evidence.inputs["0.attn"][:, columns]
+    h = evidence.of("0.attn")[:, columns]
     expected = _least_squares(edit.row[columns], h, evidence.weights, evidence.positive, 0.3)
     np.testing.assert_allclose(quiet.row[columns], expected, rtol=1e-3, atol=1e-4)
     assert (quiet.g is edit.g, quiet.u is edit.u) == (True, True)
@@ -137,7 +138,7 @@ def test_the_reach_is_that_of_the_new_direction() -> None:
 
 def test_a_site_without_evidence_and_one_that_is_not_edited_stay_the_papers() -> None:
     edit, evidence = _site_edit()
-    assert quieted(edit, Evidence(evidence.rows, {}), 0.3) is edit
+    assert quieted(edit, Evidence(evidence.rows, {}, {}), 0.3) is edit
     off = SiteEdit(edit.site, edit.u, edit.k, edit.g, edit.reach, torch.zeros(4))
     assert quieted(off, evidence, 0.3) is off
 
@@ -170,12 +171,22 @@ def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_rang
 def test_rows_of_a_file_that_are_none_are_refused(rows: Any) -> None:
     site = Site(0, "attn", "o", "o.weight", d=2, n=1, width=2)
     with pytest.raises((ValueError, TypeError)):
-        Evidence.read({"0.attn.evidence": torch.zeros(2, 2).half()}, rows, [site])
+        Evidence.read({"0.attn.evidence": torch.zeros(2, 2).char()}, rows, [site])
 
 
-def test_evidence_of_another_shape_or_not_finite_is_refused() -> None:
+def test_evidence_of_another_shape_is_refused() -> None:
     site = Site(0, "attn", "o", "o.weight", d=2, n=1, width=2)
     rows = [["positive", "", 0, 0], ["negative", "", 1, 0]]
-    for h in (torch.zeros(2, 3), torch.zeros(3, 2), torch.full((2, 2), float("nan"))):
+    for shape, scales in (((2, 3), 2), ((3, 2), 2), ((2, 2), 3)):
+        tensors = {"0.attn.evidence": torch.zeros(shape).char(), "0.attn.evidence_scale": torch.zeros(scales)}
         with pytest.raises(ValueError, match="shape"):
-            Evidence.read({"0.attn.evidence": h.half()}, rows, [site])
+            Evidence.read(tensors, rows, [site])
+
+
+def test_bytes_keep_rows_to_a_step_and_zeros_exactly() -> None:
+    h = torch.tensor([[1.0, -2.54, 0.01], [0.0, 0.0, 0.0], [1e-6, 0.0, -1e-6]])
+    steps, scale = in_bytes(h)
+    assert steps.dtype is torch.int8
+    assert ((steps * scale[:, None] - h).abs() <= scale[:, None] / 2 + 1e-12).all()
+    assert steps[0].tolist() == [50, -127, 0]
+    assert steps[1].tolist() == [0, 0, 0]

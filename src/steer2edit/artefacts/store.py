@@ -42,7 +42,10 @@ class ScoreTable(Protocol):
 
 
 def save_scores(scores: ScoreTable, path: str | Path) -> None:
-    header: dict[str, Any] = {"v_norm": {key: s.v_norm for key, s in scores.sites.items()}, "provenance": dict(scores.provenance)}
+    header: dict[str, Any] = {
+        "v_norm": {key: s.v_norm for key, s in scores.sites.items()},
+        "provenance": dict(scores.provenance),
+    }
     tensors, sites = _packed(scores.sites, SCORES, scores.fingerprint)
     if scores.evidence is not None:
         tensors |= scores.evidence.tensors()

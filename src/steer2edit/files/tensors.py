@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Tensors whose names end like this are fp16, all others fp32: single responses' means, which are many.
-HALF = ".evidence"
+# Tensors whose names end like this are int8, all others fp32: means of single responses, which are many.
+BYTES = ".evidence"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         actual = header.get("kind") if isinstance(header, dict) else type(header).__name__
         raise FileError(f"{path} does not hold a {kind}", got=actual, fix=f"Give a file that holds a {kind}.")
     for name, tensor in tensors.items():
-        dtype = torch.float16 if name.endswith(HALF) else torch.float32
+        dtype = torch.int8 if name.endswith(BYTES) else torch.float32
         if tensor.dtype is not dtype or not torch.isfinite(tensor).all():
             kind = f"{dtype}".removeprefix("torch.")
             raise FileError(f"tensor {name} of {path} is not finite {kind}", got=tensor.dtype, fix="Write it again.")

@@ -19,6 +19,8 @@ from ..engines.plan import load_tokenizer
 from ..errors import FileError, ModelError, Steer2EditError, TaskError
 from ..files.reading import read_json, sha256
 from ..files.writing import write_json, write_jsonl, write_text
+from ..method.firing import firing
+from ..method.variants import FULL
 from ..probing.collect import probe_of
 from ..probing.plan import plan_pass
 from ..probing.probe import Probe
@@ -186,7 +188,11 @@ def _edit(run: Run) -> list[str]:
         say(f"  nothing moved: no edit within the limits has a better {aim.ranking.title} than the original model")
     shown = summary(study, aim, recipe.search.method, recipe.evaluation.resamples, recipe.seed)
     briefs = {kind: None if trial is None else _brief(trial) for kind, trial in others.items()}
-    write_json(run.path(CHOICE), shown | {"steering": None, **briefs, "edit": _brief(chosen), "moved": any_moved})
+    evidence = run.scores[FULL].evidence
+    fires = {} if evidence is None else {"firing": [group.row() for group in firing(edit, evidence)]}
+    write_json(
+        run.path(CHOICE), shown | {"steering": None, **briefs, "edit": _brief(chosen), "moved": any_moved} | fires
+    )
     ids = [trial.candidate.id if trial else f"no {TITLES[kind]} within the limits" for kind, trial in others.items()]
     say(f"  chosen on validation: {', '.join([chosen.candidate.id, *ids])}")
     return [EDIT, CHOICE]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, ProbeError
 from ..method.intervention import residual_key
-from ..method.preserve import Evidence
+from ..method.preserve import Evidence, in_bytes
 from ..method.site import BLOCKS, Site
 from ..models.architectures import architecture_of
 from ..models.experts import Tap, tapped
@@ -66,7 +66,8 @@ class _Collector:
         self.weights = torch.empty(0)  # [groups, batch · time]: 1 / span length inside a span, 0 elsewhere
         self.parts = torch.empty(0)  # [parts, batch · time]: the same for the parts of responses that are kept
         self.part_rows: list[int] = []  # [parts]: their rows in the evidence
-        self.evidence: dict[str, Tensor] = {}  # a site of heads → [kept rows, n·c]
+        self.evidence: dict[str, Tensor] = {}  # a site of heads → [kept rows, n·c] int8
+        self.scales: dict[str, Tensor] = {}  # … → [kept rows]
         self.heads = {site.key for site in sites if site.width > 1}
         self.sums: dict[tuple[str, str], _Sum] = {}
         self.reached: dict[str, Tensor] = {}  # expert's site → [groups], tokens that reached it
@@ -121,9 +122,10 @@ class _Collector:
 
     def _keep(self, key: str, flat: Tensor) -> None:
         if key not in self.evidence:
-            self.evidence[key] = torch.zeros(self.kept, flat.shape[-1], dtype=torch.float16)
+            self.evidence[key] = torch.zeros(self.kept, flat.shape[-1], dtype=torch.int8)
+            self.scales[key] = torch.zeros(self.kept)
         means = self.parts.to(flat.device) @ flat.float()
-        self.evidence[key][self.part_rows] = means.cpu().to(torch.float16)
+        self.evidence[key][self.part_rows], self.scales[key][self.part_rows] = in_bytes(means.cpu())
 
     def first_not_finite(self) -> str | None:
         """The first site or block, in the model's order, whose sums hold a NaN or an infinity."""
@@ -201,7 +203,8 @@ class PassSums:
         totals: (site or block key, "input" or "output") → [2 · groups, k] fp64, a plan's rows.
         reached: an expert's site key → [2 · groups], tokens that reached it.
         provenance: of the model that ran.
-        evidence: site key → [rows of the plan's evidence, n·c] fp16; 0 in the rows of other responses.
+        evidence: site key → [rows of the plan's evidence, n·c] int8; 0 in the rows of other responses. scales: site key
+            → [rows].
     """
 
     sites: tuple[Site, ...]
@@ -209,6 +212,7 @@ class PassSums:
     reached: Mapping[str, Tensor]
     provenance: Mapping[str, Any]
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: PassSums) -> PassSums:
         return PassSums(
@@ -217,6 +221,7 @@ class PassSums:
             _added(self.reached, other.reached),
             self.provenance,
             _added(self.evidence, other.evidence),
+            _added(self.scales, other.scales),
         )
 
 
@@ -278,7 +283,7 @@ def run_pass(
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
     totals = {place: total.value() for place, total in collector.sums.items()}
-    return PassSums(sites, totals, dict(collector.reached), provenance, dict(collector.evidence))
+    return PassSums(sites, totals, dict(collector.reached), provenance, collector.evidence, collector.scales)
 
 
 def _weights_of(parts: Sequence[tuple[int, range, int]], batch: int, width: int) -> Tensor:
@@ -305,7 +310,7 @@ def probe_of(plan: Plan, sums: PassSums, provenance: Mapping[str, Any]) -> Probe
     counts = {**plan.counts, "experts": experts}
     agreement = _agreement(plan, halves, list(blocks))
     provenance = {**sums.provenance, **plan.provenance, **provenance, "halves_agree": agreement}
-    evidence = Evidence(plan.evidence, sums.evidence) if plan.evidence else None
+    evidence = Evidence(plan.evidence, sums.evidence, sums.scales) if plan.evidence else None
     return Probe(sums.sites, inputs, outputs, counts, provenance, residual, evidence)
 
 

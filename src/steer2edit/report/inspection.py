@@ -114,6 +114,8 @@ def _run(path: Path) -> dict[str, Any]:
         raise FileError(f"{path / MANIFEST} is not a run's", got=repr(error), fix="Give a run directory.") from None
     if (path / "choice.json").is_file():
         contents["choice"] = read_json(path / "choice.json")
+        if rows := contents["choice"].pop("firing", None):
+            contents["where it fires"] = rows
     if (path / "evaluation/results.json").is_file():
         contents["results"] = read_json(path / "evaluation/results.json")
     return contents

@@ -199,8 +199,24 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
             f"- {block}: {s['edited']} of {s['components']} components edited, {s['reinforced']} reinforced,"
             f" {s['suppressed']} suppressed, largest |λ| {s['largest']:.3f}."
         )
-    lines += ["", "![edit magnitudes](figures/lambda.png)", ""]
+    lines += ["", "![edit magnitudes](figures/lambda.png)", "", *firing_lines(choice)]
     return "\n".join(lines)
+
+
+FIRING = (
+    "The push along the vector on the probe's own prompts, as a share of the push on positive responses. AUC: how often"
+    " a positive response is pushed more than one of the group; in brackets, what a linear probe on the same inputs"
+    " reaches on responses that it has not seen."
+)
+
+
+def firing_lines(choice: Mapping[str, Any]) -> list[str]:
+    """Where the edit fires, in Markdown; nothing if the probe kept no evidence."""
+    rows = choice.get("firing")
+    if not rows:
+        return []
+    table = _markdown(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
+    return ["## Where it fires", "", FIRING, "", table, ""]
 
 
 def describe_limits(aim: Aim) -> str:
