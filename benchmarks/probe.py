@@ -13,6 +13,7 @@ import sys
 import torch
 
 import steer2edit as s2e
+from steer2edit.method.preserve import PARTS
 from steer2edit.models.sites import module_of
 from steer2edit.probing.collect import batches_by_length
 from steer2edit.probing.spans import response_span
@@ -59,9 +60,17 @@ def main() -> None:
     def probe() -> None:
         s2e.collect(model, tokenizer, some)
 
+    groups = sorted({trace.group for trace in some if trace.label == "negative"})
+
+    def probe_with_evidence() -> None:
+        s2e.collect(model, tokenizer, some, preserve=groups)
+
     print(f"{len(spans)} responses, {sum(len(s.ids) for s in spans)} tokens, {len(sites)} sites")
     ratio(probe, plain, 7, ("<=", 1.10), "probe / plain forward passes without the head")
     ratio(one_at_a_time, probe, 3, (">=", 1.7), "batch-of-one passes that keep every activation / probe")
+    ratio(probe_with_evidence, probe, 7, ("<=", 1.15), "probe that keeps evidence / probe")
+    size = 240 * len(PARTS) * (4096 + 4) * 32 / 1e6
+    report("evidence of 240 responses of a 7B model's shapes, MB", size, ("<=", 100), "bytes and scales, 32 layers of 4096")
     extra = {length: _extra_memory(length) for length in (512, 2048)}
     note = ", ".join(f"{length} tokens: {mb:.0f} MB" for length, mb in extra.items())
     report("probe's extra memory at 2048 tokens less that at 512, MB", extra[2048] - extra[512], ("<=", 25), note)

@@ -325,8 +325,8 @@ WEAK_AGREEMENT = 0.3
 AUTOMATIC: Mapping[str, Any] = {
     "rho_mlp": [None],
     "layers": ["33%-83%", "50%-100%"],
-    "span": [0.1, 0.42],
-    "points": 3,
+    "span": [0.15, 0.4],
+    "points": 2,
 }
 
 # The kind of a multiple-choice question from `data.questions`, whatever the behaviour.

@@ -1,0 +1,46 @@
+"""A run whose edits preserve: evidence through every stage, and what the recipe refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import steer2edit as s2e
+from runs import save_pico, tiny_recipe
+from steer2edit.errors import RecipeError
+from steer2edit.pipeline.run import Run
+from steer2edit.pipeline.stages import run_all
+
+
+def test_a_run_with_edits_that_preserve_says_where_its_edit_fires(tmp_path: Path) -> None:
+    recipe = tiny_recipe(save_pico(tmp_path / "model"), search__variants=["preserve", "full"])
+    run = Run(tmp_path / "run", recipe)
+    run_all(run)
+    probe = s2e.Probe.load(tmp_path / "run/probe.safetensors")
+    assert probe.evidence is not None
+    # Benign answers are preserved, the model's own answers to harmful prompts are not.
+    assert {(row.label, row.group) for row in probe.evidence.rows} == {("positive", "harmful"), ("negative", "benign")}
+    trials = [json.loads(line) for line in (tmp_path / "run/search/trials.jsonl").read_text().splitlines()]
+    variants = [row["config"].get("variant", "full") for row in trials if row["kind"] == "edit"]
+    assert sorted(variants) == ["full", "full", "preserve", "preserve"]
+    choice = json.loads((tmp_path / "run/choice.json").read_text())
+    assert [row["group"] for row in choice["firing"]] == ["positive: harmful", "negative: benign"]
+    assert "## Where it fires" in (tmp_path / "run/report.md").read_text()
+
+
+def test_a_run_without_them_keeps_no_evidence(tmp_path: Path) -> None:
+    recipe = tiny_recipe(save_pico(tmp_path / "model"))
+    run = Run(tmp_path / "run", recipe)
+    run_all(run)
+    assert s2e.Probe.load(tmp_path / "run/probe.safetensors").evidence is None
+    assert "firing" not in json.loads((tmp_path / "run/choice.json").read_text())
+
+
+def test_a_recipe_must_say_what_to_preserve() -> None:
+    with pytest.raises(RecipeError, match="nothing to preserve"):
+        tiny_recipe(search__variants=["preserve"], behaviour__negative=["harmful"])
+    named = tiny_recipe(search__variants=["preserve"], behaviour__negative=["harmful", "borderline"])
+    assert named.preserved == ("borderline",)
+    assert tiny_recipe().preserved == ()
