@@ -10,8 +10,10 @@ import pytest
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
 from steer2edit.errors import RecipeError
+from steer2edit.pipeline.reporting import contents_of
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
+from steer2edit.report.html.render import write_page
 
 
 def test_a_run_with_edits_that_preserve_says_where_its_edit_fires(tmp_path: Path) -> None:
@@ -44,3 +46,18 @@ def test_a_recipe_must_say_what_to_preserve() -> None:
     named = tiny_recipe(search__variants=["preserve"], behaviour__negative=["harmful", "borderline"])
     assert named.preserved == ("borderline",)
     assert tiny_recipe().preserved == ()
+
+
+def test_its_page_shows_where_it_fires_and_names_as_text(tmp_path: Path) -> None:
+    recipe = tiny_recipe(save_pico(tmp_path / "model"), search__variants=["preserve"])
+    run = Run(tmp_path / "run", recipe)
+    run_all(run)
+    contents = contents_of(run)
+    assert contents.choice is not None
+    contents.choice["firing"][1]["group"] = "negative: <script>alert(1)</script>"
+    write_page(contents, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    section = page[page.index('id="firing"') :]
+    assert "positive: harmful" in section
+    assert "&lt;script&gt;alert(1)" in section
+    assert "<script>alert(1)" not in page

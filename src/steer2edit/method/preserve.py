@@ -21,7 +21,7 @@ from .change import SiteEdit
 from .site import Site
 
 # How near the paper's row the quiet one stays. It was chosen on validation prompts of the demo: docs/preserve.md.
-EPSILON = 0.3
+EPSILON = 0.1
 
 # The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
 # positions that predict the next five; and all later ones.

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...behaviours.base import COMMON, UTILITY_LOSS
 from ...searching.candidates import TITLES
-from ..page import already_there, describe, describe_limits, nothing_moved, table_columns
+from ..page import FIRING, already_there, describe, describe_limits, nothing_moved, table_columns
 from .components import block_maps, largest, spreads
 from .contents import Contents
 from .provenance import provenance
@@ -154,6 +154,11 @@ def _scores_script(contents: Contents) -> dict[str, Any] | None:
     return {"alpha": alpha, "variant": variant, "blocks": spreads(source.sites, config)}
 
 
+def _firing(contents: Contents) -> dict[str, Any] | None:
+    rows = (contents.choice or {}).get("firing")
+    return {"rows": rows, "about": FIRING} if rows else None
+
+
 def _layers(contents: Contents) -> dict[str, Any]:
     """The layers to which the chosen configuration is restricted, if it is."""
     brief = (contents.choice or {}).get("edit") or {}
@@ -194,6 +199,7 @@ SECTIONS = (
     Section("trade_off", "Trade-off", "Trade-off", "search", _trade_off, _trade_off_script),
     Section("map", "Edit", "Where the edit is", "edit", _map, _map_script),
     Section("scores", "Threshold", "Scores and threshold", "score", _scores, _scores_script),
+    Section("firing", "Firing", "Where it fires", None, _firing),
     Section("answers", "Answers", "Answers", "evaluate", _answers, _answers_script),
     Section("provenance", "Reproduce", "How to make it again", None, provenance),
 )
