@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
 from recipe_reference import descriptions, reference_page
 
 DOCS = Path(__file__).parent

@@ -88,7 +88,8 @@ class _Page:
                 continue
             text = schema.get("description", "")
             yield f"\n### {waiting[0]}\n\n{_summary(text)}\n"
-            yield from self.table(schema, "", dict.fromkeys(schema["properties"], "") | _of_docstring(text))
+            said = _of_docstring(text)
+            yield from self.table(schema, "", {name: said.get(name, "") for name in schema["properties"]})
 
     def behaviour(self, name: str, kind: type[Behaviour]) -> Iterator[str]:
         yield f"\n## `behaviour`: {name}\n"
