@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import doctest
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import steer2edit as s2e
+import versions
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -94,3 +96,11 @@ def test_python_with_m_is_the_command() -> None:
     wrong = subprocess.run([sys.executable, "-m", "steer2edit", "run", "nowhere.yaml"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("steer2edit: no such recipe")
+
+
+def test_the_oldest_version_is_the_bound_of_a_requirement() -> None:
+    assert doctest.testmod(versions).attempted > 0
+    assert doctest.testmod(versions).failed == 0
+    oldest = versions.requirements("oldest")
+    assert {text.partition("==")[0] for text in oldest} >= {"transformers", "peft", "pydantic"}
+    assert not any(text.startswith("torch==") for text in oldest)
