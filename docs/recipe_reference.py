@@ -13,7 +13,8 @@ from typing import Any
 
 import griffe
 import yaml
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from steer2edit import __version__
 from steer2edit.behaviours.base import Behaviour
@@ -64,7 +65,7 @@ class _Page:
         yield f"\nMade from the schema of version {__version__}. [The recipe, key by key](recipe.md) has the"
         yield "same keys in an order to read, and the run directory. *–* stands for a key without a default."
         sections = {name: kind for name, field in Recipe.model_fields.items() if (kind := _section(field.annotation))}
-        self.written = {kind.__name__ for kind in sections.values()} | {Behaviour.__name__}
+        self.written = {kind.__name__ for kind in sections.values()} | {Behaviour.__name__, Score.__name__}
         yield "\n## The recipe\n"
         plain = {name: self.said.get(name, "") for name in Recipe.model_fields if name not in (*sections, "behaviour")}
         yield from self.table(Recipe.model_json_schema(), "", plain)
@@ -73,8 +74,8 @@ class _Page:
             yield from self.table(kind.model_json_schema(), f"{name}.", self.texts(kind, f"{name}."))
         for name, behaviour in BEHAVIOURS.items():
             yield from self.behaviour(name, behaviour)
-        yield "\n## Scores of a behaviour of your own\n"
-        yield "`custom` takes these as `score`, beside `preference`. The first key says which it is."
+        yield "\n## Score\n"
+        yield "What the behaviour `custom` takes as `score`, beside `preference`. The first key says which it is."
         for key, score in SCORES.items():
             if key != "function":  # of Python alone
                 yield f"\n### score: {key}\n\n{_summary(score.__doc__ or '')}\n"
@@ -150,7 +151,8 @@ def _takes(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
             return "[" + ", ".join(_takes(one, definitions) for one in schema["prefixItems"]) + "]"
         return f"list of {_takes(schema.get('items', {}), definitions)}"
     if kind == "object":
-        return f"name → {_takes(schema.get('additionalProperties') or {}, definitions)}"
+        values = schema.get("additionalProperties")
+        return f"name → {_takes(values if isinstance(values, Mapping) else {}, definitions)}"
     if kind in ("number", "integer"):
         return ("number" if kind == "number" else "whole number") + _bounds(schema)
     return {"string": "text", "boolean": "true or false", "null": "null"}.get(str(kind), "anything")
@@ -163,8 +165,9 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 
 def _default(value: Any) -> str:
     """A default as a recipe would have it."""
-    plain = TypeAdapter(Any).dump_python(value, mode="json")
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False)
+    text = yaml.safe_dump(
+        to_jsonable_python(value), default_flow_style=True, allow_unicode=True, width=1000, sort_keys=False
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 

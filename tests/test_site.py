@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic_core import to_jsonable_python
 
 import steer2edit as s2e
 from steer2edit.behaviours.known import BEHAVIOURS
@@ -60,7 +61,7 @@ def field_of(path: str) -> Any:
 def test_the_recipe_reference_has_every_key_with_its_default(reference: str) -> None:
     of_key = {row[0].strip("`"): row for row in rows(reference) if len(row) == 4}
     for path in keys(Recipe):
-        if path == "behaviour":
+        if path.startswith("behaviour."):
             continue
         field = field_of(path)
         _, takes, default, text = of_key[path]
@@ -69,8 +70,8 @@ def test_the_recipe_reference_has_every_key_with_its_default(reference: str) -> 
         if field.is_required():
             assert default == "–"
         else:
-            plain = Recipe.__pydantic_serializer__.to_python(field.get_default(call_default_factory=True), mode="json")
-            assert yaml.safe_load(default) == plain, path
+            plain = to_jsonable_python(field.get_default(call_default_factory=True))
+            assert yaml.safe_load(default.replace("\\|", "|")) == plain, path
 
 
 def test_the_recipe_reference_has_every_behaviours_keys_and_measures(reference: str) -> None:
