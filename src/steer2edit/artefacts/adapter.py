@@ -33,7 +33,7 @@ def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> 
 
     >>> adapter = s2e.save_adapter(edit, f"{folder}/adapter", base=base)
     >>> sorted(file.name for file in adapter.iterdir())
-    ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'steer2edit.json']
+    ['adapter_config.json', 'adapter_model.safetensors', 'steer2edit.json']
     """
     quiet_kernels()
     from peft import LoraConfig

@@ -60,10 +60,10 @@ class SearchResult:
     ...     options={"rho_attn": [0.3], "rho_mlp": [None], "baselines": []},
     ...     evaluation={"new_tokens": 4, "utility_prompts": 2, "utility_tokens": 4},
     ... )
-    >>> [trial.candidate.kind for trial in result.trials]
-    ['base', 'edit']
-    >>> result.table.splitlines()[0].split()[:2]
-    ['behaviour', 'shown']
+    >>> [trial.candidate.kind for trial in result.trials]  # the original model first; two ranges of layers
+    ['base', 'edit', 'edit']
+    >>> [measure.name for measure in result.measures][:2]
+    ['preference', 'margin']
     """
 
     study: Study
