@@ -149,7 +149,8 @@ def _takes(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if kind == "array":
         if "prefixItems" in schema:
             return "[" + ", ".join(_takes(one, definitions) for one in schema["prefixItems"]) + "]"
-        return f"list of {_takes(schema.get('items', {}), definitions)}"
+        items = _takes(schema.get("items", {}), definitions)
+        return f"list of ({items})" if " or " in items else f"list of {items}"
     if kind == "object":
         values = schema.get("additionalProperties")
         return f"name → {_takes(values if isinstance(values, Mapping) else {}, definitions)}"

@@ -89,6 +89,9 @@ def test_the_recipe_reference_says_what_values_are_taken(reference: str) -> None
     assert of_key["search.tolerance"][1] == "number ≥ 0 ≤ 1"
     assert of_key["search.method"][1] == "`grid`, `tpe`"
     assert of_key["search.steering"][1] == "[Range](#range) or list of number > 0 or `auto`"
+    assert of_key["search.alpha"][1] == "list of number ≥ 0 < 1"
+    assert of_key["search.rho_mlp"][1] == "list of (number > 0 or null) or `auto`"
+    assert of_key["search.points"][1] == "whole number ≥ 2 ≤ 50"
     assert of_key["seed"][1:3] == ["whole number ≥ 0", "0"]
     assert "\n### Range\n" in reference
 

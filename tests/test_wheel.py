@@ -88,7 +88,7 @@ def test_the_command_of_the_wheel_answers(bare: Path, tmp_path: Path) -> None:
     assert where.stdout.startswith(str(bare.parent)), where.stdout + where.stderr
     helped = run(bare, "steer2edit", "--help", cwd=tmp_path)
     assert helped.returncode == 0
-    assert "without training" in helped.stdout
+    assert helped.stdout.startswith("Usage: steer2edit ")
     listed = run(bare, "steer2edit", "recipes", cwd=tmp_path)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == sorted(
         path.stem for path in (PACKAGE / "recipes").glob("*.yaml")
