@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = frozenset(("torch",))
+# Their other dependencies are installed by transformers, too.
+NEED_TORCH = frozenset(("accelerate", "peft"))
 # The mathematics, edits and their files, the probe, live models: what depends on other libraries most closely.
 TESTS = ("tests/method", "tests/probing", "tests/artefacts", "tests/models", "tests/test_edit.py", "tests/test_cli.py")
 MARKS = "not slow and not vllm and not llama_cpp and not browser"
@@ -51,9 +53,12 @@ def environment(which: str) -> Path:
     venv.create(folder, with_pip=False, clear=True)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     (folder / ".gitignore").write_text("*\n", encoding="utf-8")
-    upgrade = ["--upgrade"] if which == "newest" else []
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", *upgrade]
-    subprocess.run([*pip, *requirements(which)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    wanted = requirements(which)
+    need_torch = [text for text in wanted if Requirement(text).name in NEED_TORCH]
+    subprocess.run([*pip, "install", "-q", *(text for text in wanted if text not in need_torch)], check=True)
+    subprocess.run([*pip, "install", "-q", "--no-deps", *need_torch], check=True)
+    subprocess.run([*pip, "list"], check=True)
     packages = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True,
@@ -70,7 +75,6 @@ def main(arguments: Sequence[str]) -> int:
         print("Say which versions: oldest or newest.", file=sys.stderr)
         return 2
     python = environment(arguments[0])
-    subprocess.run([python, "-m", "pip", "list", "--path", str(python.parent.parent / "lib")], check=False)
     settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [python, "-m", "pytest", "-n", "2", "-m", MARKS, *TESTS]
     return subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
