@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM := .venv-vllm
 NODE := .node
 
-.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser lint bench clean
+.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser test-wheel test-versions lint docs dist bench clean
 
 demo: $(READY)
 	$(VENV)/bin/steer2edit demo
@@ -30,11 +30,27 @@ test-browser: $(READY)
 	@command -v chromium >/dev/null || { echo "Chromium is needed: apt-get install chromium (Debian, Ubuntu), or put one named chromium on the PATH."; exit 2; }
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -m browser
 
+# The wheel, alone in an environment, with the dependencies of this one.
+test-wheel: $(READY)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/test_wheel.py
+
+# The core's tests with the oldest and the newest versions of the dependencies, torch excepted: see tests/versions.py.
+test-versions: $(READY)
+	$(PY) tests/versions.py oldest
+	$(PY) tests/versions.py newest
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+docs: $(READY)
+	$(PY) -m mkdocs build --strict
+
+dist: test-wheel
+	rm -rf dist
+	$(PY) -m build --no-isolation
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) benchmarks/run_all.py
@@ -64,4 +80,4 @@ $(NODE)/.ready: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(NODE)
+	rm -rf $(VENV) $(VLLM) $(NODE) .venv-oldest .venv-newest site dist

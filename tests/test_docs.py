@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import TypeAdapter
 
 import steer2edit as s2e
+from conftest import make_traces
 from families import FAMILIES
+from runs import save_pico
 from steer2edit.files.schema import Section
 from steer2edit.models.architectures import ARCHITECTURES, Architecture
 from steer2edit.models.inventory import families
@@ -113,7 +116,7 @@ def test_at_the_top_of_the_package_stands_what_the_page_names() -> None:
     package = ROOT / "src" / "steer2edit"
     files = {path.name for path in package.iterdir() if path.is_file()}
     assert files == {
-        *("__init__.py", "__init__.pyi", "py.typed", "errors.py", "progress.py", "parallel.py"),
+        *("__init__.py", "__init__.pyi", "__main__.py", "py.typed", "errors.py", "progress.py", "parallel.py"),
         *("edits.py", "recipe.py", "cli.py"),
     }
 
@@ -131,9 +134,35 @@ def test_one_behaviours_words_stand_in_its_own_room_alone() -> None:
     assert [p.name for p in files if words.search(p.read_text(encoding="utf-8"))] == []
 
 
+@pytest.fixture(scope="module")
+def examples_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What examples in docstrings may use beside the names of their own module; docs/api.md says so, too."""
+    base = save_pico(tmp_path_factory.mktemp("examples") / "base")
+    model, tokenizer = s2e.load_model(base, dtype="float32", device="cpu")
+    positive, negative = make_traces()
+    probe = s2e.collect(model, tokenizer, positive, negative)
+    scores = s2e.score(model, probe)
+    edit = scores.edit(rho_attn=0.3, rho_mlp=0.3, alpha=0.3)
+    names = {"model": model, "tokenizer": tokenizer, "base": base, "positive": positive, "negative": negative}
+    return {**names, "probe": probe, "scores": scores, "edit": edit, "s2e": s2e, "torch": torch}
+
+
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.stem)
-def test_the_examples_in_the_docstrings_give_what_they_say(path: Path) -> None:
+def test_the_examples_in_the_docstrings_give_what_they_say(
+    path: Path, examples_names: dict[str, Any], tmp_path: Path
+) -> None:
     name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
-    failed, tried = doctest.testmod(importlib.import_module(name))
+    given = {**examples_names, "folder": str(tmp_path)}
+    failed, tried = doctest.testmod(importlib.import_module(name), extraglobs=given)
     assert tried
     assert failed == 0
+
+
+@pytest.mark.parametrize("name", s2e.__all__)
+def test_every_public_name_has_an_example(name: str) -> None:
+    assert ">>> " in (getattr(s2e, name).__doc__ or "")
+
+
+def test_the_api_page_has_every_public_name_once() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: steer2edit\.(\w+)$", page, re.MULTILINE)) == sorted(s2e.__all__)

@@ -176,7 +176,16 @@ class AnyEdit(ABC):
         """Site key → the change of its weight, for the sites that change."""
 
     def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which the model answers as if edited; no weight is touched."""
+        """A context in which the model answers as if edited; no weight is touched.
+
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> before = model(ids).logits
+        >>> with edit.applied(model):
+        ...     bool((model(ids).logits == before).all())
+        False
+        >>> bool((model(ids).logits == before).all())
+        True
+        """
         return intervening(model, self.intervention(), edit=self)
 
     def intervention(self, name: str = "edit") -> Intervention:
@@ -184,7 +193,12 @@ class AnyEdit(ABC):
         return Intervention(name, {key: Term(change.u, change.a) for key, change in self.changes().items()})
 
     def apply(self, model: nn.Module) -> bake.Applied:
-        """Bakes it into the weights and reports what rounding to their dtype lost. `revert` undoes it."""
+        """Bakes it into the weights and reports what rounding to their dtype lost. `revert` undoes it.
+
+        >>> edit.apply(model).rounding_loss < 1e-5
+        True
+        >>> edit.revert(model)
+        """
         return bake.apply(self, model)
 
     def revert(self, model: nn.Module) -> None:
@@ -318,7 +332,18 @@ class Edit(AnyEdit):
 
 @dataclass(frozen=True, repr=False)
 class Combination(AnyEdit):
-    """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and reverted like one edit of rank r."""
+    """Edits that act together: ΔW = Σ_j u_j a_jᵀ. It is applied, exported and reverted like one edit of rank r.
+
+    Attributes:
+        edits: the edits in it.
+
+    >>> other = scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.2)
+    >>> both = s2e.combine(edit, other.with_strength(-0.5))
+    >>> [part.strength for part in both.with_strength(2.0).parts]
+    [2.0, -1.0]
+    >>> len(both.changes()["0.attn"].a)  # its rank
+    2
+    """
 
     edits: tuple[Edit, ...]
 

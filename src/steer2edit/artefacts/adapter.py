@@ -30,6 +30,10 @@ def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> 
     Raises:
         FileError: `folder` holds something other than an adapter that this function wrote.
         EditError: the edit changes nothing, or PEFT cannot hold it.
+
+    >>> adapter = s2e.save_adapter(edit, f"{folder}/adapter", base=base)
+    >>> sorted(file.name for file in adapter.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors', 'steer2edit.json']
     """
     quiet_kernels()
     from peft import LoraConfig

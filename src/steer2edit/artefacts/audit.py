@@ -39,6 +39,13 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
 
     Raises:
         FileError: a folder is not a `safetensors` checkpoint. ModelError: the edit is another model's.
+
+    >>> out = s2e.export_checkpoint(base, edit, f"{folder}/verified")
+    >>> audit = s2e.verify(base, edit, out)
+    >>> audit["as_expected"], audit["tensors"]["model.layers.0.self_attn.o_proj.weight"]
+    (True, 'edited as expected')
+    >>> s2e.verify(base, edit.with_strength(0.5), out)["as_expected"]
+    False
     """
     base, edited = checkpoint_folder(base), Path(edited)
     base_shards, edited_shards = open_shards(base), open_shards(edited)
@@ -159,6 +166,11 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
 
     Raises:
         FileError: a folder is not a `safetensors` checkpoint. ModelError: the model is not supported.
+
+    >>> out = s2e.export_checkpoint(base, edit, f"{folder}/compared")
+    >>> differences = s2e.diff(base, out)
+    >>> differences["sites"][0]["site"], differences["sites"][0]["verdict"], differences["others"]
+    ('0.attn', 'rank-1 component edit', [])
     """
     from ..models.load import empty_model, load_config
 

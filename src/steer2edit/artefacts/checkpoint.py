@@ -56,6 +56,10 @@ def export_checkpoint(
         FileError: `base` is not a `safetensors` checkpoint, `out` exists already, a tensor's dtype is not F32, F16 or
             BF16, or the disk has too little room.
         ModelError: `base` is another model. EditError: `base` already contains the edit, or the edit changes nothing.
+
+    >>> out = s2e.export_checkpoint(base, edit, f"{folder}/edited")
+    >>> (out / "model.safetensors").is_file(), (out / "manifest.json").is_file()
+    (True, True)
     """
     base, out = checkpoint_folder(base), Path(out)
     if out.exists():

@@ -57,7 +57,7 @@ class Brevity(Behaviour):
     remark: ClassVar[str] = "Shorter answers may leave out what a reader needs: see the accuracy."
 
     name: Literal["brevity"] = "brevity"
-    share: Annotated[float, BeforeValidator(_number), Field(gt=0, le=0.5)] = 0.05
+    share: Annotated[float, Field(gt=0, le=0.5), BeforeValidator(_number)] = 0.05
     correct_only: bool = False
     new_tokens: Many = 256
     longest: Many = 256

@@ -115,8 +115,8 @@ class EnginePlan(Section):
     distributed: Literal["ray"] | None = None
     address: str | None = None
     replicas: Many = 2
-    cpus: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1
-    gpus: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 0
+    cpus: Annotated[float, Field(ge=0), BeforeValidator(_number)] = 1
+    gpus: Annotated[float, Field(ge=0), BeforeValidator(_number)] = 0
 
     @model_validator(mode="after")
     def _fits(self) -> EnginePlan:

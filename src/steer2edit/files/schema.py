@@ -18,13 +18,14 @@ def _number(value: Any) -> Any:
     return value
 
 
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+# Bounds stand before the validator, which runs first all the same: behind it the JSON schema would not have them.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 
-Count = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 
-Many = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+Many = Annotated[int, Field(ge=1), BeforeValidator(_number)]
 
 Text = Annotated[str, Field(pattern=r"\S")]
 

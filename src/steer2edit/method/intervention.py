@@ -33,6 +33,13 @@ class Intervention:
     """A term for each site key, block key, or residual key; what is not named is left alone.
 
     At a residual key (`residual_key`) the term acts on the stream itself, after the layer: x += u(aᵀx) + b.
+
+    Attributes:
+        name: for people.
+        terms: key → what is added there.
+
+    >>> Intervention("louder", {"3.mlp": Term(b=torch.ones(4))})
+    Intervention('louder', 1 terms)
     """
 
     name: str
@@ -43,6 +50,7 @@ class Intervention:
 
 
 NOTHING = Intervention("base")
+"""The intervention without terms: a row that runs under it is the original model's."""
 
 
 def residual_key(layer: int) -> str:

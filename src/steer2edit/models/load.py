@@ -47,6 +47,10 @@ def load_model(
 
     Raises:
         ModelError: the model or the device does not exist, or the model cannot be loaded.
+
+    >>> model, tokenizer = s2e.load_model(base, dtype="float32", device="cpu")
+    >>> model.config.model_type, model.dtype
+    ('llama', torch.float32)
     """
     from torch import nn
     from transformers import AutoTokenizer

@@ -179,6 +179,12 @@ def collect(
         TraceError: a label has no trace, or none with a response.
         ProbeError: an activation is not finite; names the site and the trace.
         ModelError: the model is not supported or fails the self-check, or has no chat template while `plain` is off.
+
+    >>> probe = s2e.collect(model, tokenizer, positive, negative)
+    >>> probe
+    Probe(6 sites, 3 positive, 2 negative, responses)
+    >>> probe.vector(probe.sites[0]).shape  # the steering vector of the first attention block
+    torch.Size([32])
     """
     chat = replace(chat, plain=plain or chat.plain)
     plan = plan_pass(

@@ -57,6 +57,14 @@ def score(
         ModelError: the probe was made on another model, or a weight was never loaded.
         EditError: an edit is baked into the model.
         ProbeError: a vector has the wrong shape or is not finite.
+
+    >>> scores = s2e.score(model, probe)
+    >>> scores
+    Scores(6 sites, 156 components)
+    >>> scores.sites["0.attn"].g.shape  # one number for each head
+    torch.Size([4])
+    >>> s2e.score(base, probe)  # the same from the checkpoint's files, without a model
+    Scores(6 sites, 156 components)
     """
     if isinstance(model, nn.Module):
         refuse_edited(model, "the model carries an edit, so that its weights cannot be scored as the base's")

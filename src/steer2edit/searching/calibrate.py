@@ -405,6 +405,12 @@ def calibrate(
         RecipeError: a value is out of its range, or both block types are off.
         EditError: no text is given, the model answers none, or it is edited already. ModelError: the scores are of
             another model.
+
+    >>> texts = ["How are you?", "Why?"]
+    >>> scale = s2e.calibrate(model, scores, texts, tokenizer=tokenizer, rho_mlp=None, points=2, new_tokens=4)
+    >>> candidate, kl = scale.edits["ρ_attn at α 0.4"][0]
+    >>> scores.edit(**candidate.config).config["alpha"], kl
+    (0.4, 0.02)
     """
     raw = {"rho_attn": rho_attn or [None], "rho_mlp": rho_mlp or [None], "alpha": list(alpha)}
     search = parse(Search, raw | {"span": span, "points": points, "steering": AUTO, "baselines": []}, under="search")

@@ -53,6 +53,17 @@ class SearchResult:
         chosen: its trial.
         scores, probe: what the edits are made from: `scores.edit(...)` makes any other.
         measures: the behaviour's, the attribute first.
+
+    >>> result = s2e.search(
+    ...     *(model, tokenizer, "builtin:pirate", "builtin:pirate"),
+    ...     counts={"probe": 4, "validation": 4, "test": 4},
+    ...     options={"rho_attn": [0.3], "rho_mlp": [None], "baselines": []},
+    ...     evaluation={"new_tokens": 4, "utility_prompts": 2, "utility_tokens": 4},
+    ... )
+    >>> [trial.candidate.kind for trial in result.trials]  # the original model first; two ranges of layers
+    ['base', 'edit', 'edit']
+    >>> [measure.name for measure in result.measures][:2]
+    ['preference', 'margin']
     """
 
     study: Study
@@ -131,6 +142,16 @@ def search(
     Raises:
         RecipeError, FileError, TraceError: the sides, prompts or options cannot be used, or the two sides do not
             differ. EditError: the model is edited already. ModelError: it is not supported.
+
+    >>> result = s2e.search(
+    ...     *(model, tokenizer, "builtin:lists", "builtin:lists"),
+    ...     score={"pattern": "(?m)^[-*] "},
+    ...     counts={"probe": 4, "validation": 4, "test": 4},
+    ...     options={"rho_attn": [0.2, 0.4], "rho_mlp": [None], "layers": [None], "baselines": []},
+    ...     evaluation={"new_tokens": 4, "utility_prompts": 2, "utility_tokens": 4},
+    ... )
+    >>> [dict(trial.candidate.config)["rho_attn"] for trial in result.trials if trial.candidate.kind == "edit"]
+    [0.2, 0.4]
     """
     engine = engine_of(model, tokenizer, chat)
     live = getattr(engine, "model", None)
@@ -215,6 +236,12 @@ def evaluate(
 
     Raises:
         EditError: no prompt is given, or the model has the edit in it already. RecipeError: the score cannot be used.
+
+    >>> options = {"new_tokens": 4, "utility_prompts": 2, "utility_tokens": 4}
+    >>> score = {"phrases": ["aye", "matey"]}
+    >>> found = s2e.evaluate(model, tokenizer, edit, ["How are you?", "Why?"], score, evaluation=options)
+    >>> found["systems"]["edit"][found["attribute"]]["n"]
+    2
     """
     engine = engine_of(model, tokenizer, chat)
     refuse_other_base(engine, edit)

@@ -25,9 +25,9 @@ def _are_layers(text: str) -> str:
 
 Rho = Annotated[Positive | None, BeforeValidator(_off)]
 
-Alpha = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Alpha = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 
-Limit = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] | None
+Limit = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)] | None
 
 Layers = Annotated[str, AfterValidator(_are_layers)]
 
@@ -65,11 +65,11 @@ class Search(Section):
     rho_mlp: Annotated[list[Rho], Field(min_length=1)] | Auto = AUTO
     alpha: list[Alpha] = Field([0.4], min_length=1)
     span: tuple[Positive, Positive] = (0.02, 1.0)
-    points: Annotated[Many, Field(ge=2, le=50)] = 4
+    points: Annotated[int, Field(ge=2, le=50), BeforeValidator(_number)] = 4
     layers: list[Layers | None] = Field([None], min_length=1)
     variants: list[Variant] = Field(["full"], min_length=1)
-    sanity: Annotated[Count, Field(le=20)] = 0
-    refine: Annotated[Count, Field(le=25)] = 0
+    sanity: Annotated[int, Field(ge=0, le=20), BeforeValidator(_number)] = 0
+    refine: Annotated[int, Field(ge=0, le=25), BeforeValidator(_number)] = 0
     trials: Many = 60
     at_once: Many = 12
     steering: Range | list[Positive] | Auto = []
@@ -119,8 +119,8 @@ class Evaluation(Section):
     utility_prompts: Many = 24
     utility_tokens: Many = 64
     samples: Many = 1
-    temperature: Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)] = 0.0
-    top_p: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)] = 1.0
     top_k: Count = 0
     rows: Many = 128
     batch: Many = 512
@@ -128,7 +128,7 @@ class Evaluation(Section):
     task_tokens: Many = 512
     task_samples: Many = 1
     task_sampling: Literal["greedy", "model"] = "greedy"
-    attack_tokens: Annotated[Many, Field(ge=100)] = 128
+    attack_tokens: Annotated[int, Field(ge=100), BeforeValidator(_number)] = 128
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Evaluation:

@@ -43,6 +43,10 @@ def kl(
 
     Raises:
         EditError: the model answers no text, or has the edit in it already. ModelError: the edit is of another model.
+
+    >>> cost = s2e.kl(model, tokenizer, edit, ["How are you?", "Why?"], new_tokens=4)
+    >>> cost["n"], cost["mean"] > 0
+    (2, True)
     """
     engine = engine_of(model, tokenizer, chat)
     refuse_other_base(engine, edit)
