@@ -21,6 +21,7 @@ SCRIPTS = (
     "serve.py",
     "chat.py",
     "export.py",
+    "huge.py",
     "tpe.py",
 )
 
