@@ -22,6 +22,7 @@ SCRIPTS = (
     "chat.py",
     "export.py",
     "huge.py",
+    "few_bits.py",
     "tpe.py",
 )
 

@@ -432,8 +432,8 @@ def test_an_fp8_weight_without_scales_that_is_edited_is_refused_with_what_to_do(
     told = (
         "model.layers.1.self_attn.o_proj.weight is not plain floating point (got: F8_E4M3). Known are F32, F16 and "
         "BF16; fp8, MXFP4, NVFP4, GPTQ, AWQ and bitsandbytes with their scales; and GGUF's Q8_0, Q4_0, Q4_1, Q5_0, "
-        "Q5_1, Q4_K, Q5_K and Q6_K. Others: dequantise the checkpoint first; or give the loaded model to score(), which "
-        "dequantises it, and serve the edit as an adapter."
+        "Q5_1, Q4_K, Q5_K and Q6_K. Others: dequantise the checkpoint first; or give the loaded model to score(), "
+        "which dequantises it, and serve the edit as an adapter."
     )
     for refused in (
         lambda: s2e.export_checkpoint(case.base, case.edit, tmp_path / "out"),

@@ -141,7 +141,7 @@ def edited(
         weight = stored_format.dequantise(some)
         on_rows(start, weight)
         delta = change.delta(slice(start, end))
-        target = weight + delta
+        target = spread(weight, delta, stored_format.around(some), start)
         if not bool(torch.isfinite(target).all()):
             raise not_finite(change, torch.float32)
         result = stored_format.requantise(target, delta != 0, some)
@@ -157,11 +157,33 @@ def edited(
     return Rounding(stored_format.title, along, wanted, got, groups, renewed)
 
 
+def spread(weight: Tensor, delta: Tensor, around: tuple[Tensor, Tensor], start: int) -> Tensor:
+    """The numbers to round to: W + ΔW, and where ΔW is below a step, either a whole step or none.
+
+    The numbers of W are those that codes can say. To the nearest of these, a change of less than half a step would be
+    lost everywhere. Instead a change of a tenth of a step moves every tenth number by a step, so that sums over many
+    numbers change as they would under ΔW. Which numbers these are is a fixed pattern, without order in rows or columns
+    and the same on every machine.
+
+    Args:
+        weight, delta: some rows [rows, n·c]. around: the distances to their neighbours. start: the first row's number.
+    """
+    down, up = around
+    step = torch.where(delta > 0, up, down)
+    rows = torch.arange(start, start + len(delta), dtype=torch.int64)[:, None]
+    columns = torch.arange(delta.shape[1], dtype=torch.int64)
+    # Multiples of two numbers modulo 1, as integers: they fill the unit square evenly (Roberts' R2 sequence).
+    pattern = (rows * 3242174889 + columns * 2447445414) & 0xFFFFFFFF
+    threshold = (pattern >> 8).float() / 2**24  # [0, 1), exactly
+    moved = torch.where(delta.abs() > threshold * step, torch.copysign(step, delta), 0.0)
+    return weight + torch.where(delta.abs() < step, moved, delta)
+
+
 def steps(packed: Packed, tensors: Tensors, site: Site) -> Tensor:
     """The distance between a weight's possible numbers, at each of them [d, n·c]."""
     whole = torch.empty(site.d, site.inputs)
     for start, end, some in row_blocks(packed.format, tensors, site):
-        whole[start:end] = packed.format.steps(some)
+        whole[start:end] = torch.maximum(*packed.format.around(some))
     return whole
 
 

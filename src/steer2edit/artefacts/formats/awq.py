@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import FileError
 from .base import Found, Held, Requantised, Settings, Tensors, dtype_name, packed, unpacked
+from .grid import in_steps
 from .integers import Affine, requantised
 
 # Where the 1st to the 8th of eight outputs stands in a word.
@@ -44,9 +45,10 @@ class Awq:
     def dequantise(self, tensors: Tensors) -> Tensor:
         return _affine(tensors).values().flatten(1)
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        size = tensors["codes"].shape[0] // tensors["scales"].shape[0]
-        return tensors["scales"].float().T.abs().repeat_interleave(size, dim=1)
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        weight = _affine(tensors)
+        down, up = in_steps(weight.codes, weight.scales.float()[..., None], 0, 15)
+        return down.flatten(1), up.flatten(1)
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         old = _affine(tensors)

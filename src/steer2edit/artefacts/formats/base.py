@@ -79,8 +79,11 @@ class Format(Protocol):
         """The weight [d, n·c], fp32."""
         ...
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        """The distance from each number [d, n·c] to the next one that its code could say, fp32."""
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """How far the next lower and the next higher number is that a code could say, at each number [d, n·c].
+
+        fp32; 0 where the code is the last one under its scale.
+        """
         ...
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
@@ -166,6 +169,18 @@ def part_of(role: str, name: str, held: Held, expert: int | None, experts: int |
     if math.prod(shape) * dtype.itemsize != end - start:
         raise FileError(f"{name} has another size than its shape says", got=end - start, fix="Download it again.")
     return Part(role, name, label, file, start, end, shape, dtype)
+
+
+def power_of_2(exponents: Tensor) -> Tensor:
+    """2 ** (byte − 127), exactly, on every machine."""
+    whole = exponents.to(torch.int32)
+    return torch.where(whole > 0, (whole << 23).view(torch.float32), 2.0**-127)
+
+
+def exponent_above(numbers: Tensor) -> Tensor:
+    """The byte of the smallest power of 2 that is not below each number: the reverse of `power_of_2`."""
+    mantissa, exponent = torch.frexp(numbers.clamp_min(2.0**-126))
+    return (torch.where(mantissa > 0.5, exponent, exponent - 1) + 127).clamp(0, 254).to(torch.uint8)
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:

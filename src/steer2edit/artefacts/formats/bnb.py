@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import FileError
 from .base import Found, Held, Requantised, Settings, Tensors, dtype_name, packed, unpacked
-from .grid import Choice, divided, nearest, settle, spacing
+from .grid import ROOM, Choice, divided, in_steps, in_table, nearest, settle
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Bnb4:
 
     def dequantise(self, tensors: Tensors) -> Tensor:
         codes = self._blocks(_codes(tensors), tensors)
-        table, _ = _sorted(tensors["table"])
-        numbers = table[_rank(tensors["table"])[codes.long()]] * self._scales(tensors)[:, None]
-        return self._rows(numbers, tensors)
+        return self._rows(tensors["table"].float()[codes.long()] * self._scales(tensors)[:, None], tensors)
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        table, _ = _sorted(tensors["table"])
-        ranks = _rank(tensors["table"])[self._blocks(_codes(tensors), tensors).long()]
-        return self._rows(spacing(ranks, table) * self._scales(tensors)[:, None].abs(), tensors)
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        numbers = tensors["table"].float()[self._blocks(_codes(tensors), tensors).long()]
+        scales = self._scales(tensors)[:, None]
+        down, up = in_table(numbers, torch.unique(tensors["table"].float()))
+        below, above = torch.where(scales < 0, up, down), torch.where(scales < 0, down, up)
+        return self._rows(below * scales.abs(), tensors), self._rows(above * scales.abs(), tensors)
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         numbers = self._blocks(target.flatten(), tensors)
@@ -86,7 +86,7 @@ class Bnb4:
             self._blocks(changed.flatten(), tensors),
             self._blocks(_codes(tensors), tensors),
             rounded(scales),
-            largest <= scales.abs(),
+            largest <= ROOM * scales.abs(),
             lambda: rounded(new_scales),
         )
         codes = settled.codes.flatten()[: target.numel()].view(-1, 2).flip(-1).flatten()
@@ -151,8 +151,8 @@ class Bnb8:
     def dequantise(self, tensors: Tensors) -> Tensor:
         return tensors["codes"].float() * (tensors["scales"].float() / 127)[:, None]
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        return (tensors["scales"].float() / 127)[:, None].expand(tensors["codes"].shape)
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        return in_steps(tensors["codes"], (tensors["scales"].float() / 127)[:, None], -127, 127)
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         stored, largest = tensors["scales"], target.abs().amax(dim=1)
@@ -164,7 +164,7 @@ class Bnb8:
 
         new = largest.to(stored.dtype)
         settled = settle(
-            target, changed, tensors["codes"], rounded(stored), largest <= stored.float(), lambda: rounded(new)
+            target, changed, tensors["codes"], rounded(stored), largest <= ROOM * stored.float(), lambda: rounded(new)
         )
         scales = torch.where(settled.renewed, new, stored)
         return Requantised({"codes": settled.codes, "scales": scales}, settled.groups, int(settled.renewed.sum()))
@@ -216,8 +216,3 @@ def _sorted(table: Tensor) -> tuple[Tensor, Tensor]:
     """The table's numbers in ascending order, and the code of each."""
     numbers, order = torch.sort(table.float(), stable=True)
     return numbers, order
-
-
-def _rank(table: Tensor) -> Tensor:
-    """Code → its place in the ascending order."""
-    return torch.argsort(torch.argsort(table.float(), stable=True), stable=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import packed, unpacked
-from .grid import Choice, Settled, nearest, settle, spacing
+from .grid import ROOM, Choice, Settled, in_table, nearest, settle
 
 _MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -24,9 +24,12 @@ def dequantised(codes: Tensor, scales: Tensor) -> Tensor:
     return (numbers.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
 
 
-def steps(codes: Tensor, scales: Tensor) -> Tensor:
-    gaps = spacing(unpacked(codes.flatten(1), 4) & 7, _MAGNITUDES)
-    return (gaps.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+def around(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """As `Format.around`."""
+    table = torch.cat([-_MAGNITUDES[1:].flip(0), _MAGNITUDES])
+    groups = (scales.shape[1], -1)
+    down, up = in_table(_values(unpacked(codes.flatten(1), 4)), table)
+    return tuple((distance.unflatten(1, groups) * scales[..., None]).flatten(1) for distance in (down, up))  # type: ignore[return-value]
 
 
 def requantised(
@@ -53,7 +56,7 @@ def requantised(
         changed.unflatten(1, groups),
         unpacked(codes.flatten(1), 4).unflatten(1, groups),
         rounded(scales),
-        largest <= LARGEST * scales,
+        largest <= ROOM * LARGEST * scales,
         lambda: rounded(fresh(largest)),
     )
     return packed(settled.codes.flatten(1), 4, torch.uint8).reshape(codes.shape), settled

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError
-from .base import Found, Held, Requantised, Settings, Tensors, dtype_name
-from .grid import Choice, settle
+from .base import Found, Held, Requantised, Settings, Tensors, dtype_name, exponent_above, power_of_2
+from .grid import ROOM, Choice, in_table, settle
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Fp8:
         codes = tensors["codes"]
         return codes.float() * self._spread(_numbers(tensors["scales"]), codes.shape)
 
-    def steps(self, tensors: Tensors) -> Tensor:
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         codes = tensors["codes"]
-        info = torch.finfo(codes.dtype)
-        size = codes.float().abs().clamp_min(info.smallest_normal)
-        step = torch.exp2(torch.floor(torch.log2(size))) * info.eps
-        return step * self._spread(_numbers(tensors["scales"]), codes.shape)
+        numbers = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+        table = torch.unique(numbers[numbers.isfinite()])
+        scales = self._spread(_numbers(tensors["scales"]), codes.shape)
+        down, up = in_table(codes.float(), table)
+        return down * scales, up * scales
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         codes, stored = tensors["codes"], tensors["scales"]
@@ -59,8 +60,8 @@ class Fp8:
         scales = _numbers(stored).reshape(self._grid(codes.shape))
         blocks = self._blocks(target)
         old = scales[..., None]
-        fits = blocks.abs().amax(dim=-1) <= largest * scales
-        renewed_scales = _as_stored(blocks.abs().amax(dim=-1) / largest, stored.dtype, up=True)
+        fits = blocks.abs().amax(dim=-1) <= ROOM * largest * scales
+        renewed_scales = _as_stored(blocks.abs().amax(dim=-1) / largest, stored.dtype)
 
         def rounded(by: Tensor) -> Choice:
             to = (blocks / by.clamp_min(torch.finfo(torch.float32).tiny)).clamp(-largest, largest).to(codes.dtype)
@@ -149,19 +150,18 @@ def _block(name: str, shape: tuple[int, ...], grid: tuple[int, ...], settings: S
 def _numbers(scales: Tensor) -> Tensor:
     """Scales as fp32; bytes are exponents of 2 (E8M0)."""
     if scales.dtype is torch.uint8:
-        return torch.exp2(scales.float() - 127)
+        return power_of_2(scales)
     return scales.float()
 
 
-def _as_stored(scales: Tensor, dtype: torch.dtype, up: bool) -> Tensor:
+def _as_stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 scales in the file's dtype, rounded up, so that the largest number still fits."""
     if dtype in (torch.uint8, torch.float8_e8m0fnu):
-        exponents = torch.ceil(torch.log2(scales.clamp_min(2.0**-126))).clamp(-127, 127)
-        return (exponents + 127).to(torch.uint8).view(dtype)
+        return exponent_above(scales).view(dtype)
     rounded = scales.to(dtype)
-    if not up or dtype is torch.float32:
+    if dtype is torch.float32:
         return rounded
-    return torch.where(rounded.float() < scales, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded)
+    return torch.where(rounded.float() < scales, (scales * (1 + torch.finfo(dtype).eps)).to(dtype), rounded)
 
 
 def _bits(tensor: Tensor) -> Tensor:

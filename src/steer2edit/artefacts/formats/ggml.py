@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Requantised, Tensors, packed, unpacked
-from .grid import Choice, divided, settle
+from .grid import Choice, divided, in_steps, settle
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ class Ggml:
         rows = tensors["codes"]
         return self._unpack(rows).values().view(len(rows), -1)
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        rows = tensors["codes"]
-        unpacked_rows = self._unpack(rows)
-        return unpacked_rows.step.abs().expand(unpacked_rows.codes.shape).reshape(len(rows), -1)
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        kind, rows = KINDS[self.kind], tensors["codes"]
+        some = self._unpack(rows)
+        down, up = in_steps(some.codes, some.step, kind.low, kind.high)
+        return down.reshape(len(rows), -1), up.reshape(len(rows), -1)
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         kind, rows = KINDS[self.kind], tensors["codes"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import FileError
 from .base import Found, Held, Requantised, Settings, Tensors, dtype_name, packed, unpacked
+from .grid import in_steps
 from .integers import Affine, requantised
 
 
@@ -50,9 +51,10 @@ class Gptq:
         weight[:, order] = grouped
         return weight
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        groups = self._groups(tensors).long()
-        return tensors["scales"].float().T.abs()[:, groups].contiguous()
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        codes = unpacked(tensors["codes"].T.contiguous(), self.bits)
+        step = tensors["scales"].float().T[:, self._groups(tensors).long()]
+        return in_steps(codes, step, 0, 2**self.bits - 1)
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         order = self._order(tensors)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The largest number of a group still fits if its product with a scale was rounded up.
+ROOM = 1 + 1e-6
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -60,12 +63,19 @@ def nearest(numbers: Tensor, table: Tensor) -> Tensor:
     return torch.bucketize(numbers.contiguous(), (table[1:] + table[:-1]) / 2)
 
 
-def spacing(indices: Tensor, table: Tensor) -> Tensor:
-    """The distance from a number of an ascending table to its next neighbour; the larger one of its two."""
+def in_table(numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The distances from numbers of an ascending table to the next lower and the next higher one; 0 at its ends."""
     gaps = table[1:] - table[:-1]
-    up = torch.cat([gaps, gaps[-1:]])
-    down = torch.cat([gaps[:1], gaps])
-    return torch.maximum(up, down)[indices.long()]
+    none = gaps.new_zeros(1)
+    at = torch.searchsorted(table, numbers.contiguous()).clamp_max(len(table) - 1)  # a NaN is beyond the end
+    return torch.cat([none, gaps])[at], torch.cat([gaps, none])[at]
+
+
+def in_steps(codes: Tensor, step: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """The same for numbers step · code + offset with codes from `low` to `high`; the step may be negative."""
+    less = torch.where(codes > low, step.abs(), 0.0)
+    more = torch.where(codes < high, step.abs(), 0.0)
+    return torch.where(step < 0, more, less), torch.where(step < 0, less, more)
 
 
 def divided(numbers: Tensor, scale: Tensor) -> Tensor:

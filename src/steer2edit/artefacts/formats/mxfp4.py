@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import fp4
-from .base import Found, Held, Requantised, Settings, Tensors, dtype_name
+from .base import Found, Held, Requantised, Settings, Tensors, dtype_name, exponent_above, power_of_2
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,21 @@ class Mxfp4:
     def dequantise(self, tensors: Tensors) -> Tensor:
         return fp4.dequantised(tensors["codes"], _numbers(tensors["scales"]))
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        return fp4.steps(tensors["codes"], _numbers(tensors["scales"]))
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        return fp4.around(tensors["codes"], _numbers(tensors["scales"]))
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         stored = tensors["scales"]
         largest = target.unflatten(1, (stored.shape[1], -1)).abs().amax(dim=-1)
         # The smallest power of 2 under which no number is cut by more than rounding moves it: 7 rounds to 6.
-        exponents = torch.ceil(torch.log2((largest / 7).clamp_min(2.0**-126))).clamp(-127, 127)
-        new = (exponents + 127).to(torch.uint8)
-        codes, settled = fp4.requantised(
-            target, changed, tensors["codes"], _numbers(stored), lambda _: torch.exp2(exponents)
-        )
+        new = exponent_above(largest / 7)
+        codes, settled = fp4.requantised(target, changed, tensors["codes"], _numbers(stored), lambda _: power_of_2(new))
         scales = torch.where(settled.renewed, new, stored.view(torch.uint8)).view(stored.dtype)
         return Requantised({"codes": codes, "scales": scales}, settled.groups, int(settled.renewed.sum()))
 
 
 def _numbers(scales: Tensor) -> Tensor:
-    return torch.exp2(scales.view(torch.uint8).float() - 127)
+    return power_of_2(scales.view(torch.uint8))
 
 
 def find(name: str, held: Held, settings: Settings) -> Found | None:

@@ -40,8 +40,8 @@ class Nvfp4:
     def dequantise(self, tensors: Tensors) -> Tensor:
         return fp4.dequantised(tensors["codes"], self._numbers(tensors["scales"], tensors))
 
-    def steps(self, tensors: Tensors) -> Tensor:
-        return fp4.steps(tensors["codes"], self._numbers(tensors["scales"], tensors))
+    def around(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        return fp4.around(tensors["codes"], self._numbers(tensors["scales"], tensors))
 
     def requantise(self, target: Tensor, changed: Tensor, tensors: Tensors) -> Requantised:
         stored, factor = tensors["scales"], self._factor(tensors)
