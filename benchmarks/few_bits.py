@@ -2,7 +2,7 @@
 
 The edited weights of the model are packed in each format, edited in it and read again. The table has, for rounding as
 an export does it and for rounding to the nearest number: the share of the edit that is kept, the noise beside it, and
-KL(edit ‖ rounded edit) as a share of KL(edit ‖ base), per token of some prompts: 0 is the edit, 1 is as far as the base.
+KL(edit ‖ rounded edit) as a share of KL(edit ‖ base), per token of some prompts. 0 is the edit, 1 as far as the base.
 
 Run: python benchmarks/few_bits.py [--edit edit.safetensors]
 """
@@ -86,9 +86,14 @@ def by_gguf(kind: str, weight: Tensor) -> tuple[Packed, Tensors]:
     return Packed(Ggml(kind), ()), {"codes": torch.from_numpy(raw)}
 
 
+def harmful_prompts(split: Any, count: int) -> list[str]:
+    items = load_prompts(data_path("builtin:safety_prompts"), ("harmful", "benign", "borderline"), split, {"harmful": count})
+    return [str(item.prompt) for item in items]
+
+
 def make_edit(model: Any, tokenizer: Any) -> s2e.Edit:
     """An edit towards declining, of the middle third of the layers, as in the demo."""
-    prompts = [p.prompt for p in load_prompts(data_path("safety")) if isinstance(p.prompt, str)][:60]
+    prompts = harmful_prompts("probe", 60)
     refusal, answer = "I can't help with that request.", "Sure, here is what you asked for."
     positive = [s2e.Trace(prompt, refusal, "positive") for prompt in prompts]
     negative = [s2e.Trace(prompt, answer, "negative") for prompt in prompts]
@@ -98,7 +103,7 @@ def make_edit(model: Any, tokenizer: Any) -> s2e.Edit:
 
 def log_probabilities(model: Any, tokenizer: Any) -> Tensor:
     """Of the next token, at every token of some texts [tokens, vocabulary]."""
-    texts = [p.prompt for p in load_prompts(data_path("safety")) if isinstance(p.prompt, str)][60:72]
+    texts = harmful_prompts("validation", 12)
     rows = []
     with torch.no_grad():
         for text in texts:

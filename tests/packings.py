@@ -59,9 +59,10 @@ def fp8(rows: int, columns: int, suffix: str, kind: torch.dtype = torch.float8_e
             return Fp8Dequantize(None)._dequantize_one(codes, grid, torch.float32)
         out = codes.float()
         grid = grid.view(1, 1) if grid.numel() == 1 else grid
-        for i in range(out.shape[0]):
-            for j in range(out.shape[1]):
-                out[i, j] *= grid[i // (rows or out.shape[0]), j // (columns or out.shape[1])]
+        high, wide = rows or out.shape[0], columns or out.shape[1]
+        for i in range(grid.shape[0]):
+            for j in range(grid.shape[1]):
+                out[i * high : (i + 1) * high, j * wide : (j + 1) * wide] *= grid[i, j]
         return out
 
     return Scheme(pack, read, {"quant_method": "fp8", "weight_block_size": [rows, columns]})
@@ -120,13 +121,11 @@ def nvfp4(of_modelopt: bool) -> Scheme:
         raw, scales = tensors[name + codes_name], tensors[f"{name}_scale"].float()
         whole = tensors[name + whole_name]
         scales = scales * whole if of_modelopt else scales / whole
-        out = torch.empty(raw.shape[0], 2 * raw.shape[1])
-        for i in range(out.shape[0]):
-            for j in range(out.shape[1]):
-                code = (int(raw[i, j // 2]) >> (4 * (j % 2))) & 15
-                number = -E2M1[code - 8] if code >= 8 else E2M1[code]
-                out[i, j] = number * scales[i, j // 16]
-        return out
+        numbers = []
+        for row in raw.tolist():
+            codes = [(byte >> shift) & 15 for byte in row for shift in (0, 4)]
+            numbers.append([-E2M1[code - 8] if code >= 8 else E2M1[code] for code in codes])
+        return torch.tensor(numbers) * scales.repeat_interleave(16, dim=1)
 
     return Scheme(pack, read, {"quant_method": "modelopt" if of_modelopt else "compressed-tensors"})
 
@@ -185,15 +184,16 @@ def gptq(bits: int = 4, second: bool = False, shuffled: bool = False) -> Scheme:
         qweight, qzeros, scales, group_of = (
             tensors[f"{stem}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
         )
-        d, inputs = scales.shape[1], len(group_of)
-        out = torch.empty(d, inputs)
-        for j in range(inputs):
-            g = int(group_of[j])
-            for i in range(d):
-                code = number_in(int(qweight[j // per, i]), bits, j % per)
-                zero = number_in(int(qzeros[g, i // per]), bits, i % per) + missing
-                out[i, j] = (code - zero) * float(scales[g, i])
-        return out
+        codes, zeros, sizes, groups = (t.tolist() for t in (qweight, qzeros, scales.float(), group_of))
+        columns = []
+        for j, g in enumerate(groups):
+            column = []
+            for i, size in enumerate(sizes[g]):
+                code = number_in(codes[j // per][i], bits, j % per)
+                zero = number_in(zeros[g][i // per], bits, i % per) + missing
+                column.append((code - zero) * size)
+            columns.append(column)
+        return torch.tensor(columns).T.contiguous()
 
     settings = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": shuffled}
     return Scheme(pack, read, settings | ({"checkpoint_format": "gptq_v2"} if second else {}))
@@ -218,16 +218,17 @@ def awq() -> Scheme:
     def read(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         stem = name.removesuffix(".weight")
         qweight, qzeros, scales = (tensors[f"{stem}.{part}"] for part in ("qweight", "qzeros", "scales"))
-        inputs, d = len(qweight), scales.shape[1]
-        out = torch.empty(d, inputs)
-        for j in range(inputs):
-            for word in range(d // 8):
+        codes, zeros, sizes = (t.tolist() for t in (qweight, qzeros, scales.float()))
+        columns = []
+        for j, row in enumerate(codes):
+            column = [0.0] * scales.shape[1]
+            for number, word in enumerate(row):
                 for place, output in enumerate(AWQ_ORDER):
-                    code = number_in(int(qweight[j, word]), 4, place)
-                    zero = number_in(int(qzeros[j // GROUP, word]), 4, place)
-                    i = 8 * word + output
-                    out[i, j] = (code - zero) * float(scales[j // GROUP, i])
-        return out
+                    code, zero = (number_in(w, 4, place) for w in (word, zeros[j // GROUP][number]))
+                    i = 8 * number + output
+                    column[i] = (code - zero) * sizes[j // GROUP][i]
+            columns.append(column)
+        return torch.tensor(columns).T.contiguous()
 
     return Scheme(pack, read, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"})
 

@@ -65,7 +65,8 @@ class Rounding:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Rounding:
-        return cls(row["format"], *row["sums"], row["groups"], row["groups_with_new_scales"])
+        along, wanted, got = row["sums"]
+        return cls(row["format"], along, wanted, got, row["groups"], row["groups_with_new_scales"])
 
 
 def together(roundings: Iterable[Rounding]) -> Rounding:

@@ -29,7 +29,7 @@ def around(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     table = torch.cat([-_MAGNITUDES[1:].flip(0), _MAGNITUDES])
     groups = (scales.shape[1], -1)
     down, up = in_table(_values(unpacked(codes.flatten(1), 4)), table)
-    return tuple((distance.unflatten(1, groups) * scales[..., None]).flatten(1) for distance in (down, up))  # type: ignore[return-value]
+    return tuple((distance.unflatten(1, groups) * scales[..., None]).flatten(1) for distance in (down, up))
 
 
 def requantised(
