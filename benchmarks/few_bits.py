@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,9 @@ def by_gguf(kind: str, weight: Tensor) -> tuple[Packed, Tensors]:
 
 
 def harmful_prompts(split: Any, count: int) -> list[str]:
-    items = load_prompts(data_path("builtin:safety_prompts"), ("harmful", "benign", "borderline"), split, {"harmful": count})
+    items = load_prompts(
+        data_path("builtin:safety_prompts"), ("harmful", "benign", "borderline"), split, {"harmful": count}
+    )
     return [str(item.prompt) for item in items]
 
 
@@ -101,9 +104,8 @@ def make_edit(model: Any, tokenizer: Any) -> s2e.Edit:
     return s2e.score(model, probe).edit(rho_attn=0.25, rho_mlp=None, alpha=0.4, layers="33%-67%")
 
 
-def log_probabilities(model: Any, tokenizer: Any) -> Tensor:
+def log_probabilities(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """Of the next token, at every token of some texts [tokens, vocabulary]."""
-    texts = harmful_prompts("validation", 12)
     rows = []
     with torch.no_grad():
         for text in texts:
@@ -127,20 +129,25 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--edit", type=Path)
     options.add_argument("--strength", type=float, default=1.0)
+    options.add_argument("--only", help="formats whose names match this expression")
+    options.add_argument("--texts", type=int, default=12)
     given = options.parse_args()
     model, tokenizer = s2e.load_model(EMBEDDED, dtype="float32", device="cpu")
     edit = s2e.Edit.load(given.edit) if given.edit else make_edit(model, tokenizer)
     edit = edit.with_strength(given.strength)
     changes = edit.changes()
-    plain = {key: weight_of(model, change.site).clone() for key, change in changes.items()}
+    texts = harmful_prompts("validation", given.texts)
+    plain = {key: weight_of(model, change.site).detach().clone() for key, change in changes.items()}
     print("| format | kept | noise | KL to the edit | nearest: kept | noise | KL to the edit |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for title, pack in cases():
+        if given.only and not re.search(given.only, title):
+            continue
         packed = {key: pack(change, plain[key]) for key, change in changes.items()}
         weights = {key: whole(*packed[key], changes[key]) for key in changes}
-        base = with_weights(model, tokenizer, changes, weights)
+        base = with_weights(model, tokenizer, texts, changes, weights)
         edited = with_weights(
-            model, tokenizer, changes, {key: weights[key] + change.delta() for key, change in changes.items()}
+            model, tokenizer, texts, changes, {key: weights[key] + change.delta() for key, change in changes.items()}
         )
         cells = []
         for rule in (few_bits.spread, nearest):
@@ -150,7 +157,11 @@ def main() -> None:
                     few_bits.edited(packed[key][0], copies[key], change.site, change) for key, change in changes.items()
                 ]
             rounded = with_weights(
-                model, tokenizer, changes, {key: whole(packed[key][0], copies[key], changes[key]) for key in changes}
+                model,
+                tokenizer,
+                texts,
+                changes,
+                {key: whole(packed[key][0], copies[key], changes[key]) for key in changes},
             )
             one = few_bits.together(roundings)
             cells += [
@@ -171,12 +182,12 @@ def whole(packed: Packed, tensors: Tensors, change: Change) -> Tensor:
     return torch.cat([packed.format.dequantise(some) for _, _, some in rows])
 
 
-def with_weights(model: Any, tokenizer: Any, changes: Any, weights: dict[str, Tensor]) -> Tensor:
+def with_weights(model: Any, tokenizer: Any, texts: list[str], changes: Any, weights: dict[str, Tensor]) -> Tensor:
     """The model's log probabilities with these weights in it."""
     with torch.no_grad():
         for key, change in changes.items():
             weight_of(model, change.site).copy_(weights[key])
-    return log_probabilities(model, tokenizer)
+    return log_probabilities(model, tokenizer, texts)
 
 
 if __name__ == "__main__":

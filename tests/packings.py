@@ -55,7 +55,8 @@ def fp8(rows: int, columns: int, suffix: str, kind: torch.dtype = torch.float8_e
 
     def read(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         codes, grid = tensors[name], tensors[name + suffix]
-        if grid.numel() > 1 and not codes.shape[0] % grid.shape[0] and not codes.shape[1] % grid.shape[1]:
+        whole = not codes.shape[0] % (rows or 1) and not codes.shape[1] % (columns or 1)
+        if grid.numel() > 1 and whole:  # transformers knows no block that is cut
             return Fp8Dequantize(None)._dequantize_one(codes, grid, torch.float32)
         out = codes.float()
         grid = grid.view(1, 1) if grid.numel() == 1 else grid

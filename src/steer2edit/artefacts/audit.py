@@ -179,7 +179,8 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     sites: dict[str, list[Site]] = {}
     packed: dict[str, list[Site]] = {}
     belonging: set[str] = set()
-    for site in find_sites(empty_model(load_config(base))):
+    found = find_sites(empty_model(load_config(base)))
+    for site in found:
         stored = opened.packed(site)
         if stored is not None:
             packed.setdefault(stored.parts[0].tensor, []).append(site)
@@ -219,7 +220,7 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
             others.append(result)
         elif result:
             rows += result
-    order = {site.key: i for i, site in enumerate(s for some in sites.values() for s in some)}
+    order = {site.key: i for i, site in enumerate(found)}
     rows.sort(key=lambda row: order[row["site"]])
     return {
         "kind": "diff",

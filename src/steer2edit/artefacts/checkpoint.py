@@ -29,7 +29,7 @@ from ..models.embedded import checkpoint_folder
 from ..parallel import in_parallel, pool
 from ..progress import say
 from .bases import open_base
-from .few_bits import LEAST_KEPT, Rounding, described, edited, read_tensors, refuse_lost, together
+from .few_bits import Rounding, described, edited, is_lost, read_tensors, refuse_lost, together
 from .patching import Patched, Shard
 from .pieces import AnyPiece, PackedPiece, pieces_of
 from .places import site_reader
@@ -65,14 +65,14 @@ def export_checkpoint(
     Args:
         base: a folder, or a GGUF file; then `out` is a GGUF file too.
         hashes: put the SHA-256 of each edited tensor, before and after, into the manifest.
-        accept_rounding: write the output also if rounding keeps less than half of the edit.
+        accept_rounding: write the output also if rounding keeps less than half of the edit, or drowns it in noise.
         progress: called with (bytes done, bytes in total).
 
     Raises:
         FileError: `base` is no checkpoint, `out` exists already, an edited weight is in an unknown format, or the disk
             has too little room.
         ModelError: `base` is another model. EditError: `base` already contains the edit, the edit changes nothing, or
-            rounding loses more than half of it.
+            rounding loses it.
     """
     base, out = checkpoint_folder(base), Path(out)
     if out.exists():
@@ -166,9 +166,9 @@ def manifest_beside(out: Path) -> Path:
 
 
 def foresee(pieces: Mapping[str, Sequence[AnyPiece]], folder: Path) -> None:
-    """Raises EditError if rounding loses more than half of the edit, before anything is copied.
+    """Raises EditError if rounding loses the edit, before anything is copied.
 
-    A few weights are tried first. Only if these lose more than half, all of them are.
+    A few weights are tried first. Only if these lose it, all of them are tried.
     """
     packed = [p for some in pieces.values() for p in some if isinstance(p, PackedPiece) and p.reports]
     packed.sort(key=lambda piece: piece.site.d * piece.site.inputs)
@@ -179,7 +179,7 @@ def foresee(pieces: Mapping[str, Sequence[AnyPiece]], folder: Path) -> None:
         )
 
     tried = {piece.name: one(piece) for piece in packed[:: max(1, len(packed) // _TRIED)]}
-    if together(tried.values()).kept >= LEAST_KEPT:
+    if not is_lost(together(tried.values())):
         return
     others = [piece for piece in packed if piece.name not in tried]
     tried |= dict(zip((piece.name for piece in others), in_parallel(one, others), strict=True))

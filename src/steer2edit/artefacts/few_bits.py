@@ -188,8 +188,13 @@ def steps(packed: Packed, tensors: Tensors, site: Site) -> Tensor:
     return whole
 
 
-# An edit that loses more than this is refused, since an adapter keeps all of it.
-LEAST_KEPT = 0.5
+# An edit of which rounding keeps less, or to which it adds more noise, is refused: an adapter keeps all and adds none.
+LEAST_KEPT, MOST_NOISE = 0.5, 4.0
+
+
+def is_lost(rounding: Rounding) -> bool:
+    """Whether rounding leaves too little of an edit, or drowns it."""
+    return not (rounding.kept >= LEAST_KEPT and rounding.noise <= MOST_NOISE)
 
 
 def described(roundings: Mapping[str, Rounding]) -> str:
@@ -203,14 +208,15 @@ def described(roundings: Mapping[str, Rounding]) -> str:
 
 
 def refuse_lost(roundings: Mapping[str, Rounding]) -> None:
-    """Raises EditError if rounding keeps less than half of the edit."""
+    """Raises EditError if rounding keeps less than half of the edit, or adds noise of several times its size."""
     if not roundings:
         return
     whole = together(roundings.values())
-    if not whole.kept >= LEAST_KEPT:
+    if is_lost(whole):
         worst = min(roundings, key=lambda name: roundings[name].kept)
         raise EditError(
-            f"rounding to {whole.title} loses most of the edit: {whole.kept:.0%} of it would be in the weights",
+            f"rounding to {whole.title} loses the edit: {whole.kept:.0%} of it would be in the weights, among noise of "
+            f"{whole.noise:.1f} times its size",
             got=f"{len(roundings)} weights, least at {worst}: {roundings[worst].kept:.0%}",
             fix="Serve the edit as an adapter, which keeps all of it (`steer2edit apply BASE EDIT --as adapter`, or "
             "edit.save_adapter); or write it anyway with --accept-rounding (accept_rounding=True).",

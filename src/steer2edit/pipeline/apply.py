@@ -74,13 +74,13 @@ def write(edit: Edit | Combination, kind: str, out: Path, base: str, accept_roun
         kind: one of KINDS.
         base: the base checkpoint's folder, its Hub id, or `embedded:…`. A folder is compared with the edit whatever is
             written; an adapter holds the name. A GGUF file is a base too.
-        accept_rounding: write a base of few bits also if rounding loses more than half of the edit.
+        accept_rounding: write a base of few bits also if rounding loses the edit.
 
     Raises:
         FileError: `out` is there already, or the base is no `safetensors` checkpoint and a checkpoint is asked for, or
             no GGUF file and a GGUF model is.
         ModelError: it is another base, or its family has no such artefact. EditError: the edit is in it already, the
-            format cannot hold the edit, or rounding loses more than half of it.
+            format cannot hold the edit, or rounding loses it.
     """
     from ..artefacts.checkpoint import compare, export_checkpoint
     from ..models.embedded import HUB_NAMES

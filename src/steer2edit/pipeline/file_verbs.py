@@ -37,7 +37,7 @@ def apply_edits(
     layers: Annotated[str | None, typer.Option(help="Only these layers, like 8-20, the last one too.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Only this block type: attn or mlp.")] = None,
     accept_rounding: Annotated[
-        bool, typer.Option("--accept-rounding", help="Write a base of few bits even if rounding loses half the edit.")
+        bool, typer.Option("--accept-rounding", help="Write a base of few bits even if rounding loses the edit.")
     ] = False,
     quiet: Quiet = False,
     json: Json = False,
