@@ -268,7 +268,14 @@ def bnb8() -> Scheme:
         scales = tensors[f"{name.removesuffix('.weight')}.SCB"]
         return bitsandbytes.functional.int8_vectorwise_dequant(tensors[name], scales).float()
 
-    return Scheme(pack, read, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False})
+    # Without the outliers' own path, whose activations are not rounded.
+    settings = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": 0.0,
+    }
+    return Scheme(pack, read, settings)
 
 
 SCHEMES: dict[str, Scheme] = {

@@ -163,11 +163,11 @@ def test_scales_in_another_file_give_the_same_weights(tmp_path: Path) -> None:
         one = Case(tmp_path / "one", SCHEMES[name])
         several = Case(tmp_path / "several", SCHEMES[name], shards=5)
         for case in (one, several):
-            s2e.export_checkpoint(case.base, one.edit.with_strength(3.0), case.out)
+            s2e.export_checkpoint(case.base, one.strong, case.out)
         a, b = tensors_of(one.out), tensors_of(several.out)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8)) for n in a)
-        assert s2e.verify(several.base, one.edit.with_strength(3.0), several.out)["as_expected"]
+        assert s2e.verify(several.base, one.strong, several.out)["as_expected"]
         manifests = [json.loads((case.out / MANIFEST).read_text()) for case in (one, several)]
         assert manifests[0]["rounding"] == manifests[1]["rounding"]
         assert manifests[0]["tensors"] == manifests[1]["tensors"]
@@ -327,7 +327,7 @@ def by_transformers(tensors: dict[str, Tensor], name: str) -> Tensor:
 @pytest.mark.parametrize("name", ["fp8 block", "nf4", "nf4 twice", "int8"])
 def test_transformers_loads_the_export_and_its_logits_are_the_edits(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, SCHEMES[name])
-    edit = case.edit.with_strength(2.0)
+    edit = case.strong
     s2e.export_checkpoint(case.base, edit, case.out)
     noise = json.loads((case.out / MANIFEST).read_text())["rounding"]["noise"]
     ids = torch.arange(3, 40)[None]
@@ -347,7 +347,8 @@ def test_transformers_loads_the_export_and_its_logits_are_the_edits(name: str, t
     case.model.load_state_dict({n: case.read(n, case.out) for n in case.weights}, strict=False)
     with torch.no_grad():
         exact = case.model(ids).logits
-    assert float((after - exact).norm()) < 0.02 * float(exact.norm())
+    # bitsandbytes rounds the activations of an int8 map to 8 bits too; without a GPU transformers reads fp8 as bf16.
+    assert float((after - exact).norm()) < 0.05 * float(exact.norm())
 
 
 # What is said -------------------------------------------------------------------------------------------------------

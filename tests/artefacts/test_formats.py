@@ -89,6 +89,23 @@ def test_a_weights_numbers_are_those_of_the_formats_own_reader(stored: Stored) -
     assert float((weight - stored.plain).norm() / stored.plain.norm()) < 0.7
 
 
+@pytest.mark.parametrize(("name", "preset"), [("nvfp4", "NVFP4A16"), ("mxfp4", "MXFP4A16")])
+def test_compressed_tensors_reads_the_same_numbers(name: str, preset: str, tmp_path: Path) -> None:
+    from compressed_tensors.compressors import MXFP4PackedCompressor, NVFP4PackedCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    stored = Stored(tmp_path, SCHEMES[name])
+    tensors = stored.tensors()
+    edited(stored.packed, tensors, SITE, a_change(0.01))
+    state = {"weight_packed": tensors["codes"], "weight_scale": tensors["scales"]}
+    if name == "nvfp4":
+        state["weight_global_scale"] = tensors["scale of all"]
+    compressor = NVFP4PackedCompressor if name == "nvfp4" else MXFP4PackedCompressor
+    weight = compressor.decompress(state, preset_name_to_scheme(preset, ["Linear"]))["weight"]
+    # It computes in bf16.
+    torch.testing.assert_close(stored.packed.format.dequantise(tensors), weight.float(), rtol=2**-6, atol=1e-6)
+
+
 def test_an_edit_of_nothing_leaves_every_byte(stored: Stored) -> None:
     tensors, before = stored.tensors(), stored.tensors()
     rounding = edited(stored.packed, tensors, SITE, a_change(0.0))
