@@ -17,7 +17,7 @@ from torch import Tensor
 from packings import SCHEMES, Scheme, gptq, quantised, tensors_of
 from steer2edit.artefacts import few_bits
 from steer2edit.artefacts.bases import Base, open_base
-from steer2edit.artefacts.few_bits import Rounding, dequantised, edited, read_tensors, steps, together
+from steer2edit.artefacts.few_bits import Rounding, dequantised, edited, read_tensors, spread, steps, together
 from steer2edit.artefacts.formats.base import Packed, Tensors, packed, unpacked
 from steer2edit.artefacts.formats.bnb import Bnb8
 from steer2edit.artefacts.formats.ggml import KINDS, Ggml
@@ -220,6 +220,26 @@ def test_a_row_that_leaves_its_range_gets_a_new_scale() -> None:
     assert tensors["scales"].tolist() == [254.0, 127.0]
     assert tensors["codes"].tolist() == [[127, 10], [127, 20]]
     assert (rounding.kept, rounding.noise, rounding.groups, rounding.renewed) == (1.0, 0.0, 1, 1)
+
+
+@pytest.mark.parametrize("size", [0.02, -0.1, 0.7])
+def test_of_changes_below_a_step_as_many_numbers_move_as_the_changes_are_large(size: float) -> None:
+    weight, one = torch.zeros(256, 320), torch.ones(256, 320)
+    target = spread(weight, size * one, (one, 2 * one), 0)
+    step = 2.0 if size > 0 else 1.0
+    assert set(target.unique().tolist()) == {0.0, step if size > 0 else -step}
+    moved = (target != 0).float()
+    share = abs(size) / step
+    assert float(moved.mean()) == pytest.approx(share, abs=0.002)
+    for dim in (0, 1):
+        assert float((moved.mean(dim=dim) - share).abs().max()) < 0.015
+    assert torch.equal(spread(weight[100:], size * one[100:], (one[100:], 2 * one[100:]), 100), target[100:])
+
+
+def test_a_change_of_a_step_or_more_and_one_at_the_end_of_the_range_are_left_to_the_rounding() -> None:
+    weight, delta = torch.zeros(1, 4), torch.tensor([[1.0, -1.3, 0.2, -0.2]])
+    around = (torch.tensor([[1.0, 1.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
+    assert spread(weight, delta, around, 5).tolist() == delta.tolist()
 
 
 def test_several_weights_shares_are_weighed_by_their_edits() -> None:

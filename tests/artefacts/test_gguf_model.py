@@ -49,11 +49,16 @@ def blocks(weight: Tensor, kind: str) -> np.ndarray:
         return gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
     shape = KINDS[kind]
     raw = torch.randint(0, 256, (weight.numel() // shape.numbers, shape.size), dtype=torch.uint8)
+    # The same scales everywhere, so that the codes reach from −size to size.
     size = float(weight.abs().max())
-    for at in [208] if kind == "Q6_K" else [0, 2]:
-        # 31 codes times a scale of up to 127, or 15 times one of up to 63
-        largest = 31 * 127 if kind == "Q6_K" else 63 * KINDS[kind].high
-        raw[:, at : at + 2] = torch.full((len(raw), 1), size / largest).half().view(torch.uint8)
+    if kind == "Q6_K":
+        raw[:, 192:208] = 127
+        halves = {208: size / (31 * 127)}
+    else:
+        raw[:, 4:16] = 255  # 63 for each scale and each minimum
+        halves = {0: 2 * size / (63 * shape.high), 2: size / 63}
+    for at, half in halves.items():
+        raw[:, at : at + 2] = torch.full((len(raw), 1), half).half().view(torch.uint8)
     return raw.view(len(weight), -1).numpy()
 
 
@@ -245,6 +250,7 @@ def test_the_command_line_writes_checks_and_compares_gguf_files(q8: Case, monkey
     assert command(monkeypatch, "apply", "base.gguf", "edit.safetensors", "--to", "no") == 2
     assert "--as gguf-model" in capsys.readouterr().err
     assert command(monkeypatch, "apply", "base.gguf", "edit.safetensors", "--as", "gguf", "--to", "lora.gguf") == 0
+    capsys.readouterr()
     assert command(monkeypatch, "doctor", "base.gguf", "--json") == 0
     assert json.loads(capsys.readouterr().out)["stored"][0]["format"] == "GGUF Q8_0"
 
