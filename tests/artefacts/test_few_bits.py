@@ -169,7 +169,7 @@ def test_scales_in_another_file_give_the_same_weights(tmp_path: Path) -> None:
         assert all(torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8)) for n in a)
         assert s2e.verify(several.base, one.strong, several.out)["as_expected"]
         manifests = [json.loads((case.out / MANIFEST).read_text()) for case in (one, several)]
-        assert manifests[0]["rounding"] == manifests[1]["rounding"]
+        assert manifests[0]["rounding"]["tensors"] == manifests[1]["rounding"]["tensors"]
         assert manifests[0]["tensors"] == manifests[1]["tensors"]
         for case in (one, several):
             for folder in (case.plain, case.base, case.out):
@@ -337,8 +337,10 @@ def test_transformers_loads_the_export_and_its_logits_are_the_edits(name: str, t
         with torch.no_grad():
             return model(ids).logits.float()
 
-    with torch.no_grad(), edit.applied(case.model):
-        expected = case.model(ids).logits
+    with torch.no_grad():
+        plain = case.model(ids).logits
+        with edit.applied(case.model):
+            expected = case.model(ids).logits
     base = logits(case.base)
     after = logits(case.out)
     moved = float((expected - base).norm())
@@ -347,8 +349,9 @@ def test_transformers_loads_the_export_and_its_logits_are_the_edits(name: str, t
     case.model.load_state_dict({n: case.read(n, case.out) for n in case.weights}, strict=False)
     with torch.no_grad():
         exact = case.model(ids).logits
-    # bitsandbytes rounds the activations of an int8 map to 8 bits too; without a GPU transformers reads fp8 as bf16.
-    assert float((after - exact).norm()) < 0.05 * float(exact.norm())
+    # bitsandbytes rounds the activations of an int8 map too, and without a GPU transformers reads fp8 as bf16: what
+    # that does to the base's logits it may do to these.
+    assert float((after - exact).norm()) < 2 * float((base - plain).norm()) + 1e-3 * float(exact.norm())
 
 
 # What is said -------------------------------------------------------------------------------------------------------
