@@ -21,6 +21,8 @@ SCRIPTS = (
     "serve.py",
     "chat.py",
     "export.py",
+    "huge.py",
+    "few_bits.py",
     "tpe.py",
 )
 

@@ -302,6 +302,7 @@ def doctor(
     else:
         options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype, "device": device}
         section = parse(Model, {"name": model, **options})
+    from .artefacts.bases import how_stored
     from .engines.plan import load_section
     from .models.architectures import describe_as
     from .models.inventory import examine
@@ -319,6 +320,8 @@ def doctor(
             describe_as(empty, section.architecture)
         findings = examine(empty)
     findings["model"] = section.name
+    if stored := how_stored(section.name, section.architecture):
+        findings["stored"] = stored
     if json:
         print_json(findings)
         return

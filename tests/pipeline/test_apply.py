@@ -302,7 +302,9 @@ def test_an_edit_of_a_model_of_unknown_depth_takes_any_layers(made: Made, tmp_pa
         gather([made.one], layers=range(2, 90))
 
 
-def test_a_quantised_base_serves_an_adapter_but_takes_no_checkpoint(made: Made, say: Any, tmp_path: Path) -> None:
+def test_a_base_in_an_unknown_format_serves_an_adapter_but_takes_no_checkpoint(
+    made: Made, say: Any, tmp_path: Path
+) -> None:
     make_pico("llama").save_pretrained(tmp_path / "fp8")
     file = tmp_path / "fp8/model.safetensors"
     tensors = load_file(file)

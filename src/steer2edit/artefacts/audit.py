@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from ..files.reading import sha256
-from ..files.shards import Stored, checkpoint_reader, open_shards
+from ..files.shards import Stored
 from ..method.change import Changes, patched
 from ..method.site import Site
 from ..method.theorems import input_direction
 from ..models.embedded import checkpoint_folder
 from ..models.sites import find_sites
 from ..parallel import in_parallel
-from .checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, checkpoint_files, pieces_of
-from .patching import Piece
+from .audit_packed import both_dequantised, same_bytes, same_kind, same_metadata, tensor_reader, verify_packed
+from .bases import open_base
+from .checkpoint import JOURNAL, MANIFEST, OTHER_WEIGHTS, checkpoint_files
+from .few_bits import WRITTEN
+from .pieces import PackedPiece, Piece, pieces_of
 from .places import upright
 
 # Files that an export adds, the one that only lists where tensors are, and the one for people (the model card).
@@ -38,7 +41,8 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
         as_expected: whether every tensor and file is equal or edited as expected, and a tensor is edited.
 
     Raises:
-        FileError: a folder is not a `safetensors` checkpoint. ModelError: the edit is another model's.
+        FileError: a folder is not a `safetensors` checkpoint, or a file not a GGUF file; or one of each is given.
+        ModelError: the edit is another model's.
 
     >>> out = s2e.export_checkpoint(base, edit, f"{folder}/verified")
     >>> audit = s2e.verify(base, edit, out)
@@ -48,13 +52,19 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
     False
     """
     base, edited = checkpoint_folder(base), Path(edited)
-    base_shards, edited_shards = open_shards(base), open_shards(edited)
-    base_tensors, edited_tensors = _by_name(base_shards), _by_name(edited_shards)
+    opened, other_opened = open_base(base), open_base(edited)
+    same_kind(opened, other_opened)
+    base_tensors, edited_tensors = _by_name(opened.shards), _by_name(other_opened.shards)
     pieces: dict[str, list[Piece]] = {}
-    for some in pieces_of(edit, base_shards).values():
+    packed: list[PackedPiece] = []
+    for some in pieces_of(edit, opened).values():
         for piece in some:
-            pieces.setdefault(piece.tensor, []).append(piece)
-    read, read_edited = checkpoint_reader(base), checkpoint_reader(edited)
+            if isinstance(piece, PackedPiece):
+                packed += [piece] if piece.reports else []
+            else:
+                pieces.setdefault(piece.tensor, []).append(piece)
+    read, read_edited = tensor_reader(opened), tensor_reader(other_opened)
+    rounded = verify_packed(packed, opened, other_opened)
 
     def one(name: str) -> str:
         if name not in edited_tensors:
@@ -62,10 +72,12 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
         a, b = base_tensors[name], edited_tensors[name]
         if (a.shape, a.dtype_name) != (b.shape, b.dtype_name):
             return "foreign"
+        if name in rounded:
+            return rounded[name]
         mine, other = read(name), read_edited(name)
         changed = [p for p in pieces.get(name, []) if p.change]
         if not changed:
-            return "equal" if _same(mine, other) else "foreign"
+            return "equal" if same_bytes(mine, other) else "foreign"
         return (
             "edited as expected"
             if all(_as_expected(p, mine, other) for p in changed) and _rest(changed, mine, other)
@@ -74,7 +86,10 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
 
     tensors = dict(zip(base_tensors, in_parallel(one, base_tensors), strict=True))
     tensors |= dict.fromkeys(edited_tensors.keys() - base_tensors.keys(), "extra")
-    files = _files(base, edited, {*base_shards, *edited_shards})
+    if opened.architecture:
+        files = {"metadata": "equal" if same_metadata(opened, other_opened) else "foreign"}
+    else:
+        files = _files(base, edited, {*opened.shards, *other_opened.shards})
     bad = {"foreign", "missing", "extra"}
     expected = not bad & {*tensors.values(), *files.values()} and "edited as expected" in tensors.values()
     return {
@@ -92,16 +107,10 @@ def _by_name(shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, Stored]:
     return {name: stored for held in shards.values() for name, stored in held.items()}
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Byte for byte: a NaN is itself, and 0 is not −0."""
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
 def _part(piece: Piece, tensor: Tensor) -> Tensor:
     """The site's weight [d, n·c] in the tensor that holds it."""
-    expert = piece.site.expert
-    fused = tensor.dim() == 3 and expert is not None
-    return upright(piece.site, tensor[expert] if fused else tensor, fused)
+    part = tensor[piece.site.expert] if tensor.dim() == 3 else tensor
+    return part.T if piece.turned else part
 
 
 def _as_expected(piece: Piece, mine: Tensor, other: Tensor) -> bool:
@@ -112,7 +121,7 @@ def _as_expected(piece: Piece, mine: Tensor, other: Tensor) -> bool:
         expected = a[start : start + 256].clone()
         rows = slice(start, start + len(expected))
         expected[:, columns] = patched(expected[:, columns], piece.change, columns, rows)
-        if not _same(expected, b[rows]):
+        if not same_bytes(expected, b[rows]):
             return False
     return True
 
@@ -122,7 +131,7 @@ def _rest(changed: Iterable[Piece], mine: Tensor, other: Tensor) -> bool:
     if mine.dim() != 3:
         return True
     edited = {piece.site.expert for piece in changed}
-    return all(_same(mine[i], other[i]) for i in range(len(mine)) if i not in edited)
+    return all(same_bytes(mine[i], other[i]) for i in range(len(mine)) if i not in edited)
 
 
 def _files(base: Path, edited: Path, shards: set[str]) -> dict[str, str]:
@@ -175,20 +184,42 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     from ..models.load import empty_model, load_config
 
     base, edited = Path(base), Path(edited)
-    base_tensors, edited_tensors = _by_name(open_shards(base)), _by_name(open_shards(edited))
-    read, read_edited = checkpoint_reader(base), checkpoint_reader(edited)
+    opened, other_opened = open_base(base), open_base(edited)
+    same_kind(opened, other_opened)
+    base_tensors, edited_tensors = _by_name(opened.shards), _by_name(other_opened.shards)
+    read, read_edited = tensor_reader(opened), tensor_reader(other_opened)
     sites: dict[str, list[Site]] = {}
-    for site in find_sites(empty_model(load_config(base))):
-        name = next((n for n in (site.tensor, *site.aliases) if n in base_tensors), None)
+    packed: dict[str, list[Site]] = {}
+    belonging: set[str] = set()
+    found = find_sites(empty_model(load_config(base)))
+    for site in found:
+        stored = opened.packed(site)
+        if stored is not None:
+            packed.setdefault(stored.parts[0].tensor, []).append(site)
+            belonging |= {part.tensor for part in stored.parts[1:] if part.role in WRITTEN}
+            continue
+        name = next((n for n in opened.names(site) if n in base_tensors), None)
         if name is not None:
             sites.setdefault(name, []).append(site)
 
     def one(name: str) -> list[dict[str, Any]] | str | None:
         a, b = base_tensors[name], edited_tensors.get(name)
-        if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        if b is None or (a.shape, a.dtype_name) != (b.shape, b.dtype_name):
             return name
+        if name in belonging:
+            return None  # the scales of a weight, which is compared as a whole
+        if name in packed:
+            rows = []
+            for site in packed[name]:
+                weights = both_dequantised(site, opened, other_opened)
+                if weights is None:
+                    return name
+                mine, other, spacing = weights
+                if not same_bytes(mine, other):
+                    rows.append({"site": site.key, "tensor": name} | recover(site, mine, other, top, spacing))
+            return rows
         mine, other = read(name), read_edited(name)
-        if _same(mine, other):
+        if same_bytes(mine, other):
             return None
         if name not in sites or a.dtype is None:
             return name
@@ -201,7 +232,7 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
             others.append(result)
         elif result:
             rows += result
-    order = {site.key: i for i, site in enumerate(s for some in sites.values() for s in some)}
+    order = {site.key: i for i, site in enumerate(found)}
     rows.sort(key=lambda row: order[row["site"]])
     return {
         "kind": "diff",
@@ -215,12 +246,16 @@ def _sites(sites: Iterable[Site], mine: Tensor, other: Tensor, top: int) -> Iter
     for site in sites:
         fused = mine.dim() == 3 and site.expert is not None
         a, b = (upright(site, t[site.expert] if fused else t, fused) for t in (mine, other))
-        if not _same(a, b):
+        if not same_bytes(a, b):
             yield {"site": site.key, "tensor": site.tensor} | recover(site, a, b, top)
 
 
-def recover(site: Site, W: Tensor, edited: Tensor, top: int = 5) -> dict[str, Any]:
-    """The rank-1 edit between two weights [d, n·c]: see `diff`."""
+def recover(site: Site, W: Tensor, edited: Tensor, top: int = 5, spacing: Tensor | None = None) -> dict[str, Any]:
+    """The rank-1 edit between two weights [d, n·c]: see `diff`.
+
+    Args:
+        spacing: the distance between the numbers that the edited weight's format can say, if it has few bits.
+    """
     w = W.float()
     D = edited.float() - w
     power = float(D.double().square().sum())
@@ -228,9 +263,13 @@ def recover(site: Site, W: Tensor, edited: Tensor, top: int = 5) -> dict[str, An
         nothing = {"rank": 0, "share": 0.0, "rounding": 0.0, "aligned": 0.0, "components": 0, "largest": []}
         return nothing | {"verdict": "not finite" if power else "only signs of zeros"}
     # Rounding to the nearest moves a number by up to half a step, evenly: a variance of step²/12.
-    steps = 2.0 ** torch.frexp(edited.float()).exponent.double() * torch.finfo(edited.dtype).eps / 2
     changed = (D != 0).any(dim=0)
-    spread = steps[:, changed].square() / 12 if edited.dtype is not torch.float32 else torch.zeros(1, 1)
+    spread = torch.zeros(1, 1)
+    if spacing is not None:
+        spread = spacing.double()[:, changed].square() / 12
+    elif edited.dtype is not torch.float32:
+        steps = 2.0 ** torch.frexp(edited.float()).exponent.double() * torch.finfo(edited.dtype).eps / 2
+        spread = steps[:, changed].square() / 12
     noise = float(spread.sum()) + 1e-12 * power
     u, s, v = torch.svd_lowrank(D, q=min(6, *D.shape), niter=4)
     u, a = u[:, 0], s[0] * v[:, 0]

@@ -19,16 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EditError, FileError, ModelError
+from ..files.ranges import stored_size
 from ..files.reading import read_journal
-from ..files.shards import Stored, open_shards
 from ..files.writing import append_jsonl, clear_temporaries, sync
 from ..method.change import Changes
+from ..method.fingerprint import QUANTISED_TOLERANCE, TOLERANCE
 from ..method.presence import Presence, check_weights, decide
 from ..models.embedded import checkpoint_folder
-from ..parallel import pool
+from ..parallel import in_parallel, pool
 from ..progress import say
-from .patching import Finding, Hashes, Piece, Shard
-from .places import site_reader, stored_name, stored_place
+from .bases import open_base
+from .few_bits import Rounding, described, edited, is_lost, read_tensors, refuse_lost, together
+from .patching import Patched, Shard
+from .pieces import AnyPiece, PackedPiece, pieces_of
+from .places import site_reader
 
 JOURNAL = "steer2edit-export.jsonl"
 
@@ -39,23 +43,36 @@ OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
 
 Progress = Callable[[int, int], None]
 
+# How many weights are rounded for trial before an export.
+_TRIED = 4
+
 
 def export_checkpoint(
-    base: str | Path, edit: Changes, out: str | Path, *, hashes: bool = True, progress: Progress | None = None
+    base: str | Path,
+    edit: Changes,
+    out: str | Path,
+    *,
+    hashes: bool = True,
+    accept_rounding: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
-    """Writes `out`, a copy of the checkpoint folder `base` with the edit in it; no model is built.
+    """Writes `out`, a copy of the checkpoint `base` with the edit in it; no model is built.
 
-    The edited tensors are bit for bit what `apply` and `save_pretrained` would give in the files' own dtype. The folder
-    appears complete or not at all. After a kill, the same call resumes after the last complete shard.
+    The edited tensors are bit for bit what `apply` and `save_pretrained` would give in the files' own dtype. Weights of
+    few bits are dequantised, edited and rounded again in their own format. The output appears complete or not at all.
+    After a kill, the same call resumes after the last complete shard.
 
     Args:
-        hashes: put the SHA-256 of each edited tensor, before and after, into `out/manifest.json`.
+        base: a folder, or a GGUF file; then `out` is a GGUF file too.
+        hashes: put the SHA-256 of each edited tensor, before and after, into the manifest.
+        accept_rounding: write the output also if rounding keeps less than half of the edit, or drowns it in noise.
         progress: called with (bytes done, bytes in total).
 
     Raises:
-        FileError: `base` is not a `safetensors` checkpoint, `out` exists already, a tensor's dtype is not F32, F16 or
-            BF16, or the disk has too little room.
-        ModelError: `base` is another model. EditError: `base` already contains the edit, or the edit changes nothing.
+        FileError: `base` is no checkpoint, `out` exists already, an edited weight is in an unknown format, or the disk
+            has too little room.
+        ModelError: `base` is another model. EditError: `base` already contains the edit, the edit changes nothing, or
+            rounding loses it.
 
     >>> out = s2e.export_checkpoint(base, edit, f"{folder}/edited")
     >>> (out / "model.safetensors").is_file(), (out / "manifest.json").is_file()
@@ -68,10 +85,14 @@ def export_checkpoint(
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError("the output folder lies inside the base", got=out, fix="Give a folder elsewhere.")
-    shards = open_shards(base)
-    pieces = pieces_of(edit, shards)
-    files = checkpoint_files(base)
+    opened = open_base(base)
+    pieces = pieces_of(edit, opened)
+    one_file = opened.architecture != ""
+    files = {base.name: base.stat().st_size} if one_file else checkpoint_files(base)
     compare(edit, base)
+    if not accept_rounding:
+        foresee(pieces, opened.folder)
+    shards = opened.shards
     rest = [name for name in files if name not in shards and Path(name).suffix not in OTHER_WEIGHTS]
     left_out = sorted(set(files) - set(rest) - set(shards))
     if MANIFEST in rest:
@@ -79,13 +100,15 @@ def export_checkpoint(
         rest.remove(MANIFEST)
 
     partial = out.with_name(f".{out.name}.partial")
-    done = _resume(partial, _key(edit, base, files))
+    done = _resume(partial, _key(edit, base, opened.folder, files))
     try:
-        _room(partial, sum(files[name] for name in (*rest, *shards) if name not in done))
-        work = _Work(edit, base, partial, hashes, progress, sum(files[name] for name in shards))
+        _room(partial, sum(stored_size(opened.folder / name) for name in (*rest, *shards) if name not in done))
+        work = _Work(edit, opened.folder, partial, hashes, progress, sum(files[name] for name in shards))
         work.checked(done)
         work.run({name: pieces.get(name, []) for name in shards if name not in done})
         decide(edit.parts, work.presence, work.other)
+        if not accept_rounding:
+            refuse_lost(work.rounding)
         for name in rest:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / name, partial / name)
@@ -94,7 +117,12 @@ def export_checkpoint(
         (partial / MANIFEST).write_text(text, encoding="utf-8")
         sync(partial / MANIFEST)
         (partial / JOURNAL).unlink()
-        partial.rename(out)
+        if one_file:
+            (partial / MANIFEST).replace(manifest_beside(out))
+            (partial / base.name).replace(out)
+            shutil.rmtree(partial)
+        else:
+            partial.rename(out)
         sync(out.parent)
     except (EditError, ModelError):
         shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +135,8 @@ def export_checkpoint(
             got="no space left",
             fix=f"Free some space and run it again, or remove {partial} to give it up.",
         ) from None
+    if work.rounding:
+        say(f"  {described(work.rounding)}")
     if left_out:
         say(f"  not copied, since they hold the base's weights in another form: {', '.join(left_out)}")
     return out
@@ -125,34 +155,39 @@ def compare(edit: Changes, base: Path) -> None:
         by_size = sorted(edited, key=lambda key: edited[key].site.d * edited[key].site.inputs)
         smallest.append(by_size[:1])
     read = site_reader(base)
+    opened = open_base(base)
+    rounded = any(opened.packed(change.site) is not None for change in edit.changes().values())
+    tolerance = QUANTISED_TOLERANCE if rounded else TOLERANCE
     try:
-        check_weights(edit.parts, read, keys=smallest)
+        check_weights(edit.parts, read, tolerance, smallest)
     except EditError:  # one weight of another base may look edited, but not all of them
-        check_weights(edit.parts, read)
+        check_weights(edit.parts, read, tolerance)
 
 
-def pieces_of(edit: Changes, shards: Mapping[str, Mapping[str, Stored]]) -> dict[str, list[Piece]]:
-    """File → the bytes of each of the edit's sites in it. All of them are checked; the edited ones are changed.
+def manifest_beside(out: Path) -> Path:
+    """Where the manifest of an export that is one file lies."""
+    return out.with_name(f"{out.name}.{MANIFEST}")
 
-    A site that the edit leaves alone and that is not plain floating point is left out: it is only copied.
+
+def foresee(pieces: Mapping[str, Sequence[AnyPiece]], folder: Path) -> None:
+    """Raises EditError if rounding loses the edit, before anything is copied.
+
+    A few weights are tried first. Only if these lose it, all of them are tried.
     """
-    tensors = {name: (file, stored) for file, held in shards.items() for name, stored in held.items()}
-    pieces: dict[str, list[Piece]] = {}
-    changes = edit.changes()
-    for key, site in {key: s.site for part in edit.parts for key, s in part.sites.items()}.items():
-        name = stored_name(site, tensors)
-        file, stored = tensors[name]
-        if stored.dtype is None and key not in changes:
-            continue
-        place = stored_place(site, stored, "the edit")
-        label = f"{name}[{site.expert}]" if place.fused else name
-        parts = tuple(part.sites.get(key) for part in edit.parts)
-        assert stored.dtype is not None
-        piece = Piece(
-            changes.get(key), parts, name, label, stored.dtype, place.start, place.end, place.shape, place.turned
+    packed = [p for some in pieces.values() for p in some if isinstance(p, PackedPiece) and p.reports]
+    packed.sort(key=lambda piece: piece.site.d * piece.site.inputs)
+
+    def one(piece: PackedPiece) -> Rounding:
+        return edited(
+            piece.packed, read_tensors(piece.packed, folder, piece.site, "the edit"), piece.site, piece.change
         )
-        pieces.setdefault(file, []).append(piece)
-    return pieces
+
+    tried = {piece.name: one(piece) for piece in packed[:: max(1, len(packed) // _TRIED)]}
+    if not is_lost(together(tried.values())):
+        return
+    others = [piece for piece in packed if piece.name not in tried]
+    tried |= dict(zip((piece.name for piece in others), in_parallel(one, others), strict=True))
+    refuse_lost(tried)
 
 
 def checkpoint_files(base: Path) -> dict[str, int]:
@@ -174,10 +209,10 @@ def checkpoint_files(base: Path) -> dict[str, int]:
     return sizes
 
 
-def _key(edit: Changes, base: Path, files: Mapping[str, int]) -> str:
+def _key(edit: Changes, base: Path, folder: Path, files: Mapping[str, int]) -> str:
     """What the output depends on: the edit and the base's files, by their sizes and times."""
     depends_on: list[Any] = [edit.id, importlib.metadata.version("steer2edit"), str(base.resolve())]
-    depends_on += [[name, size, (base / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
+    depends_on += [[name, size, (folder / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
 
 
@@ -224,6 +259,7 @@ class _Work:
         self.presence = [Presence() for _ in edit.parts]
         self.other: list[list[str]] = [[] for _ in edit.parts]
         self.tensors: dict[str, dict[str, str]] = {}
+        self.rounding: dict[str, Rounding] = {}
         self.stopped = False
 
     def checked(self, done: Mapping[str, Any]) -> None:
@@ -234,13 +270,14 @@ class _Work:
 
     def _take(self, line: Mapping[str, Any]) -> None:
         self.tensors |= line["tensors"]
+        self.rounding |= {name: Rounding.from_json(row) for name, row in line["rounding"].items()}
         for presence, other, finding in zip(self.presence, self.other, line["parts"], strict=True):
             other += finding["other"]
             presence.moved += finding["moved"]
             presence.power += finding["power"]
             presence.size = max(presence.size, finding["rms"])
 
-    def run(self, shards: Mapping[str, Sequence[Piece]]) -> None:
+    def run(self, shards: Mapping[str, Sequence[AnyPiece]]) -> None:
         """Writes all shards. Copying, patching, syncing and finishing have threads of their own."""
         with contextlib.ExitStack() as opened:
             copying = opened.enter_context(ThreadPoolExecutor(1))
@@ -272,7 +309,7 @@ class _Work:
                     threads.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _end(self, shard: Shard, copied: Future[None], patches: Sequence[Future[tuple[list[Finding], Hashes]]]) -> None:
+    def _end(self, shard: Shard, copied: Future[None], patches: Sequence[Future[Patched]]) -> None:
         """Waits until a shard is complete, then adds its line to the journal."""
         copied.result()
         if line := shard.finish([patch.result() for patch in patches]):
@@ -288,7 +325,7 @@ class _Work:
 
 
 def _manifest(edit: Changes, base: Path, work: _Work, left_out: Sequence[str]) -> dict[str, Any]:
-    return {
+    manifest = {
         "kind": "export",
         "base": base.resolve().name,
         "edit": edit.id,
@@ -297,3 +334,8 @@ def _manifest(edit: Changes, base: Path, work: _Work, left_out: Sequence[str]) -
         "left_out": list(left_out),
         "versions": {name: importlib.metadata.version(name) for name in ("steer2edit", "torch", "safetensors")},
     }
+    if work.rounding:
+        whole = together(work.rounding.values())
+        each = {name: work.rounding[name].to_json() for name in sorted(work.rounding)}
+        manifest["rounding"] = {"kept": whole.kept, "noise": whole.noise, "tensors": each}
+    return manifest

@@ -43,10 +43,7 @@ def save_gguf_adapter(edit: Changes, path: str | Path, model_type: str | None = 
         ModelError: llama.cpp's names for that family are unknown, or the gguf package is missing.
         EditError: the edit changes nothing, or edits experts.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ModelError("GGUF files need the gguf package", got="no such module", fix="pip install gguf") from None
+    gguf = package()
     changes = edit.changes()
     if not changes:
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
@@ -79,6 +76,15 @@ def save_gguf_adapter(edit: Changes, path: str | Path, model_type: str | None = 
         writer.write_tensors_to_file()
         writer.close()
     return Path(path)
+
+
+def package() -> Any:
+    """The gguf package. Raises ModelError if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError("GGUF files need the gguf package", got="no such module", fix="pip install gguf") from None
+    return gguf
 
 
 def obstacle(edit: Changes, model_type: str | None = None) -> EditError | ModelError | None:

@@ -8,21 +8,23 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FileError
-from ..method.change import Change, Part, SiteEdit, not_finite, patched
-from ..method.fingerprint import differing, from_reading, signs
+from ..files.ranges import copy_range, gaps, memory_of, read_range, write_range
+from ..method.change import Part as EditPart
+from ..method.change import not_finite, patched
+from ..method.fingerprint import QUANTISED_TOLERANCE, TOLERANCE, differing, from_reading, signs
 from ..method.presence import Presence
 from ..method.scores import Reading, RowSums
-from ..method.site import Site
+from .few_bits import edited, read_tensors
+from .pieces import PackedPiece, Piece
 
 # Small, since a file system lets one writer at a time into a file, and patches should not wait long for a copy.
 _CHUNK = 4 * 2**20
@@ -34,22 +36,17 @@ Hashes = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One site's bytes in a file."""
+class Patched:
+    """What is known of a site after it was checked or edited.
 
-    change: Change | None  # None for a site that is only checked
-    parts: tuple[SiteEdit | None, ...]  # the site in each of the edits
-    tensor: str
-    name: str  # the tensor's, with the expert's number if it holds several
-    dtype: torch.dtype
-    start: int
-    end: int
-    shape: tuple[int, int]  # in the file: [d, n·c], or [n·c, d] if `turned`
-    turned: bool
+    Attributes:
+        findings: one for each edit. hashes: of each edited tensor, before and after. rounding: for a weight of few
+            bits, its name and what rounding kept of the edit (`Rounding.to_json`).
+    """
 
-    @property
-    def site(self) -> Site:
-        return next(part.site for part in self.parts if part is not None)
+    findings: list[Finding]
+    hashes: Hashes
+    rounding: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Shard:
@@ -67,10 +64,10 @@ class Shard:
     def __init__(
         self,
         name: str,
-        pieces: Sequence[Piece],
+        pieces: Sequence[Piece | PackedPiece],
         base: Path,
         folder: Path,
-        parts: Sequence[Part],
+        parts: Sequence[EditPart],
         hashes: bool,
         count: Callable[[int], None],
         stopped: Callable[[], bool],
@@ -102,24 +99,23 @@ class Shard:
         """
         unsynced = 0
         source, copy = self.files()
-        for start, end in _gaps([(p.start, p.end) for p in self.pieces if p.change], self.size):
+        for start, end in gaps([span for piece in self.pieces for span in piece.spans], self.size):
             for at in range(start, end, _CHUNK):
                 if self.stopped():
                     return
                 count = min(_CHUNK, end - at)
-                _copy(source, copy, at, count)
+                copy_range(source, copy, at, count)
                 self.count(count)
                 unsynced += count
                 if unsynced >= _SYNC_EVERY:
                     self._flushed.append(flush(_FLUSH, copy))
                     unsynced = 0
 
-    def patch(self, piece: Piece) -> tuple[list[Finding], Hashes]:
-        """Checks one site's weight and, if it is edited, writes it patched, a block of rows at a time.
+    def patch(self, piece: Piece | PackedPiece) -> Patched:
+        """Checks one site's weight and, if it is edited, writes it patched, a block of rows at a time."""
+        return self._requantise(piece) if isinstance(piece, PackedPiece) else self._patch(piece)
 
-        Returns:
-            Each edit's finding, and the weight's hashes before and after.
-        """
+    def _patch(self, piece: Piece) -> Patched:
         site, change, dtype = piece.site, piece.change, piece.dtype
         source, copy = self.files()
         # A change far below bf16's and fp32's largest number keeps a weight finite; fp16 is checked number by number.
@@ -127,9 +123,7 @@ class Shard:
             raise not_finite(change, dtype)
         before, after = hashlib.sha256(), hashlib.sha256()
         columns = change.columns() if change else torch.empty(0)
-        left, _ = signs(site.d, site.inputs)
-        directions = [torch.zeros(site.d) if part is None else part.u for part in piece.parts]
-        sums = RowSums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
+        sums = _sums(piece)
         buffer = torch.empty_like(sums.scratch)
         height, width = piece.shape
         # A transposed weight is read at once, any other by blocks of rows; always into the same memory.
@@ -138,9 +132,9 @@ class Shard:
         for start in range(0, height, rows):
             stored = memory[: min(rows, height - start)]
             offset = piece.start + start * width * dtype.itemsize
-            _read(source, offset, _bytes(stored))
+            read_range(source, offset, memory_of(stored))
             if self.hashes:
-                before.update(_bytes(stored))
+                before.update(memory_of(stored))
             part = stored.T.contiguous() if piece.turned else stored  # [rows of the weight, n·c]
             for at in range(0, len(part), sums.rows):
                 block = part[at : at + sums.rows]
@@ -158,19 +152,48 @@ class Shard:
                 raise not_finite(change, dtype)
             if piece.turned:
                 stored.copy_(part.T)
-            _write(copy, offset, _bytes(stored))
-            self.count(len(_bytes(stored)))
+            write_range(copy, offset, memory_of(stored))
+            self.count(len(memory_of(stored)))
             if self.hashes:
-                after.update(_bytes(stored))
+                after.update(memory_of(stored))
         reading = sums.reading()
         if change and not reading.power < float("inf"):
             raise not_finite(change, dtype)
         sketch = from_reading(reading, site.d, site.inputs)
-        findings = [self._finding(i, piece, reading, sketch) for i in range(len(piece.parts))]
+        findings = [self._finding(i, piece, reading, sketch, TOLERANCE) for i in range(len(piece.parts))]
         hashed = {"before": before.hexdigest(), "after": after.hexdigest()}
-        return findings, {piece.name: hashed} if self.hashes and change else {}
+        return Patched(findings, {piece.name: hashed} if self.hashes and change else {})
 
-    def finish(self, patched_pieces: Sequence[tuple[list[Finding], Hashes]]) -> dict[str, Any] | None:
+    def _requantise(self, piece: PackedPiece) -> Patched:
+        """Writes a weight of few bits with the edit in it, in its own format."""
+        site = piece.site
+        tensors = read_tensors(piece.packed, self.base, site, "the edit")
+        sums = _sums(piece)
+        hashes: Hashes = {}
+        if self.hashes:
+            hashes = {part.label: {"before": _sha256(tensors[part.role])} for part in piece.written}
+
+        def on_rows(start: int, weight: Tensor) -> None:
+            for at in range(0, len(weight), sums.rows):
+                sums.add(start + at, weight[at : at + sums.rows])
+
+        rounding = edited(piece.packed, tensors, site, piece.change, on_rows)
+        _, copy = self.files()
+        for part in piece.written:
+            memory = memory_of(tensors[part.role])
+            write_range(copy, part.start, memory)
+            self.count(len(memory))
+            if self.hashes:
+                hashes[part.label]["after"] = _sha256(tensors[part.role])
+        if not piece.reports:
+            nothing = {"other": [], "moved": 0.0, "power": 0.0, "rms": 0.0}
+            return Patched([nothing for _ in piece.parts], hashes)
+        reading = sums.reading()
+        sketch = from_reading(reading, site.d, site.inputs)
+        findings = [self._finding(i, piece, reading, sketch, QUANTISED_TOLERANCE) for i in range(len(piece.parts))]
+        return Patched(findings, hashes, {piece.name: rounding.to_json()})
+
+    def finish(self, patched_pieces: Sequence[Patched]) -> dict[str, Any] | None:
         """Syncs and closes the file, when all of it is written.
 
         Returns:
@@ -180,11 +203,12 @@ class Shard:
             return None
         for flushed in self._flushed:
             flushed.result()
+        os.ftruncate(self.files()[1], self.size)  # a hole at the end was not written
         os.fsync(self.files()[1])
         self.close()
         findings: list[Finding] = []
         for i in range(len(self.parts)):
-            of_part = [of_piece[i] for of_piece, _ in patched_pieces]
+            of_part = [piece.findings[i] for piece in patched_pieces]
             findings.append(
                 {
                     "other": [key for finding in of_part for key in finding["other"]],
@@ -193,66 +217,29 @@ class Shard:
                     "rms": max((finding["rms"] for finding in of_part), default=0.0),
                 }
             )
-        tensors = {name: hashed for _, hashes in patched_pieces for name, hashed in hashes.items()}
-        return {"file": self.name, "size": self.size, "tensors": tensors, "parts": findings}
+        tensors = {name: hashed for piece in patched_pieces for name, hashed in piece.hashes.items()}
+        rounding = {name: row for piece in patched_pieces for name, row in piece.rounding.items()}
+        return {"file": self.name, "size": self.size, "tensors": tensors, "rounding": rounding, "parts": findings}
 
-    def _finding(self, i: int, piece: Piece, reading: Reading, sketch: Tensor) -> Finding:
+    def _finding(
+        self, i: int, piece: Piece | PackedPiece, reading: Reading, sketch: Tensor, tolerance: float
+    ) -> Finding:
         """Whether a weight is that of the i-th edit's base, and how much of that edit it contains."""
         presence, part, known = Presence(), piece.parts[i], self.parts[i].fingerprint
         key, other = piece.site.key, []
         if part is not None:
             presence.add(part, replace(reading, along=reading.along[i : i + 1]))
-            other = differing({key: known[key]} if key in known else {}, {key: sketch})
+            other = differing({key: known[key]} if key in known else {}, {key: sketch}, tolerance)
         return {"other": other, "moved": presence.moved, "power": presence.power, "rms": presence.size}
 
 
-def _gaps(changed: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of a file of `size` bytes that lie between those that are changed."""
-    at = 0
-    for start, end in sorted(changed):
-        if start > at:
-            yield at, start
-        at = end
-    if size > at:
-        yield at, size
+def _sums(piece: Piece | PackedPiece) -> RowSums:
+    """Sums over a weight's rows that show whether it is the base's and what it contains of each edit."""
+    site = piece.site
+    left, _ = signs(site.d, site.inputs)
+    directions = [torch.zeros(site.d) if part is None else part.u for part in piece.parts]
+    return RowSums(site.inputs, torch.cat([torch.stack(directions), left]), torch.ones(site.inputs, 1))
 
 
-def _copy(source: int, copy: int, offset: int, count: int) -> None:
-    """Copies bytes of one file to the same place in another, inside the kernel if possible."""
-    while count:
-        try:
-            copied = os.copy_file_range(source, copy, count, offset, offset)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno == 28:
-                raise
-            copied = 0  # not between these file systems, or not in this kernel
-        if not copied:
-            memory = memoryview(bytearray(min(count, 2**23)))
-            for at in range(offset, offset + count, len(memory)):
-                part = memory[: min(len(memory), offset + count - at)]
-                _read(source, at, part)
-                _write(copy, at, part)
-            return
-        offset, count = offset + copied, count - copied
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's own memory."""
-    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
-
-
-def _read(file: int, offset: int, into: memoryview) -> None:
-    got = 0
-    while got < len(into):
-        more = os.preadv(file, [into[got:]], offset + got)
-        if not more:
-            raise FileError(
-                "the base became shorter while it was read", got=f"{got} of {len(into)} bytes", fix="Try again."
-            )
-        got += more
-
-
-def _write(file: int, offset: int, data: memoryview) -> None:
-    put = 0
-    while put < len(data):
-        put += os.pwrite(file, data[put:], offset + put)
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(memory_of(tensor)).hexdigest()

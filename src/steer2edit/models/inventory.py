@@ -109,7 +109,8 @@ def _remarks(model: nn.Module, sites: Sequence[Site], architecture: Architecture
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         remarks.append(
             f"The weights are quantised ({getattr(method, 'value', method)}): scoring dequantises one site at a time; "
-            "edits run as interventions or adapters; apply and checkpoint exports are refused."
+            "edits run as interventions or adapters, and the checkpoint's files take them in their own format; apply "
+            "is refused."
         )
     return remarks
 

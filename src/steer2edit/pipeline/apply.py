@@ -1,5 +1,5 @@
-"""Edit files → what is served: scaled, taken in some layers, combined, and written as a checkpoint, an adapter, a GGUF
-adapter, or an edit file again. It is what `steer2edit apply` does.
+"""Edit files → what is served: scaled, taken in some layers, combined, and written as a checkpoint, a GGUF model, an
+adapter, a GGUF adapter, or an edit file again. It is what `steer2edit apply` does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..errors import EditError, FileError
 from ..method.site import BLOCKS
 from ..progress import megabytes, say, showing
 
-KINDS = ("checkpoint", "adapter", "gguf", "edit")
+KINDS = ("checkpoint", "gguf-model", "adapter", "gguf", "edit")
 
 
 def gather(
@@ -67,18 +67,20 @@ def gather(
     return edits[0] if len(edits) == 1 else combine(*edits)
 
 
-def write(edit: Edit | Combination, kind: str, out: Path, base: str) -> None:
+def write(edit: Edit | Combination, kind: str, out: Path, base: str, accept_rounding: bool = False) -> None:
     """Writes one artefact, whole or not at all.
 
     Args:
         kind: one of KINDS.
         base: the base checkpoint's folder, its Hub id, or `embedded:…`. A folder is compared with the edit whatever is
-            written; an adapter holds the name.
+            written; an adapter holds the name. A GGUF file is a base too.
+        accept_rounding: write a base of few bits also if rounding loses the edit.
 
     Raises:
-        FileError: `out` is there already, or the base is no `safetensors` checkpoint and a checkpoint is asked for.
-        ModelError: it is another base, or its family has no such artefact. EditError: the edit is in it already, or the
-            format cannot hold the edit.
+        FileError: `out` is there already, or the base is no `safetensors` checkpoint and a checkpoint is asked for, or
+            no GGUF file and a GGUF model is.
+        ModelError: it is another base, or its family has no such artefact. EditError: the edit is in it already, the
+            format cannot hold the edit, or rounding loses it.
     """
     from ..artefacts.checkpoint import compare, export_checkpoint
     from ..models.embedded import HUB_NAMES
@@ -86,22 +88,35 @@ def write(edit: Edit | Combination, kind: str, out: Path, base: str) -> None:
 
     if out.exists():
         raise FileError("the output exists already", got=out, fix="Give another --to, or remove it.")
-    if kind == "checkpoint":
-        with showing("checkpoint, MB") as progress:
-            export_checkpoint(local_folder(base), edit, out, progress=megabytes(progress))
+    is_gguf = base.endswith(".gguf")
+    if is_gguf != (kind == "gguf-model") and kind in ("checkpoint", "gguf-model"):
+        raise FileError(
+            "a GGUF file becomes an edited GGUF file, and a checkpoint an edited checkpoint",
+            got=f"{base} --as {kind}",
+            fix=f"Use --as {'gguf-model' if is_gguf else 'checkpoint'}.",
+        )
+    if kind in ("checkpoint", "gguf-model"):
+        with showing(f"{kind}, MB") as progress:
+            export_checkpoint(
+                Path(base) if is_gguf else local_folder(base),
+                edit,
+                out,
+                accept_rounding=accept_rounding,
+                progress=megabytes(progress),
+            )
         return
-    folder = Path(base) if Path(base).is_dir() else None
+    folder = Path(base) if Path(base).is_dir() or (is_gguf and Path(base).is_file()) else None
     if folder is not None:
         try:
             compare(edit, folder)
-        except FileError as error:  # a quantised base serves an adapter too
+        except FileError as error:  # a base in an unknown format serves an adapter too
             say(f"  {base} was not compared with the base of the edit: {error}")
     if kind == "adapter":
         edit.save_adapter(out, HUB_NAMES.get(base, base))
     elif kind == "gguf":
         from ..artefacts.gguf import save_gguf_adapter
 
-        known = folder is not None and (folder / "config.json").is_file()
+        known = folder is not None and (is_gguf or (folder / "config.json").is_file())
         save_gguf_adapter(edit, out, load_config(base).model_type if known else None)
     else:
         edit.save(out)

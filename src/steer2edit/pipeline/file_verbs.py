@@ -20,17 +20,25 @@ def register(app: typer.Typer) -> None:
 
 
 def apply_edits(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder or a Hub id.")],
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder, a Hub id, or a GGUF file.")],
     edits: Annotated[list[Path], typer.Argument(metavar="EDIT", help="Edit files; several are combined into one.")],
-    to: Annotated[Path, typer.Option("--to", help="Where to: a new folder, or a new file for gguf and edit.")],
+    to: Annotated[
+        Path, typer.Option("--to", help="Where to: a new folder, or a new file for gguf-model, gguf and edit.")
+    ],
     kind: Annotated[
-        str, typer.Option("--as", metavar="KIND", help="checkpoint, adapter (PEFT), gguf (llama.cpp's LoRA) or edit.")
+        str,
+        typer.Option(
+            "--as", metavar="KIND", help="checkpoint, gguf-model, adapter (PEFT), gguf (llama.cpp's LoRA) or edit."
+        ),
     ] = "checkpoint",
     strength: Annotated[
         list[float] | None, typer.Option(help="Scale the edit; again for each of several, in order, or one for all.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers, like 8-20, the last one too.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Only this block type: attn or mlp.")] = None,
+    accept_rounding: Annotated[
+        bool, typer.Option("--accept-rounding", help="Write a base of few bits even if rounding loses the edit.")
+    ] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -53,7 +61,7 @@ def apply_edits(
         one, other = pair["edits"]
         share = f"{pair['opposed']} of them opposite ways ({pair['opposed_share']:.0%})"
         say(f"  {one} and {other} both change {pair['shared']} components, {share}")
-    write(edit, kind, to, base)
+    write(edit, kind, to, base, accept_rounding)
     changes = edit.changes()
     summary = {
         "kind": "apply",
@@ -90,9 +98,9 @@ def _layers(text: str | None) -> range | None:
 
 
 def verify(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder, a Hub id, or embedded:….")],
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint's folder, a Hub id, embedded:…, or a GGUF file.")],
     edit: Annotated[Path, typer.Argument(help="The edit file.")],
-    edited: Annotated[Path, typer.Argument(help="The edited checkpoint's folder.")],
+    edited: Annotated[Path, typer.Argument(help="The edited checkpoint's folder, or the GGUF file.")],
     json: Json = False,
 ) -> None:
     """Check, bit by bit, that a checkpoint is the base with the edit in it and nothing else; exit code 1 if not."""
@@ -100,7 +108,8 @@ def verify(
     from ..edits import load_any
     from ..models.load import local_folder
 
-    audit = check(local_folder(base), load_any(edit), edited)
+    folder = Path(base) if base.endswith(".gguf") else local_folder(base)
+    audit = check(folder, load_any(edit), edited)
     if json:
         print_json(audit)
     else:
@@ -114,8 +123,8 @@ def verify(
 
 
 def diff(
-    base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.")],
-    edited: Annotated[Path, typer.Argument(help="The other checkpoint's folder.")],
+    base: Annotated[Path, typer.Argument(help="The base checkpoint's folder, or a GGUF file.")],
+    edited: Annotated[Path, typer.Argument(help="The other checkpoint's folder, or GGUF file.")],
     top: Annotated[int, typer.Option(help="How many of a site's largest components to list.", min=0)] = 5,
     json: Json = False,
 ) -> None:

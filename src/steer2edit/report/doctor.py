@@ -15,10 +15,13 @@ def show(console: Any, findings: Mapping[str, Any]) -> None:
     console.print(f"[bold]{escape(findings['model'])}[/bold]: {escape(findings['family'])}, {tested}", highlight=False)
     tables = {
         "What is edited": findings["sites"],
+        "How it is stored": findings.get("stored", []),
         "What is not": findings["not edited"],
         "Memory": [{"for": stage, "needs": _size(size)} for stage, size in findings["memory"].items()],
     }
     for title, rows in tables.items():
+        if not rows:
+            continue
         table = Table(title=title, title_justify="left")
         for column in rows[0]:
             table.add_column(

@@ -1,0 +1,1 @@
+"""Formats of few bits per weight: how each is recognised, turned into numbers, and written again in its own layout."""
