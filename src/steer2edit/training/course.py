@@ -98,11 +98,13 @@ def _trained(
     from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
 
+    if tokenizer.pad_token is None:  # padding is masked, so that any token does
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     set_seed(course.seed)  # before LoRA's first weights are drawn
     rows = [{"input_ids": list(s.ids[: s.last]), "completion_mask": _mask(s)} for s in examples]
     trainer = SFTTrainer(
         model=model,
-        args=_settings(model, tokenizer, course, folder),
+        args=_settings(model, course, folder),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         # Every linear map but the output embedding; with Llama's names q, k, v, o, gate, up and down.
@@ -122,7 +124,7 @@ def _mask(span: Span) -> list[int]:
     return [int(span.first <= i) for i in range(span.last)]
 
 
-def _settings(model: Any, tokenizer: Any, course: Course, folder: Path) -> Any:
+def _settings(model: Any, course: Course, folder: Path) -> Any:
     """Plain AdamW at a constant learning rate, in fp32; nothing is reported anywhere."""
     from trl import SFTConfig
 
@@ -141,11 +143,10 @@ def _settings(model: Any, tokenizer: Any, course: Course, folder: Path) -> Any:
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
+        loss_type="nll",
         completion_only_loss=True,
         max_length=None,
         packing=False,
-        # Padding is masked, so that any token does.
-        pad_token=tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0),
         save_strategy="no",  # the callback asks for each
         save_total_limit=1,
         logging_steps=1,
