@@ -159,7 +159,7 @@ def test_zero_steps_are_the_base(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(kind: str, tmp_path: Path) -> None:
     for name in ("one", "two"):
         train(load, course(kind), examples(), tmp_path / name)
-    train(load, Course(kind, 1e-2, (2, 4), 2, seed=4), examples(), tmp_path / "other")
+    train(load, Course(kind, 1e-2, (2, 4), 2, seed=8), examples(), tmp_path / "other")
     assert read_json(tmp_path / "one" / LOSSES) == read_json(tmp_path / "two" / LOSSES)
     assert read_json(tmp_path / "one" / LOSSES) != read_json(tmp_path / "other" / LOSSES)
     for steps in (2, 4):
@@ -221,7 +221,7 @@ def test_a_course_that_is_whole_is_not_run_again(tmp_path: Path) -> None:
 
 
 def test_a_learning_rate_that_breaks_the_model_leaves_checkpoints_that_say_so(tmp_path: Path) -> None:
-    train(load, course("fine_tuning", 1e38, (1, 2)), examples(), tmp_path)
+    train(load, course("fine_tuning", 1e36, (1, 2)), examples(), tmp_path)
     assert not are_finite(checkpoint(tmp_path, 2))
     assert weights(tmp_path, 2) == {}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..errors import FileError, ModelError
 from ..files.writing import clear_temporaries, remove, write_json
 from ..models.weights import device_of
 from ..probing.spans import Span
+from ..searching.statistics import finite
 from .plan import Course
 from .weights import write_weights
 
@@ -26,6 +28,8 @@ LOSSES = "losses.json"
 # Where the trainer keeps what a killed course goes on from.
 _RESUME = "resume"
 _PACKAGES = ("trl", "peft", "datasets")
+# The label of a token that the loss leaves out.
+_NOT_COUNTED = -100
 
 Load = Callable[[], tuple[Any, Any]]
 
@@ -69,9 +73,11 @@ def train(load: Load, course: Course, examples: Sequence[Span], folder: Path, pr
     check_packages()
     folder.mkdir(parents=True, exist_ok=True)
     clear_temporaries(folder)
-    model, tokenizer = load()
-    _check(model)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # Of the libraries about each other's names.
+        warnings.simplefilter("ignore", FutureWarning)
+        model, tokenizer = load()
+        _check(model)
         losses = _trained(model, tokenizer, course, examples, folder, progress)
     write_json(folder / LOSSES, losses)
     remove(folder / _RESUME)
@@ -91,8 +97,8 @@ def _check(model: Any) -> None:
 
 def _trained(
     model: Any, tokenizer: Any, course: Course, examples: Sequence[Span], folder: Path, progress: Progress | None
-) -> list[float]:
-    """Runs the course, from where it was stopped, and gives the loss of every step."""
+) -> list[float | None]:
+    """Runs the course, from where it was stopped, and gives the loss of every step; None where it is not finite."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, set_seed
@@ -101,7 +107,7 @@ def _trained(
     if tokenizer.pad_token is None:  # padding is masked, so that any token does
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     set_seed(course.seed)  # before LoRA's first weights are drawn
-    rows = [{"input_ids": list(s.ids[: s.last]), "completion_mask": _mask(s)} for s in examples]
+    rows = [{"input_ids": list(span.ids[: span.last]), "labels": _labels(span)} for span in examples]
     trainer = SFTTrainer(
         model=model,
         args=_settings(model, course, folder),
@@ -116,12 +122,12 @@ def _trained(
         write_weights(checkpoint(folder, 0), trainer.model, _about(course, 0))
     if course.steps[-1]:
         trainer.train(resume_from_checkpoint=_last_whole(folder / _RESUME))
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return finite([row["loss"] for row in trainer.state.log_history if "loss" in row])
 
 
-def _mask(span: Span) -> list[int]:
-    """1 at the tokens of the response, which alone count in the loss."""
-    return [int(span.first <= i) for i in range(span.last)]
+def _labels(span: Span) -> list[int]:
+    """The tokens of the response, which alone count in the loss."""
+    return [_NOT_COUNTED] * span.first + list(span.ids[span.first : span.last])
 
 
 def _settings(model: Any, course: Course, folder: Path) -> Any:
@@ -144,7 +150,6 @@ def _settings(model: Any, course: Course, folder: Path) -> Any:
         fp16=False,
         gradient_checkpointing=False,
         loss_type="nll",
-        completion_only_loss=True,
         max_length=None,
         packing=False,
         save_strategy="no",  # the callback asks for each
