@@ -36,7 +36,7 @@ class TrainedEngine(Engine):
         self.rows_on_stream, self.measures_prompts = engine.rows_on_stream, engine.measures_prompts
 
     @property
-    def slots(self) -> int:  # type: ignore[override]
+    def slots(self) -> int:
         return self.engine.slots
 
     @slots.setter

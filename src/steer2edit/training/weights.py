@@ -39,9 +39,10 @@ def _factors(model: Any) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     factors: dict[str, Tensor] = {}
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer):
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
             continue
+        layer: Any = module
         (adapter,) = layer.active_adapters
         left = layer.scaling[adapter] * layer.lora_B[adapter].weight.detach().float()  # [out, r]
         right = layer.lora_A[adapter].weight.detach().float()  # [r, in]
