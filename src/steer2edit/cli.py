@@ -221,6 +221,30 @@ def evaluate(
 
 
 @app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="lora or full; may be given again. By default the recipe's, or both.")
+    ] = None,
+    model: ModelName = None,
+    out: Out = None,
+    trust_recipe_code: TrustCode = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Train rank-1 LoRA or the whole model on a run's positive traces, and put them beside the edit in its results."""
+    from .recipe import training_overrides
+
+    changes = [*training_overrides(recipe, method or []), *(overrides or [])]
+    opened = _open(recipe, changes, model, out, quiet, trust_recipe_code)
+    from .pipeline.stages import run_training
+
+    run_training(opened, recipe)
+    _show_results(opened, json)
+
+
+@app.command()
 def report(
     recipe: Annotated[str, typer.Argument(help="A recipe, or the directory of a run, whether it is finished or not.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Recipe keys to override, or more runs.")] = None,

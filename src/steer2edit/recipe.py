@@ -21,6 +21,7 @@ from .files.schema import Count, Many, Section, Text, nearest, parse
 from .method.variants import PRESERVE
 from .searching.front import Aim
 from .searching.plan import Evaluation, Search
+from .training.plan import KINDS, Training
 
 
 class Questions(Section):
@@ -134,6 +135,7 @@ class Recipe(Section):
     utility: Utility = Utility()
     probe: ProbePass = ProbePass()
     search: Search
+    training: Training = Training()
     evaluation: Evaluation = Evaluation()
     engine: EnginePlan = EnginePlan()
     exports: list[Literal["adapter", "checkpoint", "gguf", "steering"]] = ["adapter"]
@@ -339,6 +341,23 @@ def task_overrides(recipe: str | Path, tasks: str | None, sets: str | None, item
     if items is not None:
         changes.append(f"data.utility_items={items}")
     return changes
+
+
+def training_overrides(recipe: str | Path, methods: Sequence[str]) -> list[str]:
+    """The training methods that the command line names as overrides of a recipe; none named takes the recipe's own.
+
+    Raises:
+        RecipeError: there is no such method.
+    """
+    known = list(KINDS)
+    for method in methods:
+        if method not in known:
+            raise RecipeError("no such training method", got=method, fix=nearest(method, known, "Known"))
+    own = load_recipe(recipe).training
+    wanted = list(methods)
+    if not wanted and not own.methods:
+        wanted = known
+    return [f"training.{method}={{}}" for method in wanted if getattr(own, method) is None]
 
 
 def refuse_code(recipe: Recipe, trusted: bool) -> None:

@@ -292,16 +292,19 @@ class TransformersEngine(Engine):
         kl, nll = torch.zeros(len(pairs), 1), torch.zeros(len(pairs), 2)
         for i, ((own, answer), other) in enumerate(zip(pairs, prompts, strict=True)):
             self._check_length(max(len(own), len(other)) + len(answer))
-            log_own, log_other = (
-                self._run(torch.tensor([[*prompt, *answer[:-1]]]), None, 0, head=len(answer))[0].float().log_softmax(-1)
-                for prompt in (own, other)
-            )  # [m, vocabulary]
+            log_own, log_other = (self.log_probabilities(prompt, answer) for prompt in (own, other))
             kl[i, 0] = (log_own.exp() * (log_own - log_other)).sum(dim=-1).mean()
             wanted = torch.tensor(answer, device=log_own.device)[:, None]
             nll[i, 0], nll[i, 1] = (-log.gather(1, wanted).mean() for log in (log_own, log_other))
             if progress:
                 progress(i + 1, len(pairs))
         return Losses(kl, nll[:, 1:], nll[:, 0])
+
+    @torch.inference_mode()
+    def log_probabilities(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+        """What the model alone, as its weights are now, says to each token of an answer: [m, vocabulary], fp32."""
+        ids = torch.tensor([[*prompt, *answer[:-1]]])
+        return self._run(ids, None, 0, head=len(answer))[0].float().log_softmax(dim=-1)
 
     @property
     def context(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..searching.bench import Bench
@@ -10,17 +10,25 @@ from ..searching.candidates import Candidate
 from ..searching.study import Study
 
 
-def answers_on_test(bench: Bench, tried: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
+def answers_on_test(bench: Bench, rounds: Mapping[str, Sequence[Candidate]]) -> Iterator[dict[str, Any]]:
     """One row for each open test prompt: prompt, kind, each system's answer under its kind, and `labels`.
 
     `labels` has kind → measure → what the answer counted for. Of several samples the answer is a list and a label the
     mean.
+
+    Args:
+        rounds: a journal's name → the systems that were tried under it.
     """
-    outcomes = bench.outcomes(tried, "test")
+    outcomes = {
+        candidate: of_candidate
+        for name, tried in rounds.items()
+        for candidate, of_candidate in zip((c.id for c in tried), bench.outcomes(tried, name), strict=True)
+    }
+    systems = [candidate for tried in rounds.values() for candidate in tried]
     for i, item in enumerate(bench.open):
         row: dict[str, Any] = {"prompt": item.prompt, "kind": item.kind}
-        row |= {c.kind: _texts(bench, outcomes[number][i]) for number, c in enumerate(tried)}
-        yield row | {"labels": {c.kind: bench.labels[c.id][i] for c in tried}}
+        row |= {c.kind: _texts(bench, outcomes[c.id][i]) for c in systems}
+        yield row | {"labels": {c.kind: bench.labels[c.id][i] for c in systems}}
 
 
 def answers_on_validation(bench: Bench, study: Study) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ from .results import results_of
 from .run import Run
 from .stages import chosen_of
 from .tasks import judged_again
+from .trained import rounds_on_test
 
 JUDGED = "judged.json"
 
@@ -48,9 +49,8 @@ def judge(folder: str | Path, trust_code: bool = False) -> dict[str, Any]:
     bench = run.bench("validation", _journal(run, "validation"), None)
     after = _on_validation(run, recipe, bench)
     choice, before = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
-    on_test = _on_test(run, recipe, choice)
-    results = results_of(on_test, recipe)
-    judged_again(run, [trial.candidate for trial in on_test], before, results)
+    results = results_of(_on_test(run, choice), recipe)
+    judged_again(run, chosen_of(choice), before, results)
     chosen = choose(of_kind(after, "edit"), recipe.aim)
     judged = {
         "choice": {"old": choice["edit"]["id"], "new": None if chosen is None else chosen.candidate.id},
@@ -72,8 +72,12 @@ def _on_validation(run: Run, recipe: Recipe, bench: Bench) -> list[Trial]:
     return [trial for name, ids in rounds.items() for trial in bench.run([by_id[id] for id in ids], name)]
 
 
-def _on_test(run: Run, recipe: Recipe, choice: dict[str, Any]) -> list[Trial]:
-    return run.bench("test", _journal(run, "test"), None).run(chosen_of(choice), "test")
+def _on_test(run: Run, choice: dict[str, Any]) -> list[Trial]:
+    bench = run.bench("test", _journal(run, "test"), None)
+    trials = bench.run(chosen_of(choice), "test")
+    for name, candidates in rounds_on_test(run, bench).items():
+        trials += bench.run(candidates, name)
+    return trials
 
 
 def _journal(run: Run, split: Split) -> Path:

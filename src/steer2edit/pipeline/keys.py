@@ -21,6 +21,12 @@ from ..tasks.known import known
 ORDER = ("traces", "probe", "score", "search", "edit", "export", "evaluate", "report")
 
 
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages of a recipe, in order. If it asks for training, that comes before the test."""
+    before = ORDER.index("evaluate")
+    return (*ORDER[:before], "train", *ORDER[before:]) if recipe.training.methods else ORDER
+
+
 def stage_keys(recipe: Recipe) -> dict[str, str]:
     """Stage → key; and under "test answers" what the journal of the test depends on."""
     r = recipe.model_dump(mode="json")
@@ -53,7 +59,9 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     keys["test answers"] = _key("test answers", keys["score"], r["data"]["test"], asked)
     # A line of the tasks' journal holds its prompts and its candidates: only what these stand for is in the key.
     keys["task answers"] = _key("task answers", keys["score"], evaluation["rows"])
-    keys["evaluate"] = _key("evaluate", choice, keys["test answers"], resamples, *_tasks(recipe, r))
+    keys["train"] = _key("train", choice, r["training"], resamples)
+    trained = [keys["train"]] if recipe.training.methods else []
+    keys["evaluate"] = _key("evaluate", choice, keys["test answers"], resamples, *_tasks(recipe, r), *trained)
     keys["report"] = _key("report", keys["edit"], keys["export"], keys["evaluate"], r["name"])
     return keys
 

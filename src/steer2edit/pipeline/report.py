@@ -10,7 +10,7 @@ from ..files.reading import read_json
 from ..files.writing import write_text
 from ..report.comparison import Compared, comparison_figure, comparison_markdown
 from ..report.html.render import PAGE
-from .keys import ORDER
+from .keys import stages_of
 from .names import RESULTS
 from .reporting import write_what_is_there
 from .run import Run
@@ -36,7 +36,7 @@ def report(run: Run, recipe_name: str, unfinished: bool) -> Path:
     Raises:
         FileError: a stage has not been run. The page is written before that, if the run has begun.
     """
-    if unfinished and not all(run.is_whole(stage) for stage in ORDER if stage != "report"):
+    if unfinished and not all(run.is_whole(stage) for stage in stages_of(run.recipe) if stage != "report"):
         with run.working():
             write_what_is_there(run)
     else:

@@ -11,9 +11,10 @@ from ..report.html.contents import Contents, StageState, State
 from ..report.html.render import PAGE, write_page
 from ..searching.candidates import Trial
 from ..searching.study import Discarded, Study
-from .keys import ORDER
+from .keys import stages_of
 from .names import ANSWERS, CHOICE, DISCARDED, EDIT, RESULTS, SCORES, STUDY, TRIALS, TRIED_ANSWERS
 from .run import Run
+from .trained import tried_answers, with_training
 
 
 def read_study(run: Run) -> Study:
@@ -25,7 +26,9 @@ def read_study(run: Run) -> Study:
 
 def contents_of(run: Run) -> Contents:
     """What a run directory holds of this recipe. Nothing is read of a stage that is not whole."""
-    stages = [StageState(name, _state(run, name), run.entry(name) or {}) for name in ORDER if name != "report"]
+    stages = [
+        StageState(name, _state(run, name), run.entry(name) or {}) for name in stages_of(run.recipe) if name != "report"
+    ]
     whole = {stage.name for stage in stages if stage.state == "whole"}
     shown: dict[str, Any] = {}
     if "search" in whole:
@@ -34,7 +37,10 @@ def contents_of(run: Run) -> Contents:
             shown["tried_answers"] = read_jsonl(run.path(TRIED_ANSWERS))
     if "edit" in whole:
         shown |= {"choice": read_json(run.path(CHOICE)), "edit": Edit.load(run.path(EDIT))}
-    elif "score" in whole:
+    if "train" in whole and {"study", "choice"} <= set(shown):
+        shown["choice"], shown["study"] = with_training(run, shown["choice"], shown["study"])
+        shown["tried_answers"] = tried_answers(run, shown.get("tried_answers", []))
+    if "edit" not in whole and "score" in whole:
         shown["scores"] = Scores.load(run.path(SCORES))
     if "evaluate" in whole:
         shown |= {"results": read_json(run.path(RESULTS)), "answers": read_jsonl(run.path(ANSWERS))}

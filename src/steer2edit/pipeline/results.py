@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..recipe import Recipe
-from ..searching.candidates import Trial
+from ..searching.candidates import TITLES, Trial
 from ..searching.statistics import interval, paired_difference
 
 
@@ -20,7 +20,7 @@ def results_of(trials: Sequence[Trial], recipe: Recipe) -> dict[str, Any]:
     plan, seed, attribute = recipe.evaluation, recipe.seed, recipe.behaviour.attribute
     measures = recipe.behaviour.measures
     systems: dict[str, Any] = {}
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: list(TITLES).index(trial.candidate.kind)):
         c = trial.candidate
         systems[c.kind] = {"id": c.id, "config": dict(c.config)} | {
             m.name: interval(trial.values[m.name], m.rate, plan.resamples, seed, plan.samples) for m in measures
@@ -28,7 +28,7 @@ def results_of(trials: Sequence[Trial], recipe: Recipe) -> dict[str, Any]:
     values = {trial.candidate.kind: trial.values[attribute.name] for trial in trials}
     differences = {
         f"edit - {other}": paired_difference(values["edit"], values[other], plan.resamples, seed)
-        for other in values
+        for other in systems
         if other != "edit" and "edit" in values
     }
     return {

@@ -27,9 +27,9 @@ from ..recipe import Recipe
 from ..report.inspection import MANIFEST
 from ..searching.bench import Bench
 from ..searching.own_answers import Journalled
-from .keys import ORDER, score_files, stage_keys
+from .keys import score_files, stage_keys, stages_of
 
-_FOLDERS = (".", "traces", "search", "evaluation", "figures")
+_FOLDERS = (".", "traces", "search", "training", "evaluation", "figures")
 
 
 class Run:
@@ -249,5 +249,6 @@ class Run:
         entry |= self.notes
         self.notes = {}
         manifest["stages"] = {name: e for name, e in manifest["stages"].items() if name != stage} | {stage: entry}
-        manifest["stages"] = {name: manifest["stages"][name] for name in ORDER if name in manifest["stages"]}
+        entries = manifest["stages"]
+        manifest["stages"] = {name: entries[name] for name in stages_of(self.recipe) if name in entries}
         write_json(self.path(MANIFEST), manifest)

@@ -34,14 +34,14 @@ from ..report.inspection import MANIFEST
 from ..report.live import watching
 from ..report.page import markdown
 from ..searching.bench import Bench
-from ..searching.candidates import BASE, BASELINES, TITLES, Candidate, Trial, edit_of, of_kind
-from ..searching.choice import moved, require_choice, summary
+from ..searching.candidates import BASE, BASELINES, TITLES, Candidate, edit_of, of_kind
+from ..searching.choice import brief, by_block, moved, require_choice, summary
 from ..searching.front import choose
 from ..searching.own_answers import Journalled
 from ..searching.rounds import run_study
 from .answers import answers_on_test, answers_on_validation
 from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
-from .keys import ORDER, score_files
+from .keys import ORDER, score_files, stages_of
 from .names import (
     ANSWERS,
     CHOICE,
@@ -53,6 +53,7 @@ from .names import (
     SCORES,
     STUDY,
     TRACES,
+    TRAINED_CHOICE,
     TRIALS,
     TRIED_ANSWERS,
 )
@@ -60,6 +61,8 @@ from .reporting import contents_of, read_study, write_what_is_there
 from .results import results_of
 from .run import Run
 from .tasks import check_tasks, measure_tasks
+from .trained import engine_on_test, rounds_on_test, with_training
+from .training import check_training, require_training, train_stage
 
 
 def _traces(run: Run) -> list[str]:
@@ -187,20 +190,15 @@ def _edit(run: Run) -> list[str]:
     if not any_moved:
         say(f"  nothing moved: no edit within the limits has a better {aim.ranking.title} than the original model")
     shown = summary(study, aim, recipe.search.method, recipe.evaluation.resamples, recipe.seed)
-    briefs = {kind: None if trial is None else _brief(trial) for kind, trial in others.items()}
-    evidence = run.scores[FULL].evidence
-    fires = {} if evidence is None else {"firing": [group.row() for group in firing(edit, evidence)]}
-    write_json(
-        run.path(CHOICE), shown | {"steering": None, **briefs, "edit": _brief(chosen), "moved": any_moved} | fires
-    )
+    if blocks := by_block(study, aim, recipe.evaluation.resamples, recipe.seed):
+        shown["by_block"] = blocks
+    if (evidence := run.scores[FULL].evidence) is not None:
+        shown["firing"] = [group.row() for group in firing(edit, evidence)]
+    briefs = {kind: None if trial is None else brief(trial) for kind, trial in others.items()}
+    write_json(run.path(CHOICE), shown | {"steering": None, **briefs, "edit": brief(chosen), "moved": any_moved})
     ids = [trial.candidate.id if trial else f"no {TITLES[kind]} within the limits" for kind, trial in others.items()]
     say(f"  chosen on validation: {', '.join([chosen.candidate.id, *ids])}")
     return [EDIT, CHOICE]
-
-
-def _brief(trial: Trial) -> dict[str, Any]:
-    c = trial.candidate
-    return {"id": c.id, "config": dict(c.config)} | trial.means()
 
 
 def _evaluate(run: Run) -> list[str]:
@@ -208,17 +206,22 @@ def _evaluate(run: Run) -> list[str]:
     check_tasks(recipe)
     choice = read_json(run.path(CHOICE))
     tried = chosen_of(choice)
-    bench = run.bench("test", run.journal("test"), run.engine)
-    with showing("test") as progress:
-        trials = bench.run(tried, "test", progress)
+    bench = run.bench("test", run.journal("test"), engine_on_test(run))
+    rounds = {"test": tried, **rounds_on_test(run, bench)}
+    trials = []
+    for name, candidates in rounds.items():
+        with showing("test") as progress:
+            trials += bench.run(candidates, name, progress)
     _say_empty(bench)
     results = results_of(trials, recipe)
+    if "by_block" in choice:
+        results["by_block"] = {"split": "validation", "rows": choice["by_block"]}
     failure = measure_tasks(run, tried, results)
     edit = Edit.load(run.path(EDIT))
     prompt = run.engine.tokens(bench.items[0].messages(recipe.behaviour.system))
     results["agreement"] = run.host.call(_agreement, edit, prompt)
     write_json(run.path(RESULTS), results)
-    write_jsonl(run.path(ANSWERS), answers_on_test(bench, tried))
+    write_jsonl(run.path(ANSWERS), answers_on_test(bench, rounds))
     if failure is not None:  # what was measured is written; the stage is not whole
         raise TaskError(failure.what, got=failure.got, fix=failure.fix)
     return [RESULTS, ANSWERS]
@@ -227,7 +230,7 @@ def _evaluate(run: Run) -> list[str]:
 def chosen_of(choice: Mapping[str, Any]) -> list[Candidate]:
     """The original model, and what a run's `choice.json` names of each method."""
     chosen = [(kind, choice[kind]) for kind in TITLES if choice.get(kind)]
-    return [BASE, *(Candidate(brief["id"], kind, brief["config"]) for kind, brief in chosen)]
+    return [BASE, *(Candidate(row["id"], kind, row["config"]) for kind, row in chosen)]
 
 
 def _agreement(model: Any, edit: Edit, prompt: Sequence[int]) -> dict[str, Any]:
@@ -254,11 +257,12 @@ def _agreement(model: Any, edit: Edit, prompt: Sequence[int]) -> dict[str, Any]:
 
 def _report(run: Run) -> list[str]:
     run.path("figures").mkdir(exist_ok=True)
-    choice, results = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
+    choice, study = with_training(run, read_json(run.path(CHOICE)), read_study(run))
+    results = read_json(run.path(RESULTS))
     edit = Edit.load(run.path(EDIT))
     plan = run.recipe.evaluation
     drawing = {"resamples": plan.resamples, "seed": run.recipe.seed, "samples": plan.samples}
-    trials, measures = read_study(run).trials, run.recipe.behaviour.measures
+    trials, measures = study.trials, run.recipe.behaviour.measures
     files = trade_off(trials, choice, measures, run.path("figures/trade_off"), **drawing)
     files += each_measure(results, run.path("figures/measures"))
     files += heat_map(edit, run.path("figures/lambda"))
@@ -286,10 +290,12 @@ STAGES: dict[str, Stage] = {
     "search": Stage(_search, (SCORES,)),
     "edit": Stage(_edit, (TRIALS, DISCARDED, STUDY)),
     "export": Stage(export, (EDIT,)),
-    "evaluate": Stage(_evaluate, (EDIT,)),
-    "report": Stage(_report, (EDIT, TRIALS, TRIED_ANSWERS, CHOICE, RESULTS, ANSWERS, SUMMARY)),
+    "evaluate": Stage(_evaluate, (EDIT, TRAINED_CHOICE)),
+    "report": Stage(_report, (EDIT, TRIALS, TRIED_ANSWERS, CHOICE, RESULTS, ANSWERS, SUMMARY, TRAINED_CHOICE)),
 }
 assert tuple(STAGES) == ORDER
+# Only of a recipe that asks for it, see `stages_of`.
+TRAIN = Stage(train_stage, (TRACES, TRIALS, DISCARDED, STUDY))
 
 
 def run_all(run: Run) -> None:
@@ -300,11 +306,14 @@ def run_all(run: Run) -> None:
     """
     check_exports(run.recipe.exports)
     check_tasks(run.recipe)
+    if not run.is_whole("train"):
+        check_training(run.recipe)
     failure: Steer2EditError | None = None
+    stages = stages_of(run.recipe)
     with run.working():
-        for number, stage in enumerate(STAGES, start=1):
+        for number, stage in enumerate(stages, start=1):
             if run.is_whole(stage):
-                say(f"{number}/{len(STAGES)} {stage}: done before")
+                say(f"{number}/{len(stages)} {stage}: done before")
                 continue
             try:
                 _run_stage(run, stage)
@@ -326,7 +335,30 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
     Raises:
         FileError: a stage before it is not whole.
     """
-    for before in ORDER[: ORDER.index(stage)]:
+    _require_before(run, stage, recipe_name)
+    with run.working():
+        _run_stage(run, stage)
+
+
+def run_training(run: Run, recipe_name: str) -> None:
+    """Trains, and adds the chosen checkpoints to the results and the report of a run. Nothing else is made again.
+
+    Raises:
+        FileError: a stage before it is not whole, or a package is not installed.
+        RecipeError: the recipe asks for no training, or its engine cannot try checkpoints.
+    """
+    require_training(run.recipe)
+    _require_before(run, "train", recipe_name)
+    with run.working():
+        for stage in ("train", "export", "evaluate", "report"):
+            if not run.is_whole(stage):
+                _run_stage(run, stage)
+
+
+def _require_before(run: Run, stage: str, recipe_name: str) -> None:
+    """Raises FileError if a stage that another one builds on is not whole."""
+    order = stages_of(run.recipe)
+    for before in order[: order.index(stage)]:
         needed = before not in ("export", "evaluate") or stage == "report"
         if needed and not run.is_whole(before) and not _hand_made(run, before, stage):
             if stage == "report" and run.path(MANIFEST).is_file():
@@ -337,8 +369,6 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
                 got=run.folder,
                 fix=f"Run `steer2edit {before} {recipe_name}` first, or all with `steer2edit run {recipe_name}`.",
             )
-    with run.working():
-        _run_stage(run, stage)
 
 
 def _hand_made(run: Run, before: str, stage: str) -> bool:
@@ -347,10 +377,12 @@ def _hand_made(run: Run, before: str, stage: str) -> bool:
 
 
 def _run_stage(run: Run, stage: str) -> None:
-    say(f"{ORDER.index(stage) + 1}/{len(ORDER)} {stage}:")
+    stages = stages_of(run.recipe)
+    say(f"{stages.index(stage) + 1}/{len(stages)} {stage}:")
     started = time.monotonic()
-    files = STAGES[stage].work(run)
-    run.record(stage, time.monotonic() - started, files, STAGES[stage].reads)
+    todo = TRAIN if stage == "train" else STAGES[stage]
+    files = todo.work(run)
+    run.record(stage, time.monotonic() - started, files, todo.reads)
 
 
 def load_results(folder: str | Path) -> Mapping[str, Any]:

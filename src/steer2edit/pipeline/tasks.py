@@ -101,7 +101,8 @@ def judged_again(run: Run, tried: Sequence[Candidate], before: Mapping[str, Any]
                 continue
             results.setdefault("task_measures", []).append(measure)
             for kind, system in before["systems"].items():
-                results["systems"][kind][measure["name"]] = system[measure["name"]]
+                if measure["name"] in system:  # trained checkpoints are not asked
+                    results["systems"][kind][measure["name"]] = system[measure["name"]]
             for pair, differences in before.get("task_differences", {}).items():
                 of_pair = results.setdefault("task_differences", {}).setdefault(pair, {})
                 of_pair[measure["name"]] = differences[measure["name"]]

@@ -23,7 +23,7 @@ INK, MUTED, GRID = "#1b2430", "#66707c", "#dfe3e8"
 
 @dataclass(frozen=True)
 class Look:
-    """How one method is drawn everywhere. The colours are Okabe and Ito's."""
+    """How one method is drawn everywhere. The colours are Okabe and Ito's, and a grey."""
 
     marker: str
     colour: str
@@ -37,6 +37,8 @@ LOOKS = {
     "steering": Look("o", "#d55e00", "-"),
     "layer": Look("^", "#e69f00", "--"),
     "direction": Look("v", "#cc79a7", "-."),
+    "lora": Look("P", "#56b4e9", "--", 6.5),
+    "fine_tuning": Look("X", "#7a7a7a", ":", 6.5),
     "edit": Look("*", "#0072b2", "-", 10.0),
 }
 # Runs beside each other: as far apart in lightness as in hue.

@@ -13,7 +13,7 @@ from ..recipe import Recipe
 from ..searching.candidates import TITLES
 from ..searching.front import Aim
 
-_SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ"}
+_SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ", "learning_rate": "learning rate"}
 # So much of a system prompt is shown in a table.
 _PROMPT = 40
 # From this share of the scale on, the original model leaves little to gain.
@@ -35,7 +35,7 @@ def table(
     rows = []
     for kind, system in results["systems"].items():
         name = TITLES[kind] if kind == "base" else f"{TITLES[kind]} ({describe(system['config'])})"
-        rows.append([name, *(interval_cell(system[column]) for column in columns)])
+        rows.append([name, *(interval_cell(system[column]) if column in system else "–" for column in columns)])
     rows.append(["n", *(str(sizes[column]["n"]) for column in columns)])
     return header, rows
 
@@ -193,7 +193,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
             shown = [recipe.behaviour.attribute, *recipe.behaviour.costs]
             means = [f"{m.title} {c[m.name]:.2f}" for m in shown if c.get(m.name) is not None]
             lines.append(f"- {TITLES[kind]}: {describe(c['config'])}; on validation {', '.join(means)}.")
-    lines += ["", "![trade-off](figures/trade_off.png)", "", "## The edit", ""]
+    lines += ["", *block_lines(recipe, choice), "![trade-off](figures/trade_off.png)", "", "## The edit", ""]
     for block, s in edit.summary().items():
         lines.append(
             f"- {block}: {s['edited']} of {s['components']} components edited, {s['reinforced']} reinforced,"
@@ -217,6 +217,22 @@ def firing_lines(choice: Mapping[str, Any]) -> list[str]:
         return []
     table = _markdown(list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
     return ["## Where it fires", "", FIRING, "", table, ""]
+
+
+def block_lines(recipe: Recipe, choice: Mapping[str, Any]) -> list[str]:
+    """A table of the block types that edits may change, from a run's `choice.json`; none if one alone was tried."""
+    rows = choice.get("by_block", {})
+    if not rows:
+        return []
+    measures = [recipe.behaviour.attribute, *recipe.behaviour.costs, UTILITY_LOSS]
+    header = ["edits of", "tried", "compared", "hypervolume", "best within the limits", *(m.title for m in measures)]
+    cells = []
+    for name, row in rows.items():
+        best = row["best"] or {}
+        means = ["–" if best.get(m.name) is None else f"{best[m.name]:.2f}" for m in measures]
+        shown = describe(best["config"]) if best else "none"
+        cells.append([name, str(row["tried"]), str(row["compared"]), interval_cell(row["hypervolume"]), shown, *means])
+    return ["By block type, on validation, with as many configurations of each:", "", _markdown(header, cells), ""]
 
 
 def describe_limits(aim: Aim) -> str:

@@ -27,6 +27,8 @@ TITLES = {
     "steering": "steering",
     "layer": "one layer",
     "direction": "direction",
+    "lora": "rank-1 LoRA",
+    "fine_tuning": "full fine-tuning",
     "edit": "edit",
 }
 # What a search compares edits with.
@@ -43,7 +45,8 @@ class Candidate:
         id: its name in files.
         kind: of TITLES. "system": a system prompt. "steering": out += γv at every block (paper, section 3). "layer":
             x += γv on the residual stream after one layer. "direction": the residual stream's coordinate along one
-            layer's v̂ moves towards the positive traces' mean, after every layer. "edit": an edit's configuration.
+            layer's v̂ moves towards the positive traces' mean, after every layer. "lora", "fine_tuning": a checkpoint of
+            training, which only an engine that holds it can run. "edit": an edit's configuration.
         config: its settings.
     """
 

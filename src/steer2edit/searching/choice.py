@@ -10,6 +10,7 @@ from ..behaviours.base import UTILITY_LOSS
 from ..errors import EditError
 from .candidates import Trial, of_kind
 from .front import Aim, choose, cost_of, hypervolume_interval, pareto
+from .grid import evenly
 from .study import Study
 
 
@@ -35,6 +36,52 @@ def moved(trial: Trial, base: Trial, aim: Aim) -> bool:
     return mean is not None and of_base is not None and aim.ranking.gain(mean) > aim.ranking.gain(of_base)
 
 
+# Which block types an edit may change, in the order of tables: by the keys of its configuration that are numbers.
+BLOCKS = {"attention alone": ("rho_attn",), "MLP alone": ("rho_mlp",), "both": ("rho_attn", "rho_mlp")}
+
+
+def by_block(study: Study, aim: Aim, resamples: int, seed: int) -> dict[str, Any]:
+    """The edits by the block types that they may change (paper, figures 11 to 13: the other ρ is ∞), at equal budgets.
+
+    Each has as many configurations as the one with the fewest, spread evenly over those that were tried, and its best
+    by the rule. Nothing if the search tried one sort alone.
+    """
+    sorts: dict[str, list[Trial]] = {}
+    for name, on in BLOCKS.items():
+        some = [
+            trial
+            for trial in study.of_kind("edit")
+            if all((trial.candidate.config[rho] is not None) == (rho in on) for rho in ("rho_attn", "rho_mlp"))
+        ]
+        if some:
+            sorts[name] = some
+    if len(sorts) < 2:
+        return {}
+    most = min(map(len, sorts.values()))
+    shown: dict[str, Any] = {}
+    for name, every in sorts.items():
+        some = evenly(every, most)
+        chosen = choose(some, aim)
+        shown[name] = {
+            "tried": len(every),
+            "compared": len(some),
+            "hypervolume": hypervolume_interval([t for t in some if _allowed(t, aim)], aim, resamples, seed),
+            "best": None if chosen is None else brief(chosen),
+        }
+    return shown
+
+
+def _allowed(trial: Trial, aim: Aim) -> bool:
+    """Whether a trial is within the limits but for that of the utility loss, for which the reference stands."""
+    return replace(aim, limits={m: limit for m, limit in aim.limits.items() if m != UTILITY_LOSS}).allows(trial)
+
+
+def brief(trial: Trial) -> dict[str, Any]:
+    """What `choice.json` says of a trial that was chosen."""
+    c = trial.candidate
+    return {"id": c.id, "config": dict(c.config)} | trial.means()
+
+
 def summary(study: Study, aim: Aim, method: str, resamples: int, seed: int) -> dict[str, Any]:
     """What was tried, at which budget, and each method's front and hypervolume on validation.
 
@@ -54,10 +101,8 @@ def summary(study: Study, aim: Aim, method: str, resamples: int, seed: int) -> d
         "front": {},
         "hypervolume": {},
     }
-    without_cost = {measure: limit for measure, limit in aim.limits.items() if measure != UTILITY_LOSS}
-    wide = replace(aim, limits=without_cost)
     for kind in study.evaluations:
-        allowed = [trial for trial in study.of_kind(kind) if wide.allows(trial)]
+        allowed = [trial for trial in study.of_kind(kind) if _allowed(trial, aim)]
         shown["front"][kind] = [trial.candidate.id for trial in pareto(allowed, aim)]
         shown["hypervolume"][kind] = hypervolume_interval(allowed, aim, resamples, seed)
     return shown

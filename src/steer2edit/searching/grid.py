@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from .plan import Search
 from .study import Study
 
 Axes = Mapping[str, Sequence[Any]]
+T = TypeVar("T")
 
 
 def axes_of(s: Search) -> dict[str, Sequence[Any]]:
@@ -75,6 +76,17 @@ def _shape(config: Mapping[str, Any]) -> tuple[Any, ...]:
 def short(x: float, digits: int) -> float:
     """A number as it is printed."""
     return float(f"{x:.{digits}g}")
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, spread evenly, the first and the last among them.
+
+    >>> evenly("abcdefg", 3)
+    ['a', 'd', 'g']
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[round(float(place))] for place in np.linspace(0, len(items) - 1, most)]
 
 
 def _refinable(s: Search) -> list[str]:

@@ -99,15 +99,17 @@ def _others(results: Mapping[str, Any], measures: Mapping[str, Any], attribute: 
         other, own = (systems[k].get(cost, {}).get("mean") for k in (kind, "edit"))
         cheaper = other is not None and own is not None and f"{other:.2f}" != f"{own:.2f}" and other < own
         price = f"costs less ({_number(other)} against {_number(own)} {UTILITY_LOSS.title})" if cheaper else ""
-        title = TITLES[kind].capitalize()
+        title = TITLES[kind]
         if outcome == "worse":
-            remark = f"{title} does better: the edit's {attribute['title']} differs by {_difference(difference)}"
-            remarks.append(f"{remark}, and {title.lower()} {price}." if price else f"{remark}.")
+            remark = (
+                f"{_capital(title)} does better: the edit's {attribute['title']} differs by {_difference(difference)}"
+            )
+            remarks.append(f"{remark}, and {title} {price}." if price else f"{remark}.")
         elif outcome == "not told apart":
-            remark = f"{title} is not told apart from the edit ({_difference(difference)})"
+            remark = f"{_capital(title)} is not told apart from the edit ({_difference(difference)})"
             remarks.append(f"{remark}, and {price}." if price else f"{remark}.")
         elif price:
-            remarks.append(f"{title} does less, but {price}.")
+            remarks.append(f"{_capital(title)} does less, but {price}.")
     return remarks
 
 
@@ -136,6 +138,11 @@ def _beats(one: float, other: float, measure: Mapping[str, Any]) -> bool:
     if f"{one:.2f}" == f"{other:.2f}":
         return False
     return one > other if measure["better"] == "higher" else one < other
+
+
+def _capital(title: str) -> str:
+    """A title as a sentence begins with it: `rank-1 LoRA` keeps its capitals."""
+    return title[:1].upper() + title[1:]
 
 
 def _number(value: float) -> str:

@@ -165,7 +165,7 @@ class Answers {
     const texts = samples.map((text, i) => (compare && base[i] !== undefined ? markedBlock(base[i], text) : textBlock(text)));
     const kind = this.split === "test" ? id : (this.trials.get(id) || { kind: id }).kind;
     const head = element("h4", { dir: "auto" }, element("span", { class: "mark", "aria-hidden": "true" }), this.titleOf(id));
-    return element("div", { class: `card kind-${/^[a-z]+$/.test(kind) ? kind : "other"}` }, head, this.chips(row, id), ...(texts.length ? texts : [element("p", { class: "note" }, "no answer")]));
+    return element("div", { class: `card kind-${/^[a-z_]+$/.test(kind) ? kind : "other"}` }, head, this.chips(row, id), ...(texts.length ? texts : [element("p", { class: "note" }, "no answer")]));
   }
 
   chips(row, id) {

@@ -2,9 +2,12 @@
 // The trade-off chart and the table of all configurations.
 
 const SHAPES = {
-  base: "square", system: "diamond", steering: "circle", layer: "triangle-up", direction: "triangle-down", edit: "star",
+  base: "square", system: "diamond", steering: "circle", layer: "triangle-up", direction: "triangle-down",
+  lora: "cross", fine_tuning: "x", edit: "star",
 };
-const DASHES = { system: "dot", steering: "solid", layer: "dash", direction: "dashdot", edit: "solid" };
+const DASHES = {
+  system: "dot", steering: "solid", layer: "dash", direction: "dashdot", lora: "dash", fine_tuning: "dot", edit: "solid",
+};
 const SIZES = { edit: 13, base: 11 };
 
 function startTradeOff(data, showAnswers) {
