@@ -28,11 +28,11 @@ from ..report.card import model_card
 from ..report.figures import each_measure, heat_map, trade_off
 from ..report.html.render import PAGE, write_page
 from ..report.inspection import MANIFEST
-from ..report.live import watching
+from ..report.live import live_screen, watching
 from ..report.page import markdown
 from ..searching.bench import Bench
 from ..searching.candidates import BASE, BASELINES, TITLES, Candidate, Trial, edit_of, of_kind
-from ..searching.choice import moved, require_choice, summary
+from ..searching.choice import moved, picked, require_choice, summary
 from ..searching.front import choose
 from ..searching.own_answers import Journalled
 from ..searching.rounds import run_study
@@ -167,7 +167,8 @@ def _say_empty(bench: Bench) -> None:
 def _edit(run: Run) -> list[str]:
     recipe, aim = run.recipe, run.recipe.aim
     study = read_study(run)
-    chosen = require_choice(study.trials, aim)
+    pick = recipe.search.pick
+    chosen = require_choice(study.trials, aim) if pick is None else picked(study.trials, aim, pick)
     others = {kind: choose(of_kind(study.trials, kind), aim) for kind in BASELINES if study.of_kind(kind)}
     edit = edit_of(chosen.candidate.config, run.scores)
     edit.save(run.path(EDIT))
@@ -179,9 +180,14 @@ def _edit(run: Run) -> list[str]:
         say(f"  nothing moved: no edit within the limits has a better {aim.ranking.title} than the original model")
     shown = summary(study, aim, recipe.search.method, recipe.evaluation.resamples, recipe.seed)
     briefs = {kind: None if trial is None else _brief(trial) for kind, trial in others.items()}
-    write_json(run.path(CHOICE), shown | {"steering": None, **briefs, "edit": _brief(chosen), "moved": any_moved})
+    shown |= {"steering": None, **briefs, "edit": _brief(chosen), "moved": any_moved}
+    if pick is not None:
+        by_rule = choose(of_kind(study.trials, "edit"), aim)
+        shown["picked"] = {"by_rule": None if by_rule is None else _brief(by_rule), "missed": aim.missed(chosen)}
+    write_json(run.path(CHOICE), shown)
     ids = [trial.candidate.id if trial else f"no {TITLES[kind]} within the limits" for kind, trial in others.items()]
-    say(f"  chosen on validation: {', '.join([chosen.candidate.id, *ids])}")
+    by = "" if pick is None else " (the edit was picked by a person)"
+    say(f"  chosen on validation: {', '.join([chosen.candidate.id, *ids])}{by}")
     return [EDIT, CHOICE]
 
 
@@ -279,8 +285,11 @@ STAGES: dict[str, Stage] = {
 assert tuple(STAGES) == ORDER
 
 
-def run_all(run: Run) -> None:
+def run_all(run: Run, until: str = "report") -> None:
     """Every stage that is not whole. If the export or a task fails, what comes after it is made all the same.
+
+    Args:
+        until: the last stage that is run.
 
     Raises:
         FileError: an export or a task needs a package or a file that is not there, before anything is run.
@@ -288,16 +297,21 @@ def run_all(run: Run) -> None:
     check_exports(run.recipe.exports)
     check_tasks(run.recipe)
     failure: Steer2EditError | None = None
-    with run.working():
-        for number, stage in enumerate(STAGES, start=1):
+    with run.working(), live_screen(ORDER) as mark:
+        for number, stage in enumerate(ORDER[: ORDER.index(until) + 1], start=1):
             if run.is_whole(stage):
                 say(f"{number}/{len(STAGES)} {stage}: done before")
+                mark(stage, "done")
                 continue
+            mark(stage, "running")
             try:
                 _run_stage(run, stage)
+                mark(stage, "done")
             except TaskError as error:  # which one was said when it failed
+                mark(stage, "failed")
                 failure = failure or error
             except Steer2EditError as error:
+                mark(stage, "failed")
                 if stage != "export":
                     write_what_is_there(run)
                     raise
@@ -324,8 +338,12 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
                 got=run.folder,
                 fix=f"Run `steer2edit {before} {recipe_name}` first, or all with `steer2edit run {recipe_name}`.",
             )
-    with run.working():
+    with run.working(), live_screen(ORDER) as mark:
+        for before in ORDER[: ORDER.index(stage)]:
+            mark(before, "done" if run.is_whole(before) else "waiting")
+        mark(stage, "running")
         _run_stage(run, stage)
+        mark(stage, "done")
 
 
 def _hand_made(run: Run, before: str, stage: str) -> bool:

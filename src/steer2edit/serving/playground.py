@@ -17,7 +17,7 @@ from ..errors import FileError, Steer2EditError
 from ..progress import say
 from .conversation import Budget, Conversation, Messages, Settings
 from .server import address_of, http_server, is_loopback, listening
-from .visible import visible
+from ..report.visible import visible
 
 # Seconds between two looks at an answer that grows.
 REFRESH = 0.1
