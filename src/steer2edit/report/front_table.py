@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any
 
@@ -27,14 +27,14 @@ def front_table(
     *,
     title: str | None = None,
     numbered: bool = False,
-    starred: Collection[str] = (),
+    remarks: Mapping[str, str] | None = None,
 ) -> Any:
     """A row for each trial. Where the titles of the measures find no room, letters stand for them, with a legend.
 
     Args:
         width: of the terminal.
         numbered: put the row's number, from 1 on, before it.
-        starred: ids of trials whose number has a star.
+        remarks: trial's id → what stands below its configuration.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -65,8 +65,10 @@ def front_table(
         table.add_column(title, justify="right", min_width=max(4, *map(len, title.split())))
     for number, trial in enumerate(trials, start=1):
         means = [trial.mean(measure.name) for measure in shown]
-        star = "*" if trial.candidate.id in starred else " "
-        cells = [Text(f"{number}{star}")] if numbered else []
-        cells.append(Text(visible(describe(trial.candidate.config))))
+        cells = [Text(str(number))] if numbered else []
+        config = Text(visible(describe(trial.candidate.config)))
+        if remark := (remarks or {}).get(trial.candidate.id):
+            config.append(f"\n{remark}", "italic")
+        cells.append(config)
         table.add_row(*cells, *("–" if mean is None else f"{mean:.2f}" for mean in means))
     return table
