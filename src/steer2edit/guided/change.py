@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,11 +170,21 @@ def place_of(recipe: Recipe, out: Path | None, overrides: Sequence[str], ask: Qu
             raise FileError(
                 "the run directory holds another run",
                 got=folder,
-                fix=f"Give another --out, or go on with that run: steer2edit {folder}.",
+                fix=f"Give another --out, or go on with that run: {going_on(folder)}.",
             )
         ask.say(f"{folder} holds another run.")
         folder = Path(ask.text("Another run directory", str(_free(folder))))
     return folder, recipe
+
+
+def going_on(folder: Path) -> str:
+    """The command that goes on with a run. A word alone might be a verb.
+
+    >>> going_on(Path("runs/a")), going_on(Path("demo"))
+    ('steer2edit runs/a', 'steer2edit ./demo')
+    """
+    place = str(folder) if "/" in str(folder) else f"./{folder}"
+    return f"steer2edit {shlex.quote(place)}"
 
 
 def _free(folder: Path) -> Path:

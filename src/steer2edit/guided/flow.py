@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..pipeline.tasks import check_tasks
 from ..progress import say, showing
 from ..recipe import Recipe, load_recipe, overridden, refuse_code
 from ..searching.choice import chosen_edit, picked
-from .change import Change, asked_change, is_run, place_of, recipe_of, with_keys
+from .change import Change, asked_change, going_on, is_run, place_of, recipe_of, with_keys
 from .menu import Wishes, fulfil, show_menu, show_results
 from .pick import RULE, ask_pick
 from .questions import Questions, can_ask, know_arrow_keys
@@ -46,7 +45,7 @@ class Answers:
     out: Path | None = None
     yes: bool = False
     pick: str | None = None
-    wishes: Wishes = Wishes()
+    wishes: Wishes = field(default_factory=Wishes)
     trust_code: bool = False
 
 
@@ -108,7 +107,7 @@ def _stopping(folder: Path | None) -> Iterator[None]:
     except (KeyboardInterrupt, EOFError):
         if folder is None or not (folder / "recipe.yaml").is_file():
             raise Interrupted("nothing was written") from None
-        raise Interrupted(f"`steer2edit {shlex.quote(str(folder))}` goes on from here") from None
+        raise Interrupted(f"`{going_on(folder)}` goes on from here") from None
 
 
 # What to change ----------------------------------------------------------------------------------------------------

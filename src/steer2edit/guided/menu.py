@@ -68,9 +68,7 @@ class Wishes:
             got = f"--to {self.to} with {len(self.save)} --save"
             raise RecipeError("--to is where one thing is saved", got=got, fix="Give --save once.")
         if self.items is not None and self.benchmark is None:
-            raise RecipeError(
-                "--items says how many questions", got="no --benchmark", fix="Name tasks: gsm8k,arc_easy."
-            )
+            raise RecipeError("--items says how many questions", got="no --benchmark", fix="Name tasks, too.")
 
 
 def fulfil(run: Run, wishes: Wishes) -> None:

@@ -135,7 +135,7 @@ def about(seconds: float) -> str:
     if seconds < 55:
         return f"about {max(5, 5 * round(seconds / 5)):g} s"
     minutes = seconds / 60
-    if minutes < 60:
+    if round(minutes) < 60:
         return f"about {max(1, round(minutes)):g} min"
     hours = minutes / 60
     return f"about {round(hours, 1) if hours < 10 else round(hours):g} h"
