@@ -43,7 +43,8 @@ class Person(Questions):
         self.left = list(answers)
         super().__init__(Console(file=self.shown, width=width), self._next)
 
-    def _next(self) -> str:
+    def _next(self, prompt: str) -> str:
+        self.shown.write(prompt)
         if not self.left:
             raise EOFError
         answer = self.left.pop(0)

@@ -104,7 +104,7 @@ def _stopping(folder: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, EOFError):
+    except KeyboardInterrupt:
         if folder is None or not (folder / "recipe.yaml").is_file():
             raise Interrupted("nothing was written") from None
         raise Interrupted(f"`{going_on(folder)}` goes on from here") from None
@@ -190,8 +190,8 @@ def _cost(run: Run, waiting: list[str]) -> dict[str, str]:
     """Tokens and time, from a short timing of the model; the model stays loaded."""
     recipe, engine = run.recipe, run.engine
     prompts = prompts_of(engine, run.items("validation"), recipe.behaviour.system)
-    with showing("timing"):
-        speed = measured(engine, prompts, interventions(engine, recipe), recipe)
+    with showing("timing") as progress:
+        speed = measured(engine, prompts, interventions(engine, recipe), recipe, progress)
     work = work_of(run, engine)
     seconds = seconds_of(work, speed, waiting)
     written = sum(part.written for part in work)

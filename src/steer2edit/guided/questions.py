@@ -34,12 +34,12 @@ class Questions:
 
     Args:
         console: rich's, on stderr.
-        read: gives the next line, and raises EOFError at the end of the input.
+        read: shows a prompt and gives the next line; it raises EOFError at the end of the input.
     """
 
-    def __init__(self, console: Any = None, read: Callable[[], str] | None = None):
+    def __init__(self, console: Any = None, read: Callable[[str], str] | None = None):
         self.console = console or error_console()
-        self._read = read or input
+        self._read = read or _read_line
 
     def say(self, text: str = "") -> None:
         """Writes a text as it is: nothing in it is markup."""
@@ -52,12 +52,14 @@ class Questions:
         """A line; an empty one stands for the default.
 
         Raises:
-            EOFError: the input ends. KeyboardInterrupt: the person stops.
+            KeyboardInterrupt: the person stops, or the input ends.
         """
-        shown = f"{question} [{default}]: " if default else f"{question}: "
+        shown = visible(f"{question} [{default}]: " if default else f"{question}: ")
         while True:
-            self.console.print(visible(shown), end="", markup=False, highlight=False, soft_wrap=True)
-            line = self._read().strip()
+            try:
+                line = self._read(shown).strip()
+            except EOFError:
+                raise KeyboardInterrupt from None
             if line or default is not None:
                 return line or str(default)
             self.say("  Write an answer, or stop with Ctrl-C.")
@@ -98,6 +100,14 @@ class Questions:
             if answer in ("n", "no"):
                 return False
             self.say("  Write y or n.")
+
+
+def _read_line(prompt: str) -> str:
+    """A line of the terminal. Where `input` can draw the prompt itself, the arrow keys leave it in its place."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def error_console() -> Any:

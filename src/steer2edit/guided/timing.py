@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..engines.base import Engine, Request
+from ..engines.base import Engine, Progress, Request
 from ..engines.decoding import common_prefix
 from ..method.intervention import NOTHING, Intervention, Term
 from ..models.sites import find_sites
@@ -20,6 +20,7 @@ from .work import Work
 _BUDGET = 3.0
 _FIRST_ROWS = 4
 _SHORT, _LONG = 2, 8
+_BATCHES = 5
 # Different interventions in the timed batch, as in a search's.
 _TABLE = 6
 # What stages take that hardly ask the model.
@@ -66,26 +67,37 @@ def interventions(engine: Engine, recipe: Recipe) -> list[Intervention]:
 
 
 def measured(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], table: Sequence[Intervention], recipe: Recipe
+    engine: Engine,
+    prompts: Sequence[tuple[int, ...]],
+    table: Sequence[Intervention],
+    recipe: Recipe,
+    progress: Progress | None = None,
 ) -> Speed:
     """Times short batches of answers and of losses.
 
     Args:
         prompts: token ids, at least one prompt.
     """
+    report = progress or (lambda done, total: None)
     most = max(1, min(engine.slots, recipe.evaluation.rows))
     rows = min(_FIRST_ROWS, most)
     _answer(engine, prompts, table, rows, 1)  # the first batch warms up
+    report(1, _BATCHES)
     seconds, _ = _answer(engine, prompts, table, rows, _SHORT)
+    report(2, _BATCHES)
     # A batch of the long kind takes about twice as long a row.
     rows = max(rows, min(most, int(_BUDGET / max(1e-6, 2 * seconds / rows))))
     short, few = _answer(engine, prompts, table, rows, _SHORT)
+    report(3, _BATCHES)
     long, many = _answer(engine, prompts, table, rows, _LONG)
+    report(4, _BATCHES)
     write = (long - short) / (many - few) if many > few else long / max(1, many)
     write = max(write, 1e-9)
     tails = _tail(prompts) * rows
     read = max(short - few * write, 0.1 * short) / tails
-    return Speed(rows, write, read, _compare(engine, prompts, table))
+    compare = _compare(engine, prompts, table)
+    report(_BATCHES, _BATCHES)
+    return Speed(rows, write, read, compare)
 
 
 def _tail(prompts: Sequence[tuple[int, ...]]) -> float:

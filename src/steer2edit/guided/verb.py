@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ _VERB = "guided"
 
 def names_a_model(word: str) -> bool:
     """Whether a first word that is no verb is meant as a model: a folder, a file, OWNER/NAME, or embedded:NAME."""
-    return word.startswith("embedded:") or "/" in word or word.endswith(".gguf") or Path(word).is_dir()
+    return word.startswith("embedded:") or "/" in word or word.endswith(".gguf") or os.path.isdir(word)
 
 
 class VerbOrModel(TyperGroup):
