@@ -328,8 +328,8 @@ def test_a_command_that_is_none_leaves_with_2_and_no_traceback(arguments: list[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["serch", "x"], "Did you mean 'search'?"),
-        (["evalute", "demo"], "Did you mean 'evaluate'?"),
+        (["serch", "x"], "Did you mean 'search'"),
+        (["evalute", "demo"], "Did you mean 'evaluate'"),
         (["fly"], "A model is a folder, a .gguf file, OWNER/NAME on the Hub or embedded:NAME"),
         (["gpt2", "--yes"], "stands behind `steer2edit guided`"),
     ],

@@ -19,7 +19,7 @@ from .serving import verbs as serving
 app = typer.Typer(
     name="steer2edit",
     cls=guided.VerbOrModel,
-    help="Change how a language model behaves by editing its weights, without training.",
+    help="Change how a language model behaves by editing its weights, without training. `steer2edit MODEL` asks how.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -12,7 +12,7 @@ from ..pipeline.reporting import read_study
 from ..pipeline.run import Run
 from ..report.front_table import front_table
 from ..report.page import describe_limits
-from ..report.visible import visible
+from ..report.visible import one_line
 from ..searching.candidates import Trial, of_kind
 from ..searching.choice import offered, picked
 from ..searching.front import Aim, choose
@@ -86,9 +86,5 @@ def show_answers(run: Run, trial: Trial, ask: Questions) -> None:
         answer = row["answers"][trial.candidate.id]
         first = answer[0] if isinstance(answer, list) else answer
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        ask.say(f"  > {_line(prompt)}")
-        ask.say(f"    {_line(first) or '(empty)'}")
-
-
-def _line(text: str) -> str:
-    return visible(" ".join(text.split())[:_SHOWN])
+        ask.say(f"  > {one_line(prompt, _SHOWN)}")
+        ask.say(f"    {one_line(first, _SHOWN) or '(empty)'}")

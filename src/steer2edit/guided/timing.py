@@ -142,7 +142,7 @@ def about(seconds: float) -> str:
     """A time in words, no more exact than it is.
 
     >>> about(4), about(47), about(400), about(5300), about(40000)
-    ('about 5 s', 'about 50 s', 'about 7 min', 'about 1.5 h', 'about 11 h')
+    ('about 5 s', 'about 45 s', 'about 7 min', 'about 1.5 h', 'about 11 h')
     """
     if seconds < 55:
         return f"about {max(5, 5 * round(seconds / 5)):g} s"

@@ -9,7 +9,7 @@ from typing import Any
 from ..behaviours.base import Measure
 from ..searching.candidates import Trial
 from .page import describe
-from .visible import visible
+from .visible import one_line
 
 # The narrowest column in which a configuration can still be read.
 _CONFIG = 18
@@ -66,7 +66,7 @@ def front_table(
     for number, trial in enumerate(trials, start=1):
         means = [trial.mean(measure.name) for measure in shown]
         cells = [Text(str(number))] if numbered else []
-        config = Text(visible(describe(trial.candidate.config)))
+        config = Text(one_line(describe(trial.candidate.config)))
         if remark := (remarks or {}).get(trial.candidate.id):
             config.append(f"\n{remark}", "italic")
         cells.append(config)

@@ -14,7 +14,7 @@ from ..searching.front import Aim, pareto
 from ..searching.study import Study
 from .front_table import front_table
 from .page import describe
-from .visible import visible
+from .visible import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -52,6 +52,7 @@ class LiveScreen:
         self.console = console
         self.marks: dict[str, StageMark] = dict.fromkeys(stages, "waiting")
         self.bars = Bars(*columns(console.width), console=console, auto_refresh=False)
+        self._ended: list[Any] = []
         self.samples: Sequence[Sample] = ()
         self.study: tuple[Study, Sequence[Measure], Aim] | None = None
         # The front is laid out once for a state of the study and a size of the terminal.
@@ -63,11 +64,14 @@ class LiveScreen:
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Progress]:
+        for ended in self._ended:
+            self.bars.remove_task(ended)
+        self._ended = []
         task = self.bars.add_task(f"  {label}", total=None)
         try:
             yield lambda done, total: self.bars.update(task, completed=done, total=total)
         finally:
-            self.bars.remove_task(task)
+            self._ended.append(task)  # it stands until the next one
 
     def show_answers(self, samples: Sequence[Sample]) -> None:
         self.samples = samples[:_ANSWERS]
@@ -77,8 +81,10 @@ class LiveScreen:
         self._rounds += 1
 
     def finish(self) -> None:
-        """Leaves the stages and the front on the terminal when the work ends."""
+        """Leaves the stages and the front on the terminal when the work ends; of a study alone, its bar too."""
         self.samples = ()
+        for task in self.bars.task_ids if self.marks else ():
+            self.bars.remove_task(task)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.segment import SegmentLines
@@ -116,8 +122,9 @@ class LiveScreen:
         roomy = room >= 4 * len(self.samples)
         lines: list[list[Segment]] = []
         for sample in self.samples:
-            prompt, answer = _one_line(sample.prompt), _one_line(sample.answer) or "(empty)"
-            who = f"{TITLES.get(sample.kind, sample.kind)} {describe(sample.config)}".strip()
+            prompt = one_line(sample.prompt[:_LOOKED_AT])
+            answer = one_line(sample.answer[:_LOOKED_AT]) or "(empty)"
+            who = one_line(f"{TITLES.get(sample.kind, sample.kind)} {describe(sample.config)}")
             texts = [Text(f"{who}: {prompt}", "dim"), Text(f"  {answer}")] if roomy else [Text(answer)]
             for text in texts:
                 text.truncate(options.max_width - 1, overflow="ellipsis")
@@ -145,11 +152,6 @@ class LiveScreen:
             if len(lines) <= room:
                 return lines
         return []
-
-
-def _one_line(text: str) -> str:
-    """The beginning of a text that may hold anything, on one line, with nothing in it that acts on the terminal."""
-    return visible(" ".join(text[:_LOOKED_AT].split()))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from ..files.reading import read_jsonl
 from ..recipe import Recipe
 from ..searching.candidates import TITLES
 from ..searching.front import Aim
-from .visible import visible
+from .visible import one_line
 
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ"}
 # So much of a system prompt is shown in a table.
@@ -302,4 +302,4 @@ def _one_line(value: Any, length: int | None = None) -> str:
     """
     if isinstance(value, list):
         value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
-    return visible(" ".join(value.split())[:length])
+    return one_line(value, length)
