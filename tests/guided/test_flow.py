@@ -38,7 +38,7 @@ EDITS = ("edit-0.1-off-0.2", "edit-0.3-off-0.2")
 class Person(Questions):
     """Answers the questions in turn and keeps what was shown. "^C" is Ctrl-C; after the last answer the input ends."""
 
-    def __init__(self, *answers: str, width: int = 100):
+    def __init__(self, *answers: str, width: int = 200):
         self.shown = io.StringIO()
         self.left = list(answers)
         super().__init__(Console(file=self.shown, width=width), self._next)
@@ -95,6 +95,15 @@ def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def searched(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose search is whole; not to be changed."""
+    be_quiet()
+    folder = tmp_path_factory.mktemp("runs") / "searched"
+    run_all(Run(folder, recipe), until="search")
+    return folder
+
+
 @pytest.fixture
 def file(recipe: Recipe, tmp_path: Path) -> str:
     path = tmp_path / "tiny.yaml"
@@ -140,8 +149,9 @@ def test_a_person_picks_a_point_saves_it_and_the_recipe_is_the_record(
     assert Path("run/edit.safetensors").read_bytes() == before
 
 
-def test_enter_takes_the_rules_choice_which_is_then_no_pick(model: str, file: str, finished: Path, here: Path) -> None:
-    guide(Answers(model, Change(file), Path("run")), Person("", "", "quit"))
+def test_enter_takes_the_rules_choice_which_is_then_no_pick(searched: Path, finished: Path, here: Path) -> None:
+    shutil.copytree(searched, here / "run")
+    guide(Answers("run", Change()), Person("", "", "quit"))
     assert load_recipe("run").search.pick is None
     assert by_rule(Path("run")) == by_rule(finished)
     assert (here / "run/edit.safetensors").read_bytes() == (finished / "edit.safetensors").read_bytes()
@@ -152,13 +162,15 @@ def test_a_no_to_the_cost_leaves_nothing(model: str, file: str, here: Path) -> N
     assert list(here.iterdir()) == []
 
 
-def test_answers_of_a_point_are_shown_before_it_is_picked(model: str, file: str, here: Path) -> None:
-    person = Person("y", "a 1", "a 99", "nonsense", "1", "quit")
-    guide(Answers(model, Change(file), Path("run")), person)
+def test_answers_of_a_point_are_shown_before_it_is_picked(searched: Path, here: Path) -> None:
+    shutil.copytree(searched, here / "run")
+    person = Person("y", "a 1", "a 99", "nonsense", "^C")
+    with pytest.raises(Interrupted):
+        guide(Answers("run", Change()), person)
     between = person.screen.split("Which one")
-    assert between[2].count("  > ") == 3
-    assert "search.pick names no edit" in between[3]
-    assert "(got: nonsense)" in between[4]
+    assert between[1].count("  > ") == 3
+    assert "search.pick names no edit" in between[2]
+    assert "(got: nonsense)" in between[3]
 
 
 def test_a_run_goes_on_where_it_was_left_and_asks_only_what_is_left(finished: Path, tmp_path: Path) -> None:
@@ -318,34 +330,44 @@ def test_a_run_goes_on_with_what_was_picked_and_exported(recipe: Recipe, finishe
 
 
 @pytest.mark.parametrize("stop", [["^C"], []])
-@pytest.mark.parametrize(
-    ("before", "whole"), [(["y"], True), (["y", ""], True), (["y", "", "save"], True), ([], False)]
-)
-def test_a_stop_at_any_question_is_a_sentence_that_says_what_goes_on(
-    before: list[str], whole: bool, stop: list[str], model: str, file: str, here: Path
-) -> None:
+def test_a_stop_before_the_yes_leaves_nothing(stop: list[str], model: str, file: str, here: Path) -> None:
     with pytest.raises(Interrupted) as stopped:
-        guide(Answers(model, Change(file), Path("a run")), Person(*before, *stop))
-    if not whole:
-        assert str(stopped.value) == "nothing was written"
-        assert list(here.iterdir()) == []
-        return
-    assert str(stopped.value) == "`steer2edit './a run'` goes on from here"
-    guide(Answers("a run", Change(), yes=True))
-    assert (here / "a run/report.html").is_file()
+        guide(Answers(model, Change(file), Path("a run")), Person(*stop))
+    assert str(stopped.value) == "nothing was written"
+    assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["traces", "probe", "search", "evaluate", "report"])
+def test_a_stop_at_the_pick_goes_on_at_the_pick(searched: Path, here: Path) -> None:
+    shutil.copytree(searched, here / "a run")
+    for stop in (["y", "^C"], ["y"]):
+        with pytest.raises(Interrupted) as stopped:
+            guide(Answers("a run", Change()), Person(*stop))
+        assert str(stopped.value) == "`steer2edit './a run'` goes on from here"
+    assert not (here / "a run/choice.json").exists()
+
+
+def test_a_stop_in_the_menu_leaves_the_run_whole(finished: Path, here: Path) -> None:
+    shutil.copytree(finished, here / "run")
+    with pytest.raises(Interrupted, match=r"`steer2edit \./run` goes on from here"):
+        guide(Answers("run", Change()), Person("save", "^C"))
+    run = Run("run", load_recipe("run"))
+    assert all(run.is_whole(stage) for stage in stages.STAGES)
+
+
+@pytest.mark.parametrize("stage", ["search", "evaluate"])
 def test_a_stop_in_any_stage_can_be_gone_on_from(
-    stage: str, model: str, file: str, finished: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    stage: str, searched: Path, finished: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    shutil.copytree(searched, here / "run")
+    if stage == "search":
+        (here / "run/search/trials.jsonl").unlink()
+
     def interrupted(run: Run) -> list[str]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setitem(stages.STAGES, stage, stages.Stage(interrupted))
-        options = ["--recipe", file, "--out", "run", "--yes", "--quiet"]
-        assert command(monkeypatch, model, *options) == 130
+        assert command(monkeypatch, "./run", "--yes", "--quiet") == 130
     # As a word alone it would be the verb.
     assert capfd.readouterr().err.strip() == "steer2edit: stopped; `steer2edit ./run` goes on from here."
     assert command(monkeypatch, "./run", "--yes", "--quiet") == 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..behaviours.prompts import data_path
 from ..errors import FileError, RecipeError
 from ..pipeline.keys import stage_keys
 from ..pipeline.make import made_recipe
@@ -126,6 +127,9 @@ def recipe_of(change: Change, model: str) -> Recipe:
     if change.recipe is None:
         assert change.more is not None
         assert change.less is not None
+        for named in (change.more, change.less, change.prompts):
+            if named is not None and named.endswith(".jsonl"):
+                data_path(named)  # a file that is not there is said now, and not by the first stage
         sides = {"title": change.title, "prompts": change.prompts, "score": change.score}
         made = made_recipe(model, change.more, change.less, name=slug(_own_name(change)), **sides)
         return overridden(made, change.overrides)

@@ -81,7 +81,7 @@ def _remarks(trials: Sequence[Trial], front: Sequence[Trial], aim: Aim) -> dict[
 
 def show_answers(run: Run, trial: Trial, ask: Questions) -> None:
     """The first answers that an edit gave on validation."""
-    rows: list[Mapping[str, Any]] = read_jsonl(run.path(TRIED_ANSWERS))
+    rows: Sequence[Mapping[str, Any]] = read_jsonl(run.path(TRIED_ANSWERS))
     for row in [row for row in rows if trial.candidate.id in row["answers"]][:_SAMPLES]:
         answer = row["answers"][trial.candidate.id]
         first = answer[0] if isinstance(answer, list) else answer

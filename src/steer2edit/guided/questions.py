@@ -43,7 +43,7 @@ class Questions:
 
     def say(self, text: str = "") -> None:
         """Writes a text as it is: nothing in it is markup."""
-        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(text), markup=False, highlight=False)
 
     def show(self, renderable: Any) -> None:
         self.console.print(renderable)
