@@ -218,10 +218,11 @@ class Paced(FakeEngine):
         answers = super().generate(requests, table, max_new_tokens)
         self.rows.append(len(requests))
         self.clock.now += len(requests) * (max_new_tokens * self.write + 10 * self.read)
+        self.clock.now += min(len(requests), len(table)) * 4 * self.read  # what all prompts begin with
         return [type(a)(a.ids[:max_new_tokens], a.text[:max_new_tokens], False) for a in answers]
 
     def losses(self, pairs: Any, table: Any, progress: Any = None) -> Any:
-        self.clock.now += len(pairs) * (1 + len(table)) * (10 + 14) * self.compare
+        self.clock.now += (1 + len(table)) * (4 + len(pairs) * (10 + 14)) * self.compare
         return super().losses(pairs, table)
 
 

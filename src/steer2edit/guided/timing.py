@@ -10,17 +10,16 @@ from typing import Any
 import torch
 
 from ..engines.base import Engine, Progress, Request
-from ..engines.decoding import common_prefix
 from ..method.intervention import NOTHING, Intervention, Term
 from ..models.sites import find_sites
 from ..recipe import Recipe
-from .work import Work
+from .work import Work, beginning
 
-# Seconds that one of the two timed batches of answers should take; its rows are as many as that allows.
-_BUDGET = 3.0
-_FIRST_ROWS = 4
+# The rows of the timed batch grow until they are the run's, or until it takes so many seconds.
+_BUDGET = 0.75
+_FIRST_ROWS, _GROWTH = 4, 4
 _SHORT, _LONG = 2, 8
-_BATCHES = 5
+_BATCHES = 3
 # Different interventions in the timed batch, as in a search's.
 _TABLE = 6
 # What stages take that hardly ask the model.
@@ -82,28 +81,22 @@ def measured(
     most = max(1, min(engine.slots, recipe.evaluation.rows))
     rows = min(_FIRST_ROWS, most)
     _answer(engine, prompts, table, rows, 1)  # the first batch warms up
+    while True:
+        short, few = _answer(engine, prompts, table, rows, _SHORT)
+        if rows == most or short > _BUDGET:
+            break
+        rows = min(most, _GROWTH * rows)
     report(1, _BATCHES)
-    seconds, _ = _answer(engine, prompts, table, rows, _SHORT)
-    report(2, _BATCHES)
-    # A batch of the long kind takes about twice as long a row.
-    rows = max(rows, min(most, int(_BUDGET / max(1e-6, 2 * seconds / rows))))
-    short, few = _answer(engine, prompts, table, rows, _SHORT)
-    report(3, _BATCHES)
     long, many = _answer(engine, prompts, table, rows, _LONG)
-    report(4, _BATCHES)
+    report(2, _BATCHES)
     write = (long - short) / (many - few) if many > few else long / max(1, many)
     write = max(write, 1e-9)
-    tails = _tail(prompts) * rows
-    read = max(short - few * write, 0.1 * short) / tails
+    shared, tail = beginning(prompts)
+    # The shared beginning is read once under each intervention.
+    read = max(short - few * write, 0.1 * short) / (rows * tail + min(rows, len(table)) * shared)
     compare = _compare(engine, prompts, table)
     report(_BATCHES, _BATCHES)
     return Speed(rows, write, read, compare)
-
-
-def _tail(prompts: Sequence[tuple[int, ...]]) -> float:
-    """The mean length of what lies beyond the shared beginning, in tokens."""
-    shared = len(common_prefix(prompts)) if len(prompts) > 1 else 0
-    return max(1.0, sum(map(len, prompts)) / len(prompts) - shared)
 
 
 def _answer(
@@ -122,10 +115,11 @@ def _compare(engine: Engine, prompts: Sequence[tuple[int, ...]], table: Sequence
     """Seconds a token of losses, under every intervention and under none."""
     some = list(prompts[:2])
     pairs = [(ids, ids[-16:]) for ids in some]
-    tokens = (_tail(some) + min(16, min(map(len, some)))) * len(pairs) * (1 + len(table))
+    shared, tail = beginning(some)
+    read = shared + len(pairs) * tail + sum(len(answer) for _, answer in pairs)
     started = time.perf_counter()
     engine.losses(pairs, table)
-    return (time.perf_counter() - started) / tokens
+    return (time.perf_counter() - started) / (read * (1 + len(table)))
 
 
 def seconds_of(work: Sequence[Work], speed: Speed, waiting: Sequence[str]) -> dict[str, float]:

@@ -23,10 +23,10 @@ from ..searching.candidates import DEPTHS
 from ..searching.grid import coarse_grid, planned_edits
 from ..searching.plan import AUTO, Search
 
-# Answers on which a calibration measures KL (searching/bench.py), and about how many rungs a ladder takes: its first
-# ones and, for each point, those that move in on it. The shipped recipes' ladders took 12 to 17 for edits and 7 for
-# baselines.
-_CALIBRATION = 4
+# Answers on which a calibration measures KL, and answers whose losses are measured at once (searching/bench.py).
+_CALIBRATION, _GROUP = 4, 8
+# About how many rungs a ladder takes: its first ones and, for each point, those that move in on it. The ladders of the
+# shipped recipes took 12 to 17 for edits and 7 for baselines.
 _FIRST_OF_EDIT, _EACH_OF_EDIT = 6, 3
 _FIRST_OF_BASELINE, _EACH_OF_BASELINE = 4, 1
 # On test a behaviour that compares responses takes more pairs than on validation, where it takes a few.
@@ -108,12 +108,22 @@ def _edit_ladders(search: Search) -> tuple[int, int]:
     return ladders, ladders * search.points + search.refine ** len(found)
 
 
+def beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, float]:
+    """How many tokens all prompts begin with, and the mean number of tokens beyond them."""
+    shared = len(common_prefix(prompts)) if len(prompts) > 1 else 0
+    return shared, max(1.0, sum(map(len, prompts)) / max(1, len(prompts)) - shared)
+
+
 @dataclass(frozen=True)
 class _Prompts:
-    """Mean lengths of the prompts, in tokens: of a whole one, and of what lies beyond the shared beginning."""
+    """Mean lengths of the prompts, in tokens: of what all begin with, and of what lies beyond it."""
 
-    whole: float
+    shared: float
     tail: float
+
+    @property
+    def whole(self) -> float:
+        return self.shared + self.tail
 
 
 def prompts_of(engine: Engine, items: Sequence[Item], system: str | None) -> list[tuple[int, ...]]:
@@ -129,10 +139,7 @@ def work_of(run: Run, engine: Engine) -> list[Work]:
     """
     recipe = run.recipe
     items = run.items("validation")
-    ids = prompts_of(engine, items, recipe.behaviour.system)
-    shared = len(common_prefix(ids)) if len(ids) > 1 else 0
-    whole = sum(map(len, ids)) / max(1, len(ids))
-    prompts = _Prompts(whole, max(1.0, whole - shared))
+    prompts = _Prompts(*beginning(prompts_of(engine, items, recipe.behaviour.system)))
     tried = tried_of(recipe.search, len(recipe.behaviour.asking()))
     counted = {
         "traces": lambda: _traces(run, prompts),
@@ -183,7 +190,7 @@ def _search(run: Run, engine: Engine, items: Sequence[Item], prompts: _Prompts, 
         "search",
         written=work.written + tried.edits * search.sanity * plan.new_tokens,
         read=work.read + tried.edits * search.sanity * prompts.tail,
-        compared=work.compared + tried.rungs * own * (prompts.tail + plan.utility_tokens),
+        compared=work.compared + tried.rungs * (prompts.shared + own * (prompts.tail + plan.utility_tokens)),
     )
 
 
@@ -224,13 +231,16 @@ def _bench(
     plan = run.recipe.evaluation
     answers = (1 + changed + asks) * open_items * plan.samples
     own = plan.utility_prompts
-    compared = (1 + changed) * own * (prompts.tail + plan.utility_tokens)
+    # What prompts begin with is read once for each candidate: in a batch of answers, and in each group of losses.
+    batches = math.ceil(answers / plan.batch)
+    groups = math.ceil(own / _GROUP) + math.ceil(choices / _GROUP)
+    compared = (1 + changed) * (own * (prompts.tail + plan.utility_tokens) + groups * prompts.shared)
     compared += 2 * asks * own * (prompts.whole + plan.utility_tokens)
     # The choices of an item share its prompt, which is read once for two of them or more.
     compared += (2 + changed + asks) * choices * (length + prompts.tail / 2)
     return Work(
         "",
         written=answers * plan.new_tokens + own * plan.utility_tokens,
-        read=answers * prompts.tail + own * prompts.tail,
+        read=(answers + own) * prompts.tail + max(batches, 1 + changed + asks) * prompts.shared,
         compared=compared,
     )
