@@ -70,7 +70,9 @@ def main() -> None:
     ratio(one_at_a_time, probe, 3, (">=", 1.7), "batch-of-one passes that keep every activation / probe")
     ratio(probe_with_evidence, probe, 7, ("<=", 1.15), "probe that keeps evidence / probe")
     size = 240 * len(PARTS) * (4096 + 4) * 32 / 1e6
-    report("evidence of 240 responses of a 7B model's shapes, MB", size, ("<=", 100), "bytes and scales, 32 layers of 4096")
+    report(
+        "evidence of 240 responses of a 7B model's shapes, MB", size, ("<=", 100), "bytes and scales, 32 layers of 4096"
+    )
     extra = {length: _extra_memory(length) for length in (512, 2048)}
     note = ", ".join(f"{length} tokens: {mb:.0f} MB" for length, mb in extra.items())
     report("probe's extra memory at 2048 tokens less that at 512, MB", extra[2048] - extra[512], ("<=", 25), note)

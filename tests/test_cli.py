@@ -326,7 +326,66 @@ def test_a_command_that_is_none_leaves_with_2_and_no_traceback(arguments: list[s
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["inspect", "--help"], ["search", "--help"], ["apply", "--help"]]
+    ("arguments", "said"),
+    [
+        (["serch", "x"], "Did you mean 'search'"),
+        (["evalute", "demo"], "Did you mean 'evaluate'"),
+        (["fly"], "A model is a folder, a .gguf file, OWNER/NAME on the Hub or embedded:NAME"),
+        (["gpt2", "--yes"], "stands behind `steer2edit guided`"),
+    ],
+)
+def test_a_verbs_near_miss_gets_the_verb_and_any_other_word_how_a_model_is_named(
+    arguments: list[str], said: str, say: Any
+) -> None:
+    told = say(*arguments)
+    assert (told.code, told.out) == (2, "")
+    assert said in " ".join(told.err.split())
+
+
+def test_a_folder_is_a_model_but_a_verb_comes_first(say: Any) -> None:
+    Path("serch").mkdir()
+    Path("doctor").mkdir()
+    _is_one_line(say("serch", "--recipe", "demo", "--yes"), "the model serch cannot be loaded")
+    _is_one_line(say("doctor"), "no model is given")
+    _is_one_line(say("./nowhere/x", "--recipe", "demo", "--yes"), "no such folder")
+
+
+def test_the_version_is_that_of_the_package(say: Any) -> None:
+    from importlib.metadata import version
+
+    said = say("--version")
+    assert (said.code, said.out, said.err) == (0, f"steer2edit {version('steer2edit')}\n", "")
+
+
+@pytest.mark.parametrize(("line", "completed"), [("steer2edit rec", "recipes"), ("steer2edit run --mo", "--model")])
+def test_a_shell_completes_verbs_and_options_and_loads_nothing_heavy(line: str, completed: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "_STEER2EDIT_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+    }
+    script = (
+        "import sys\nsys.argv = ['steer2edit']\nfrom steer2edit.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert completed in done.stdout.split()
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["inspect", "--help"],
+        ["search", "--help"],
+        ["apply", "--help"],
+        ["guided", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     script = (

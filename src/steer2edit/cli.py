@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import Steer2EditError
+from .errors import Interrupted, Steer2EditError
+from .guided import verb as guided
 from .pipeline import file_verbs, share_verbs
 from .pipeline.options import Json, Quiet, TrustCode, console, print_json
 from .progress import be_quiet
@@ -17,9 +18,9 @@ from .serving import verbs as serving
 
 app = typer.Typer(
     name="steer2edit",
-    help="Change how a language model behaves by editing its weights, without training.",
+    cls=guided.VerbOrModel,
+    help="Change how a language model behaves by editing its weights, without training. `steer2edit MODEL` asks how.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -36,6 +37,23 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs
 _INTERRUPTED = 130
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"steer2edit {version('steer2edit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command line itself."""
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
     # OpenMP's threads spin while they wait, which makes everything several times slower beside another busy process;
@@ -50,6 +68,9 @@ def main() -> None:
     except Steer2EditError as error:
         print(f"steer2edit: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(f"\nsteer2edit: stopped; {stop}.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
         print(
             f"steer2edit: {error.filename or 'a file'} cannot be used (got: {error.strerror}). Check the path.",
@@ -412,6 +433,7 @@ def recipes(
 serving.register(app)
 share_verbs.register(app)
 file_verbs.register(app)
+guided.register(app)
 
 if __name__ == "__main__":
     main()

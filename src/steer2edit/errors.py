@@ -34,6 +34,10 @@ def _again(kind: type[Steer2EditError], what: str, got: str, fix: str) -> Steer2
     return kind(what, got=got, fix=fix)
 
 
+class Interrupted(Exception):
+    """The user stopped the work. The text says what goes on from there."""
+
+
 class ModelError(Steer2EditError):
     """The model is not supported, cannot be used here, or is not the expected one."""
 

@@ -1,17 +1,19 @@
 """Messages through `logging`, and progress with an ETA.
 
 The library prints nothing: messages go to the logger "steer2edit", and there is no progress bar. The command line shows
-both on stderr, so that stdout holds only results.
+both on stderr, so that stdout holds only results. A screen, once it is opened (report/live.py), takes every bar.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 Progress = Callable[[int, int], None]
 _LOGGER = logging.getLogger("steer2edit")
@@ -45,8 +47,56 @@ def is_quiet() -> bool:
     return _shown not in _LOGGER.handlers
 
 
-def columns() -> tuple[Any, ...]:
-    """The columns of a progress bar: label, bar, count and time left. There is no count until the total is known."""
+def on_a_terminal() -> bool:
+    """Whether stderr is a terminal that can draw a line again."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer that a person may see while the work goes on.
+
+    Attributes:
+        kind, config: what gave it, as a candidate has them.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    prompt: str
+    answer: str
+
+
+class Screen(Protocol):
+    """Shows all the work in one place while it lasts."""
+
+    def bar(self, label: str) -> contextlib.AbstractContextManager[Progress]: ...
+
+    def show_answers(self, samples: Sequence[Sample]) -> None: ...
+
+
+_screens: list[Screen] = []
+
+
+def current_screen() -> Screen | None:
+    return _screens[-1] if _screens else None
+
+
+@contextlib.contextmanager
+def shown_on(screen: Screen) -> Iterator[None]:
+    """While it lasts, bars and answers go to the screen."""
+    _screens.append(screen)
+    try:
+        yield
+    finally:
+        _screens.remove(screen)
+
+
+def columns(width: int = 80) -> tuple[Any, ...]:
+    """The columns of a progress bar: label, bar, count and time left. There is no count until the total is known.
+
+    Args:
+        width: of the terminal.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -54,7 +104,8 @@ def columns() -> tuple[Any, ...]:
         def render(self, task: Task) -> Text:
             return Text("starting") if task.total is None else super().render(task)
 
-    return TextColumn("{task.description}"), BarColumn(), Count(), TimeRemainingColumn()
+    length = min(40, max(5, width - 40))
+    return TextColumn("{task.description}"), BarColumn(length), Count(), TimeRemainingColumn()
 
 
 @contextlib.contextmanager
@@ -62,11 +113,15 @@ def showing(label: str) -> Iterator[Progress]:
     """Shows the progress of one piece of work. Yields a function to call with (done, total)."""
     if is_quiet():
         yield lambda done, total: None
-    elif sys.stderr.isatty():
+    elif (screen := current_screen()) is not None:
+        with screen.bar(label) as progress:
+            yield progress
+    elif on_a_terminal():
         from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(*columns(), console=Console(stderr=True)) as bar:
+        console = Console(stderr=True)
+        with Progress(*columns(console.width), console=console, refresh_per_second=4) as bar:
             task = bar.add_task(f"  {label}", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:

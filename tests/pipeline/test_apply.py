@@ -233,6 +233,8 @@ def test_inspect_shows_each_edit_of_a_combination_and_how_they_meet(made: Made, 
         (["--layers", "2-1"], ["--layers names no layers", "got: 2-1", "8-20"]),
         (["--layers", "attn"], ["--layers names no layers", "got: attn"]),
         (["--layers", "-1"], ["--layers names no layers", "got: -1"]),
+        (["--layers", "67%-33%"], ["--layers names no layers", "got: 67%-33%", "33%-67%"]),
+        (["--layers", "0%-101%"], ["--layers names no layers", "got: 0%-101%"]),
         (["--layers", "1-3"], ["fewer layers", "got: layers 1-3", "layers 0-2"]),
         (["--blocks", "heads"], ["no such block type", "got: heads", "attn, mlp"]),
         (["--strength", "1", "--strength", "2"], ["not as many strengths", "got: 2 strengths, 1 edits", "--strength"]),
@@ -292,6 +294,24 @@ def test_an_edit_that_changes_nothing_there_is_named(made: Made, say: Any, tmp_p
     made.edits[0].only(layers=[]).save(tmp_path / "zero.safetensors")
     _is_refused(say("apply", made.base, "zero.safetensors", "--to", "out"), "λ = 0 everywhere", "Lower ρ")
     assert {*contents(tmp_path)} == {"mlp.safetensors", "zero.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "numbers"), [("0%-33%", [0]), ("33%-100%", [1, 2]), ("34%-67%", [1]), ("0%-100%", [0, 1, 2])]
+)
+def test_layers_may_be_shares_of_the_depth(
+    shares: str, numbers: list[int], made: Made, say: Any, tmp_path: Path
+) -> None:
+    assert say("apply", made.base, made.one, "--layers", shares, "--as", "edit", "--to", tmp_path / "e").code == 0
+    assert s2e.Edit.load(tmp_path / "e").id == s2e.Edit.load(made.one).only(numbers).id
+    assert gather([made.one], layers=shares).id == s2e.Edit.load(made.one).only(numbers).id
+
+
+def test_shares_of_an_unknown_depth_are_refused(made: Made, tmp_path: Path) -> None:
+    edit = made.edits[0]
+    s2e.Edit(edit.sites, edit.config, edit.fingerprint).save(tmp_path / "e.safetensors")
+    with pytest.raises(EditError, match="does not say how many layers"):
+        gather([tmp_path / "e.safetensors"], layers="33%-67%")
 
 
 def test_an_edit_of_a_model_of_unknown_depth_takes_any_layers(made: Made, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from steer2edit.engines.base import Answer, Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, FileError, ModelError, RecipeError
 from steer2edit.method.intervention import NOTHING
+from steer2edit.report.visible import visible
 from steer2edit.serving.conversation import EDIT, ORIGINAL, STEERING, Budget, Conversation, Settings
 from steer2edit.serving.sources import Source, open_source, open_sources, section_of
 from steer2edit.serving.terminal import TerminalChat
-from steer2edit.serving.visible import visible
 from steer2edit.serving.worker import Closed, Done, Piece
 
 BAD = "<script>alert(1)</script>[red]x[/red]\x1b[31m\x9b31m\u202egnp.exe\r\x00\ud800"

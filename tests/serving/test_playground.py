@@ -16,11 +16,11 @@ from steer2edit.engines.base import GREEDY, Request, Sampling
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
 from steer2edit.method.intervention import NOTHING, steering
+from steer2edit.report.visible import visible
 from steer2edit.searching.candidates import steering_vectors
 from steer2edit.serving.conversation import EDIT, ORIGINAL, STEERING, Budget, Conversation
 from steer2edit.serving.playground import Playground, build_playground, serve_playground
 from steer2edit.serving.server import address_of, http_server, listening
-from steer2edit.serving.visible import visible
 
 CHROMIUM = shutil.which("chromium")
 BAD = "<img src=x onerror=alert(1)><script>document.title='hacked'</script>**bold** \u202egnp.exe \x1b[31m"

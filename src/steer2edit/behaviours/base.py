@@ -261,6 +261,17 @@ class Behaviour(Section):
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Traces of both labels for the probe."""
 
+    def answers_wanted(self, items: Sequence[Item]) -> int:
+        """How many answers are written by models to make traces of these items: what an estimate counts.
+
+        With none, `make_traces` asks no model.
+        """
+        return len(items)
+
+    def choices_of(self, item: Item) -> int:
+        """How many choices an item has to compare, those that are still to be written among them."""
+        return len(item.choices)
+
     def check_contrast(self, agreement: float) -> None:
         """Raises TraceError if the two sides of the traces differ too little to be searched; most behaviours go on.
 

@@ -193,6 +193,12 @@ class Custom(Behaviour):
 
     # Traces --------------------------------------------------------------------------------------------------------
 
+    def answers_wanted(self, items: Sequence[Item]) -> int:
+        return 0 if self.more.file is not None else 2 * len(items)
+
+    def choices_of(self, item: Item) -> int:
+        return 2 if item.kind == PAIR else 0
+
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Also measures, where a model wrote the responses, whether the two sides differ in the behaviour.
 

@@ -146,6 +146,10 @@ class Safety(Behaviour):
             at_first, in_all = verdicts[: len(asked)], verdicts[len(asked) :]
         return [attacks.counted(name, *one) for one in zip(asked, at_first, in_all, strict=True)]
 
+    def answers_wanted(self, items: Sequence[Item]) -> int:
+        harmful = self.positive == "own" or "harmful" in self.negative
+        return sum(harmful if item.kind == "harmful" else item.kind in self.negative for item in items)
+
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Also says how many own answers to harmful prompts it leaves out of the negative set since they decline."""
         of_kind = {kind: [item for item in items if item.kind == kind] for kind in self.kinds}

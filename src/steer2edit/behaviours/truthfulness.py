@@ -108,6 +108,9 @@ class Truthfulness(Behaviour):
 
     # Traces --------------------------------------------------------------------------------------------------------
 
+    def answers_wanted(self, items: Sequence[Item]) -> int:
+        return len(items) if self.answers == "own" else 0
+
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Raises TraceError if own answers have no judge, or no answer of one label is left."""
         if self.answers == "dataset":

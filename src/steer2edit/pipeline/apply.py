@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..edits import Combination, Edit, combine, load_any
 from ..errors import EditError, FileError
-from ..method.site import BLOCKS
+from ..method.site import BLOCKS, layers_of, numbered_layers
 from ..progress import megabytes, say, showing
 
 KINDS = ("checkpoint", "gguf-model", "adapter", "gguf", "edit")
@@ -18,7 +18,7 @@ KINDS = ("checkpoint", "gguf-model", "adapter", "gguf", "edit")
 def gather(
     files: Sequence[str | Path],
     strengths: Sequence[float] = (),
-    layers: range | None = None,
+    layers: range | str | None = None,
     blocks: Collection[str] = BLOCKS,
 ) -> Edit | Combination:
     """The edits of some files as one.
@@ -26,7 +26,7 @@ def gather(
     Args:
         files: each holds an edit, or several combined.
         strengths: scale what the files hold: one for all of them, or one for each, in order; none is 1.
-        layers, blocks: the edits of these alone.
+        layers, blocks: the edits of these alone. Layers may be a text: 8-20, 8, or shares of the depth like 33%-67%.
 
     Raises:
         FileError: a file is missing or holds no edit.
@@ -48,13 +48,14 @@ def gather(
     for file, scale in zip(files, scales, strict=True):
         parts = load_any(file).parts
         depth = max(part.layers for part in parts)
-        if layers is not None and depth and layers[-1] >= depth:
+        wanted = _numbered(layers, depth, file)
+        if wanted is not None and depth and wanted[-1] >= depth:
             raise EditError(
                 f"{file} is of a model with fewer layers",
-                got=f"layers {layers[0]}-{layers[-1]}",
+                got=f"layers {wanted[0]}-{wanted[-1]}",
                 fix=f"It has layers 0-{depth - 1}.",
             )
-        taken = [part.only(layers, blocks).with_strength(scale * part.strength) for part in parts]
+        taken = [part.only(wanted, blocks).with_strength(scale * part.strength) for part in parts]
         taken = [part for part in taken if part.edited()]
         if not taken:
             elsewhere = sum(len(part.edited()) for part in parts)
@@ -65,6 +66,17 @@ def gather(
             )
         edits += taken
     return edits[0] if len(edits) == 1 else combine(*edits)
+
+
+def _numbered(layers: range | str | None, depth: int, file: str | Path) -> range | None:
+    """The layers by their numbers, in a model of this depth; a depth of 0 is not known."""
+    if not isinstance(layers, str):
+        return layers
+    if "%" in layers and not depth:
+        raise EditError(
+            f"{file} does not say how many layers its model has", got=layers, fix="Write the layers' numbers: 8-20."
+        )
+    return layers_of(numbered_layers(layers, depth))
 
 
 def write(edit: Edit | Combination, kind: str, out: Path, base: str, accept_rounding: bool = False) -> None:

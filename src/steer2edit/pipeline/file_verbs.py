@@ -34,7 +34,9 @@ def apply_edits(
     strength: Annotated[
         list[float] | None, typer.Option(help="Scale the edit; again for each of several, in order, or one for all.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers, like 8-20, the last one too.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers: 8-20, the last one too, or shares of the depth, 33%-67%.")
+    ] = None,
     blocks: Annotated[str | None, typer.Option(help="Only this block type: attn or mlp.")] = None,
     accept_rounding: Annotated[
         bool, typer.Option("--accept-rounding", help="Write a base of few bits even if rounding loses the edit.")
@@ -44,10 +46,15 @@ def apply_edits(
 ) -> None:
     """Write edit files as a checkpoint, an adapter, a GGUF adapter or one edit file; no recipe is needed."""
     from ..errors import EditError
-    from ..method.site import BLOCKS
+    from ..method.site import BLOCKS, are_layers
 
     be_quiet(quiet)
-    chosen = _layers(layers)
+    if layers is not None and not are_layers(layers):
+        raise EditError(
+            "--layers names no layers",
+            got=layers,
+            fix="Write them as first-last, like 8-20, as one number, or as shares of the depth, like 33%-67%.",
+        )
     if blocks is not None and blocks not in BLOCKS:
         raise EditError("no such block type", got=blocks, fix=f"Use one of {', '.join(BLOCKS)}, or leave --blocks out.")
     from ..edits import meetings
@@ -55,7 +62,7 @@ def apply_edits(
 
     if kind not in KINDS:
         raise EditError("an edit cannot be written as that", got=f"--as {kind}", fix=f"Use one of {', '.join(KINDS)}.")
-    edit = gather(edits, strength or (), chosen, BLOCKS if blocks is None else (blocks,))
+    edit = gather(edits, strength or (), layers, BLOCKS if blocks is None else (blocks,))
     met = meetings(edit)
     for pair in met:
         one, other = pair["edits"]
@@ -79,22 +86,6 @@ def apply_edits(
         print_json(summary)
     else:
         print(to)
-
-
-def _layers(text: str | None) -> range | None:
-    import re
-
-    from ..errors import EditError
-    from ..method.site import layers_of
-
-    if text is None:
-        return None
-    layers = layers_of(text) if re.fullmatch(r"\d+(-\d+)?", text) else range(0)
-    if not layers:
-        raise EditError(
-            "--layers names no layers", got=text, fix="Write them as first-last, like 8-20, or as one number."
-        )
-    return layers
 
 
 def verify(

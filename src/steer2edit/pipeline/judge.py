@@ -11,8 +11,8 @@ from ..files.reading import read_json, read_jsonl
 from ..files.writing import write_json
 from ..recipe import Recipe, load_recipe, refuse_code
 from ..searching.bench import Bench
-from ..searching.candidates import Candidate, Trial, of_kind
-from ..searching.front import choose
+from ..searching.candidates import Candidate, Trial
+from ..searching.choice import chosen_edit
 from ..searching.rounds import run_study
 from .names import CHOICE, DISCARDED, RESULTS, STUDY, TRIALS
 from .results import results_of
@@ -33,7 +33,8 @@ def judge(folder: str | Path, trust_code: bool = False) -> dict[str, Any]:
         trust_code: run the Python file that the recipe's score names.
 
     Returns:
-        choice: which edit the rule takes by the old judgement and by the new one, None if none is within the limits.
+        choice: which edit the rule takes, or a person picked, by the old judgement and by the new one; None if none is
+        within the limits.
         changed: id → measure → [old mean, new mean] of the validation trials whose judgement differs. before, after:
         results on test, as in results.json.
 
@@ -51,7 +52,7 @@ def judge(folder: str | Path, trust_code: bool = False) -> dict[str, Any]:
     choice, before = read_json(run.path(CHOICE)), read_json(run.path(RESULTS))
     results = results_of(_on_test(run, choice), recipe)
     judged_again(run, chosen_of(choice), before, results)
-    chosen = choose(of_kind(after, "edit"), recipe.aim)
+    chosen = chosen_edit(after, recipe.aim, recipe.search.pick)
     judged = {
         "choice": {"old": choice["edit"]["id"], "new": None if chosen is None else chosen.candidate.id},
         "changed": _changed(read_jsonl(run.path(TRIALS)), after),

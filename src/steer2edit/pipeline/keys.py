@@ -52,7 +52,8 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     keys["probe"] = _key("probe", keys["traces"], probe_pass, *recipe.preserved)
     keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], sorted(score_files(recipe)))
     keys["search"] = _key("search", keys["score"], _searched(recipe), r["data"]["validation"], asked)
-    choice = _key("choice", keys["search"], rule)
+    # Without a person's pick the keys are those of versions that did not know one.
+    choice = _key("choice", keys["search"], rule, *([] if recipe.search.pick is None else [recipe.search.pick]))
     # Intervals alone depend on the resamples: neither exports nor answers on test are made again for them.
     keys["edit"] = _key("edit", choice, resamples)
     keys["export"] = _key("export", choice, r["exports"])
@@ -101,7 +102,7 @@ def _searched(recipe: Recipe) -> dict[str, Any]:
     """What the trials depend on of the search section: the rule and the limits only if they steer the search."""
     s = recipe.search.model_dump(mode="json")
     steered = recipe.search.method == "tpe" or recipe.search.refine
-    left_out = set() if steered else {"limits", "rule", "tolerance", "reference"}
+    left_out = {"pick"} if steered else {"pick", "limits", "rule", "tolerance", "reference"}
     kept = {key: s[key] for key in sorted(s) if key not in left_out}
     s_layers = [kind for kind in recipe.search.baselines if kind in ("layer", "direction")]
     if not recipe.search.automatic and not s_layers:  # nothing is found by KL

@@ -38,9 +38,13 @@ class Run:
     Args:
         folder: made if missing.
         recipe: what to run.
+        host: where the model is, for runs one after the other that share it; who gives it closes it.
     """
 
-    def __init__(self, folder: str | Path, recipe: Recipe):
+    def __init__(self, folder: str | Path, recipe: Recipe, host: Any = None):
+        self._lent = host is not None
+        if host is not None:
+            self.__dict__["host"] = host
         self.folder, self.recipe = Path(folder), recipe
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError("the run directory is a file", got=self.folder, fix="Give another --out.")
@@ -70,8 +74,8 @@ class Run:
         return self.host.engine
 
     def close(self) -> None:
-        """Lets worker processes and replicas go."""
-        if host := self.__dict__.pop("host", None):
+        """Lets worker processes and replicas go, unless the host is another's."""
+        if not self._lent and (host := self.__dict__.pop("host", None)):
             host.close()
 
     @cached_property

@@ -31,11 +31,11 @@ from ..report.card import model_card
 from ..report.figures import each_measure, heat_map, trade_off
 from ..report.html.render import PAGE, write_page
 from ..report.inspection import MANIFEST
-from ..report.live import watching
+from ..report.live import live_screen, watching
 from ..report.page import markdown
 from ..searching.bench import Bench
 from ..searching.candidates import BASE, BASELINES, TITLES, Candidate, edit_of, of_kind
-from ..searching.choice import brief, by_block, moved, require_choice, summary
+from ..searching.choice import brief, by_block, moved, picked, require_choice, summary
 from ..searching.front import choose
 from ..searching.own_answers import Journalled
 from ..searching.rounds import run_study
@@ -179,7 +179,8 @@ def _say_empty(bench: Bench) -> None:
 def _edit(run: Run) -> list[str]:
     recipe, aim = run.recipe, run.recipe.aim
     study = read_study(run)
-    chosen = require_choice(study.trials, aim)
+    pick = recipe.search.pick
+    chosen = require_choice(study.trials, aim) if pick is None else picked(study.trials, aim, pick)
     others = {kind: choose(of_kind(study.trials, kind), aim) for kind in BASELINES if study.of_kind(kind)}
     edit = edit_of(chosen.candidate.config, run.scores)
     edit.save(run.path(EDIT))
@@ -195,9 +196,14 @@ def _edit(run: Run) -> list[str]:
     if (evidence := run.scores[FULL].evidence) is not None:
         shown["firing"] = [group.row() for group in firing(edit, evidence)]
     briefs = {kind: None if trial is None else brief(trial) for kind, trial in others.items()}
-    write_json(run.path(CHOICE), shown | {"steering": None, **briefs, "edit": brief(chosen), "moved": any_moved})
+    shown |= {"steering": None, **briefs, "edit": brief(chosen), "moved": any_moved}
+    if pick is not None:
+        by_rule = choose(of_kind(study.trials, "edit"), aim)
+        shown["picked"] = {"by_rule": None if by_rule is None else brief(by_rule), "missed": aim.missed(chosen)}
+    write_json(run.path(CHOICE), shown)
     ids = [trial.candidate.id if trial else f"no {TITLES[kind]} within the limits" for kind, trial in others.items()]
-    say(f"  chosen on validation: {', '.join([chosen.candidate.id, *ids])}")
+    by = "" if pick is None else " (the edit was picked by a person)"
+    say(f"  chosen on validation: {', '.join([chosen.candidate.id, *ids])}{by}")
     return [EDIT, CHOICE]
 
 
@@ -298,8 +304,11 @@ assert tuple(STAGES) == ORDER
 TRAIN = Stage(train_stage, (TRACES, TRIALS, DISCARDED, STUDY))
 
 
-def run_all(run: Run) -> None:
+def run_all(run: Run, until: str = "report") -> None:
     """Every stage that is not whole. If the export or a task fails, what comes after it is made all the same.
+
+    Args:
+        until: the last stage that is run.
 
     Raises:
         FileError: an export or a task needs a package or a file that is not there, before anything is run.
@@ -310,16 +319,21 @@ def run_all(run: Run) -> None:
         check_training(run.recipe)
     failure: Steer2EditError | None = None
     stages = stages_of(run.recipe)
-    with run.working():
-        for number, stage in enumerate(stages, start=1):
+    with run.working(), live_screen(stages) as mark:
+        for number, stage in enumerate(stages[: stages.index(until) + 1], start=1):
             if run.is_whole(stage):
                 say(f"{number}/{len(stages)} {stage}: done before")
+                mark(stage, "done")
                 continue
+            mark(stage, "running")
             try:
                 _run_stage(run, stage)
+                mark(stage, "done")
             except TaskError as error:  # which one was said when it failed
+                mark(stage, "failed")
                 failure = failure or error
             except Steer2EditError as error:
+                mark(stage, "failed")
                 if stage != "export":
                     write_what_is_there(run)
                     raise
@@ -336,8 +350,13 @@ def run_stage(run: Run, stage: str, recipe_name: str) -> None:
         FileError: a stage before it is not whole.
     """
     _require_before(run, stage, recipe_name)
-    with run.working():
+    stages = stages_of(run.recipe)
+    with run.working(), live_screen(stages) as mark:
+        for before in stages[: stages.index(stage)]:
+            mark(before, "done" if run.is_whole(before) else "waiting")
+        mark(stage, "running")
         _run_stage(run, stage)
+        mark(stage, "done")
 
 
 def run_training(run: Run, recipe_name: str) -> None:

@@ -12,7 +12,7 @@ from ..edits import Edit
 from ..models.embedded import EMBEDDED, HUB_NAMES
 from ..probing.traces import LABELS
 from ..recipe import Recipe
-from .page import describe, describe_limits, markdown_table, nothing_moved, task_lines
+from .page import describe, describe_limits, markdown_table, nothing_moved, picked_by_a_person, task_lines
 
 _PAPER = "[arXiv 2602.09870](https://arxiv.org/abs/2602.09870)"
 
@@ -95,7 +95,10 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
         else "was\nturned into rank-1 edits of single attention heads and MLP neurons"
     )
     config = describe(results["systems"]["steering" if steered else "edit"]["config"])
+    person = "" if steered else picked_by_a_person(choice)
     how = f"- Hyper-parameters: {config}; {chosen}." if steered else _how(edit, config, chosen)
+    if person:
+        how += f"\n- {person}"
     embedded = recipe.model.name == EMBEDDED
     quantised = _ROUNDED if embedded else ""
     tasks = "".join(f"{line}\n" for line in task_lines(results))

@@ -12,6 +12,7 @@ from ..files.reading import read_jsonl
 from ..recipe import Recipe
 from ..searching.candidates import TITLES
 from ..searching.front import Aim
+from .visible import one_line
 
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ", "learning_rate": "learning rate"}
 # So much of a system prompt is shown in a table.
@@ -141,6 +142,22 @@ def nothing_moved(choice: Mapping[str, Any]) -> str:
     return f"**Nothing moved: on validation no edit has a better {title} than the original model.** "
 
 
+def picked_by_a_person(choice: Mapping[str, Any]) -> str:
+    """What a reader must know of an edit that a person picked, and not the rule; else nothing."""
+    picked = choice.get("picked")
+    if picked is None:
+        return ""
+    by_rule = picked["by_rule"]
+    if by_rule is None:
+        rule = "By the rule there is none, since no edit is within the limits."
+    elif by_rule["id"] == choice["edit"]["id"]:
+        rule = "The rule takes the same one."
+    else:
+        rule = f"The rule takes another one: {describe(by_rule['config'])}."
+    missed = f" The picked one misses limits: {'; '.join(picked['missed'])}." if picked["missed"] else ""
+    return f"A person picked the edit on validation. {rule}{missed}"
+
+
 def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, Any], edit: Edit) -> str:
     lines = [f"# {recipe.name}", "", f"Model `{recipe.model.name}`, behaviour {recipe.behaviour.name}.", ""]
     if warning := nothing_moved(choice):
@@ -166,6 +183,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         "## How it was chosen",
         "",
         f"On validation, of each method: {choice['rule']}. Limits: {describe_limits(recipe.aim)}.",
+        *(["", person] if (person := picked_by_a_person(choice)) else []),
         "",
         "| on validation | tried | configurations × prompts | hypervolume | on the front |",
         "| --- | --- | --- | --- | --- |",
@@ -304,12 +322,16 @@ def print_answers(console: Any, answers: Sequence[Mapping[str, Any]], each: int 
         for name in ("prompt", *(TITLES[s] for s in systems)):
             out.add_column(name, overflow="fold", ratio=1)
         for row in [answer for answer in answers if answer["kind"] == kind][:each]:
-            out.add_row(escape(_one_line(row["prompt"])), *(escape(_one_line(row[s])[:140]) for s in systems))
+            out.add_row(escape(_one_line(row["prompt"])), *(escape(_one_line(row[s], 140)) for s in systems))
         console.print(out)
 
 
-def _one_line(value: Any) -> str:
-    """A text, the last message of a conversation, or the first of several answers, on one line."""
+def _one_line(value: Any, length: int | None = None) -> str:
+    """A text, the last message of a conversation, or the first of several answers, on one line.
+
+    Args:
+        length: of its beginning that is taken; None is all.
+    """
     if isinstance(value, list):
         value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
-    return " ".join(value.split())
+    return one_line(value, length)

@@ -24,7 +24,7 @@ from ..method.intervention import NOTHING, Intervention
 from ..probing.probe import Probe
 from ..probing.spans import response_span
 from ..probing.traces import Trace
-from ..progress import say
+from ..progress import Sample, current_screen, say
 from .candidates import BASE, Candidate, Trial, Values, intervention_of
 from .journal import Journal
 from .plan import Evaluation
@@ -194,6 +194,10 @@ class Bench:
             if self._engine is not None:
                 self.engine.slots = line["rows"]  # where memory ran out before, a resumed study goes on with fewer rows
             flat += _outcomes(line)
+            if (screen := current_screen()) is not None:
+                made = flat[len(flat) - len(batch) :]
+                rows = [(tried[c], items[i], outcome) for (c, i, _), outcome in zip(batch, made, strict=True)]
+                screen.show_answers(_samples(rows))
         chunks = [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return [chunks[c * len(items) : (c + 1) * len(items)] for c in range(len(tried))]
 
@@ -382,6 +386,16 @@ class Bench:
         if key not in self._ids_of:
             self._ids_of[key] = self.engine.tokens(messages)
         return self._ids_of[key]
+
+
+def _samples(rows: Sequence[tuple[Candidate, Item, Outcome]]) -> list[Sample]:
+    """Three answers for people: the first, the middle and the last one of the edits', or of all if there are none."""
+    of_edits = [row for row in rows if row[0].kind == "edit"] or list(rows)
+    places = sorted({0, len(of_edits) // 2, len(of_edits) - 1}) if of_edits else []
+    return [
+        Sample(candidate.kind, candidate.config, item.text, outcome.answer)
+        for candidate, item, outcome in (of_edits[place] for place in places)
+    ]
 
 
 def _row_of(answer: Answer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The choice: the edit and the steering strength that the recipe's rule takes, on validation."""
+"""The choice, on validation: what the recipe's rule takes of each method, or the edit that a person picks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,48 @@ from .candidates import Trial, of_kind
 from .front import Aim, choose, cost_of, hypervolume_interval, pareto
 from .grid import evenly
 from .study import Study
+
+
+def offered(trials: Sequence[Trial], aim: Aim) -> list[Trial]:
+    """The edits that a person may pick by number, by rising cost: their front and what the rule takes.
+
+    The front is of all edits, whatever the limits. Without one, since no cost was measured, every edit is offered.
+    """
+    edits = of_kind(trials, "edit")
+    shown = {trial.candidate.id: trial for trial in pareto(edits, aim) or edits}
+    chosen = choose(edits, aim)
+    if chosen is not None:
+        shown.setdefault(chosen.candidate.id, chosen)
+    return sorted(shown.values(), key=cost_of)
+
+
+def picked(trials: Sequence[Trial], aim: Aim, pick: int | str) -> Trial:
+    """The edit that a person picked, within the limits or not.
+
+    Args:
+        pick: its number in `offered`, from 1 on, or the id of any edit that was tried.
+
+    Raises:
+        EditError: there is no such edit.
+    """
+    front = offered(trials, aim)
+    number = int(pick) if isinstance(pick, int) or pick.isdecimal() else 0
+    if 1 <= number <= len(front):
+        return front[number - 1]
+    for trial in of_kind(trials, "edit"):
+        if trial.candidate.id == pick:
+            return trial
+    names = ", ".join(trial.candidate.id for trial in front)
+    raise EditError(
+        "search.pick names no edit that was tried",
+        got=pick,
+        fix=f"Give a number from 1 to {len(front)}, or one of: {names}." if front else "Raise ρ or α (smaller edits).",
+    )
+
+
+def chosen_edit(trials: Sequence[Trial], aim: Aim, pick: int | str | None) -> Trial | None:
+    """The edit that a person picked, or else the one that the rule takes; None if none is within the limits."""
+    return choose(of_kind(trials, "edit"), aim) if pick is None else picked(trials, aim, pick)
 
 
 def require_choice(trials: Sequence[Trial], aim: Aim) -> Trial:

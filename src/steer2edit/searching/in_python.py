@@ -28,7 +28,7 @@ from ..probing.score import score as score_probe
 from ..probing.traces import Trace
 from .bench import Bench
 from .candidates import BASE, TITLES, Candidate, Trial, edit_of, of_kind
-from .choice import moved
+from .choice import chosen_edit, moved
 from .front import Aim, choose, pareto
 from .own_answers import Journalled
 from .plan import Evaluation, Search
@@ -187,9 +187,9 @@ def search(
         limits = {m: plan.limits.get(m.name, default.get(m.name, m.limit)) for m in behaviour.measures}
         aim = Aim(behaviour.attribute, limits, plan.rule, plan.tolerance, plan.reference, behaviour.ranked)
         study = run_study(bench, plan, aim, seed, progress)
-    chosen = choose(study.of_kind("edit"), aim)
+    chosen = chosen_edit(study.trials, aim, plan.pick)
     base = study.of_kind("base")[0]
-    if chosen is not None and not moved(chosen, base, aim):
+    if chosen is not None and plan.pick is None and not moved(chosen, base, aim):
         chosen = None
     best = None if chosen is None else edit_of(chosen.candidate.config, scores)
     return SearchResult(study, best, chosen, scores[FULL], probe, aim, behaviour.measures)

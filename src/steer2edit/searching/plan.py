@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ..files.schema import Count, Many, Positive, Section, Share, _number
+from ..files.schema import Count, Many, Positive, Section, Share, Text, _number
 from ..method.site import are_layers
 from ..method.variants import Variant
 from .front import Rule
@@ -58,6 +58,8 @@ class Search(Section):
     the largest, and off where the list has it. What is `auto` is found first: `points` strengths whose KL per token
     spans `span`, evenly in log KL, for each α. Edits are compared with `steering` and with the `baselines`, each of
     which gets as many strengths as there are edits.
+
+    `pick` is a person's choice in place of the rule's: an edit's id, or its number on the front (choice.py).
     """
 
     method: Literal["grid", "tpe"] = "grid"
@@ -78,6 +80,7 @@ class Search(Section):
     tolerance: Share = 0.05
     reference: Positive = 1.0
     limits: dict[str, Limit] = {}
+    pick: Many | Text | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -15,9 +15,9 @@ from typing import Any
 from ..engines.base import Sampling
 from ..errors import FileError, Steer2EditError
 from ..progress import say
+from ..report.visible import visible
 from .conversation import Budget, Conversation, Messages, Settings
 from .server import address_of, http_server, is_loopback, listening
-from .visible import visible
 
 # Seconds between two looks at an answer that grows.
 REFRESH = 0.1

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Steer2EditError
+from ..report.visible import visible
 from .conversation import EDIT, Conversation, Messages, Settings
-from .visible import visible
 
 HELP = """\
 /strength 0.5         the edit's strength from now on; /strength NAME 0.5 of one edit among several

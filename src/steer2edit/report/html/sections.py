@@ -12,7 +12,15 @@ from typing import Any
 
 from ...behaviours.base import COMMON, UTILITY_LOSS
 from ...searching.candidates import TITLES
-from ..page import FIRING, already_there, describe, describe_limits, nothing_moved, table_columns
+from ..page import (
+    FIRING,
+    already_there,
+    describe,
+    describe_limits,
+    nothing_moved,
+    picked_by_a_person,
+    table_columns,
+)
 from .components import block_maps, largest, spreads
 from .contents import Contents
 from .provenance import provenance
@@ -114,7 +122,12 @@ def _trade_off(contents: Contents) -> dict[str, Any] | None:
     shown: dict[str, Any] = {"discarded": len(contents.study.discarded), "methods": []}
     if choice is not None:
         limits = describe_limits(contents.recipe.aim)
-        shown |= {"rule": choice["rule"], "limits": limits, "reference": choice["reference"]}
+        shown |= {
+            "picked": picked_by_a_person(choice),
+            "rule": choice["rule"],
+            "limits": limits,
+            "reference": choice["reference"],
+        }
         for kind in TITLES:
             if kind in choice["tried"]:
                 row = {"title": TITLES[kind], "tried": choice["tried"][kind], "asked": choice["evaluations"][kind]}

@@ -18,6 +18,18 @@ def visible(text: str) -> str:
     return "".join(c if _harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def one_line(text: str, length: int | None = None) -> str:
+    r"""The beginning of a text on one line, with nothing in it that acts on what stands around it.
+
+    Args:
+        length: so many characters of it, without runs of spaces; None is all.
+
+    >>> one_line("a\n\n  b\x07", 5)
+    'a b\\x07'
+    """
+    return visible(" ".join(text.split())[:length])
+
+
 def _harmless(c: str) -> bool:
     if c in _KEPT or " " <= c <= "~":
         return True
