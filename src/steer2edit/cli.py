@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import Steer2EditError
+from .paper import verbs as paper
 from .pipeline import file_verbs, share_verbs
 from .pipeline.options import Json, Quiet, TrustCode, console, print_json
 from .progress import be_quiet
@@ -385,6 +386,7 @@ def recipes(
 serving.register(app)
 share_verbs.register(app)
 file_verbs.register(app)
+paper.register(app)
 
 if __name__ == "__main__":
     main()
