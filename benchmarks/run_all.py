@@ -22,6 +22,7 @@ SCRIPTS = (
     "chat.py",
     "export.py",
     "tpe.py",
+    "paper_cost.py",
 )
 
 if __name__ == "__main__":

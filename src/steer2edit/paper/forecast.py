@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.embedded import EMBEDDED
 from .cost import Cost, cost_of
 from .facts import PaperModel, machines
 from .machine import Estimate, Hardware, Speed, estimate
@@ -38,11 +39,11 @@ class Forecast:
     elsewhere: tuple[Elsewhere, ...] = ()
 
 
-def forecast(plan: SuitePlan, out: str | Path, here: bool = True) -> list[Forecast]:
+def forecast(plan: SuitePlan, out: str | Path, fetch: bool = True) -> list[Forecast]:
     """Of every run what it costs.
 
     Args:
-        out: where the measured speeds are kept. here: whether models are loaded to measure their speeds here.
+        out: where the measured speeds are kept. fetch: whether models of the Hub are loaded to measure their speeds.
     """
     found: list[Forecast] = []
     cpu: Hardware | None = None
@@ -51,7 +52,9 @@ def forecast(plan: SuitePlan, out: str | Path, here: bool = True) -> list[Foreca
         cost = cost_of(planned, plan)
         name = f"{planned.recipe.model.name} {planned.behaviour}"
         if name not in speeds:
-            speeds[name] = speed_or_none(planned.recipe, out) if here else (None, "not asked for")
+            model = planned.recipe.model.name
+            there = fetch or model == EMBEDDED or Path(model).exists()
+            speeds[name] = speed_or_none(planned.recipe, out) if there else (None, "a plan fetches no model")
         speed, why = speeds[name]
         elsewhere: tuple[Elsewhere, ...] = ()
         if planned.facts is not None:

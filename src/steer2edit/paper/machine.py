@@ -5,9 +5,9 @@ A machine is three speeds. They are measured with the model itself, or follow fr
     forward pass   t = 2·N / (F · s_c)                                            a token
     decoding       t = max(w / (B · s_b), R · 2·N' / (F · s_c)) + R · kv · L / (B · s_b)    a step of R rows
 
-N are the parameters without embedding and head, N' those with the head, w the bytes of all weights, F the operations and B
-the bytes of memory a second of the machine, s_c and s_b the shares of them that are reached, kv the bytes of a token's
-keys and values, and L the mean length of a row. docs/paper.md says how well this fits.
+N are the parameters without embedding and head, N' those with the head, w the bytes of all weights. F are the machine's
+operations a second and B its bytes of memory, s_c and s_b the shares of them that are reached, kv the bytes of the keys
+and values of a token, and L the mean length of a row. docs/paper.md says how well this fits.
 """
 
 from __future__ import annotations

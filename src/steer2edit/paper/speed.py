@@ -33,7 +33,7 @@ def speed_here(recipe: Recipe, folder: str | Path) -> Speed:
     """
     path = Path(folder) / _FILE
     known = read_json(path) if path.is_file() else {}
-    key = f"{recipe.model.name} {recipe.model.dtype} {recipe.evaluation.rows} {os.cpu_count()}"
+    key = f"{recipe.model.name} {recipe.model.dtype} {recipe.behaviour.name} {recipe.evaluation.rows} {os.cpu_count()}"
     if key not in known:
         known[key] = vars(_tried(recipe))
         write_json(path, known)

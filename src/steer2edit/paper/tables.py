@@ -88,12 +88,12 @@ class Of:
     def recipe(self) -> Recipe:
         return self.planned[0].recipe
 
-    def rows(self, method: str, how: str, number: int) -> list[Tried]:
-        """Of every seed the `number`-th row of a method under a condition."""
+    def rows(self, method: str, how: str, number: int) -> list[tuple[Tried, Tried]]:
+        """Of every seed that has it the `number`-th row of a method under a condition, and the original model's."""
         found = []
         for result in self.results:
             some = [row for row in result.rows if (row.method, row.how) == (method, how)]
-            found += some[number : number + 1]
+            found += [(row, result.base) for row in some[number : number + 1]]
         return found
 
 
@@ -136,25 +136,25 @@ def _places(of: Of) -> list[tuple[str, str, int]]:
 
 
 def _line(of: Of, method: str, how: str, number: int) -> Line:
-    rows = of.rows(method, how, number)
+    both = of.rows(method, how, number)
+    rows = [row for row, _ in both]
     plan, seed = of.recipe.evaluation, of.recipe.seed
     numbers: dict[str, Number] = {}
     differences: dict[str, Number] = {}
-    bases = [result.base for result in of.results]
     for m in of.recipe.behaviour.measures:
         values = [row.values.get(m.name, ()) for row in rows]
         if all(values):
             samples = plan.samples if m.name != UTILITY_LOSS.name else 1
             numbers[m.name] = pooled(values, m.rate, plan.resamples, seed, samples)
             if how != "original":
-                pairs = [(row.values[m.name], base.values[m.name]) for row, base in zip(rows, bases, strict=False)]
+                pairs = [(row.values[m.name], base.values[m.name]) for row, base in both]
                 differences[m.name] = difference(pairs, plan.resamples, seed)
     for name in _firsts(of):
         values = [row.tasks.get(name, ()) for row in rows]
         if all(values):
             numbers[name] = pooled(values, True, plan.resamples, seed, max(plan.samples, plan.task_samples))
             if how != "original":
-                pairs = [(row.tasks[name], base.tasks[name]) for row, base in zip(rows, bases, strict=False)]
+                pairs = [(row.tasks[name], base.tasks[name]) for row, base in both]
                 differences[name] = difference(pairs, plan.resamples, seed)
     numbers |= _composed(of, rows)
     configs = list(dict.fromkeys(describe(row.config) or "–" for row in rows))

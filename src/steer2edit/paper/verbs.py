@@ -53,8 +53,7 @@ def paper(
     planned = plan_suite(
         suite, place, model=model, like=like, profile=profile, data=data, seeds=seeds, changes=overrides or []
     )
-    # The models of the profile `paper` are loaded when they run, not to measure them.
-    found = forecast(planned, place, here=not (plan and profile == "paper" and model is None))
+    found = forecast(planned, place, fetch=not plan)
     if plan:
         if json:
             print_json(as_json(planned, found))

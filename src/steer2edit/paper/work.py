@@ -71,7 +71,7 @@ def run_suite(plan: SuitePlan, out: str | Path, train: Train | None = None) -> S
         say(f"run {number} of {len(plan.runs)}: {planned.name}")
         _run(planned, plan, out, train, result)
     side_effects = _side_effects(plan, out, result) if plan.suite == "all" else None
-    _write(plan, out, result, side_effects)
+    _write(plan, out, result, side_effects, set(plan.parts) - set(_parts(plan, train)))
     return result
 
 
@@ -88,7 +88,7 @@ def _run(planned: Planned, plan: SuitePlan, out: Path, train: Train | None, resu
     if not run.is_whole("edit"):
         return
     with run.working():
-        for part in plan.parts:
+        for part in _parts(plan, train):
             try:
                 measured = (
                     _trained(run, plan, train) if part == "training" else measure_part(part, run, planned, plan.profile)
@@ -96,6 +96,12 @@ def _run(planned: Planned, plan: SuitePlan, out: Path, train: Train | None, resu
                 result.parts[planned.name, part] = measured
             except Steer2EditError as error:
                 result.failed(f"{planned.name}, {TITLES[part].lower()}", error)
+
+
+def _parts(plan: SuitePlan, train: Train | None) -> list[Part]:
+    """What is measured: `all` leaves out the training baselines where nothing trains, which the page says."""
+    without = plan.suite == "all" and train is None
+    return [part for part in plan.parts if not (without and part == "training")]
 
 
 def _trained(run: Run, plan: SuitePlan, train: Train | None) -> PartResult:
@@ -112,6 +118,8 @@ def _side_effects(plan: SuitePlan, out: Path, result: SuiteResult) -> SideEffect
         if planned.seed == 0 and run.is_whole("edit"):
             by_model.setdefault(planned.model, []).append(run.folder)
     for model, folders in by_model.items():
+        if len(folders) < 2:
+            continue
         try:
             found = found.joined(measure_side_effects(folders, out / "side-effects" / model))
         except Steer2EditError as error:
@@ -122,7 +130,9 @@ def _side_effects(plan: SuitePlan, out: Path, result: SuiteResult) -> SideEffect
 # Tables and figures --------------------------------------------------------------------------------------------------
 
 
-def _write(plan: SuitePlan, out: Path, result: SuiteResult, side_effects: SideEffects | None) -> None:
+def _write(
+    plan: SuitePlan, out: Path, result: SuiteResult, side_effects: SideEffects | None, left_out: set[Part]
+) -> None:
     page = [f"# The paper's experiments: {plan.suite}, profile {plan.profile_name}", "", *_introduction(plan)]
     for part in plan.parts:
         tables = [table_of(part, of) for of in _measured(part, plan, result)]
@@ -148,8 +158,10 @@ def _write(plan: SuitePlan, out: Path, result: SuiteResult, side_effects: SideEf
         _file(out / "tables" / "side_effects.csv", side_effects_csv(side_effects), result)
         _file(out / "tables" / "side_effects.md", text, result)
         page += [f"# {TITLES['side_effects']}", "", text]
-    if result.failures:
-        page += ["# Not measured", "", *(f"- {name}: {why}" for name, why in result.failures.items()), ""]
+    missing = [f"- {TITLES[part]}: nothing that trains comes with this installation." for part in sorted(left_out)]
+    missing += [f"- {name}: {why}" for name, why in result.failures.items()]
+    if missing:
+        page += ["# Not measured", "", *missing, ""]
     _file(out / PAGE, "\n".join(page).rstrip() + "\n", result)
 
 
