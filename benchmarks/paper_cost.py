@@ -1,5 +1,5 @@
-"""How well the cost of a model follows from its shape: random models of three sizes, predicted from a matrix product and
-a product with a vector, against what the engine takes.
+"""How well the cost of a model follows from its shape: random models of three sizes, predicted from a matrix product
+and a product with a vector, against what the engine takes.
 
 Each speed is predicted once and measured by the same engine that suites use.
 

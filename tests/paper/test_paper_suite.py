@@ -67,7 +67,7 @@ def tables_of(out: Path) -> dict[str, str]:
 
 
 def test_every_part_has_a_table_and_every_table_its_figures(whole: Path) -> None:
-    parts = ("trade_off", "ablations", "sensitivity", "side_effects")
+    parts = ("trade_off", "ablations", "overall", "sensitivity", "side_effects")
     assert set(tables_of(whole)) == {f"{part}.{kind}" for part in parts for kind in ("csv", "md")}
     figures = {path.stem for path in (whole / "figures").glob("*.pdf")}
     assert figures == {path.stem for path in (whole / "figures").glob("*.png")}

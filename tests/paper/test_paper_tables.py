@@ -12,11 +12,14 @@ import pytest
 
 from runs import tiny_recipe
 from steer2edit.errors import FileError
+from steer2edit.method.variants import VARIANTS
 from steer2edit.paper.figures import figure_of
+from steer2edit.paper.overall import averages_csv, averages_markdown, averages_of
 from steer2edit.paper.plan import Planned
 from steer2edit.paper.rows import Front, PartResult, Tried
 from steer2edit.paper.tables import Line, Of, Table, table_of
 from steer2edit.paper.writing import FIELDS, csv_of, markdown_of
+from steer2edit.recipe import parse_recipe
 
 ITEMS = 40
 CONFIG = {"rho_attn": 0.2, "rho_mlp": None, "alpha": 0.4}
@@ -204,3 +207,51 @@ def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text('{"part": 3}', encoding="utf-8")
     with pytest.raises(FileError, match=r"part\.json is no part of a suite"):
         PartResult.load(tmp_path / "part.json")
+
+
+def of_behaviour(behaviour: str, paper: str | None, lengths: dict[str, float] | None = None) -> Of:
+    """Ablations of one model: 20 + 2·i of 40 items under the i-th variant, or lengths in tokens."""
+    rows = [tried("original", "original", 4, 0.0, {})]
+    for i, variant in enumerate(VARIANTS):
+        row = tried(variant, "same numbers", 20 + 2 * i, gsm8k=10)
+        if lengths is not None:
+            row = replace(row, values={"tokens": (lengths[variant],) * ITEMS})
+        rows.append(row)
+    of = planned(paper)
+    if lengths is not None:
+        raw = {"name": "r", "model": {"name": "m"}, "behaviour": {"name": "brevity"}, "evaluation": {"resamples": 50}}
+        of = replace(of, recipe=parse_recipe(raw))
+    result = PartResult("ablations", "k", tuple(rows), task_first={"gsm8k": "gsm8k"})
+    return Of((replace(of, behaviour=behaviour),), (result,))
+
+
+def test_the_overall_table_averages_models_and_then_behaviours() -> None:
+    lengths = {variant: 100.0 * (1 + i) for i, variant in enumerate(VARIANTS)}
+    ablations = [
+        of_behaviour("safety", "llama-2-7b-chat"),
+        of_behaviour("safety", "mistral-7b-instruct-v0.2"),
+        of_behaviour("efficiency", "qwen3-4b-thinking-2507", lengths),
+    ]
+    averages = {average.variant: average for average in averages_of(ablations)}
+    assert list(averages) == list(VARIANTS)
+    numbers = averages["k_mean"].numbers
+    assert numbers["safety"].mean == pytest.approx(22 / 40)
+    assert numbers["efficiency"].mean == pytest.approx(100 / 200)
+    assert numbers["attribute"].mean == pytest.approx((22 / 40 + 0.5) / 2)
+    assert numbers["utility"].mean == pytest.approx(0.5)
+    assert numbers["attribute × utility"].mean == pytest.approx((22 / 40 + 0.5) / 2 * 0.5)
+    assert averages["full"].numbers["efficiency"].mean == 1.0
+    paper = averages["full"].published
+    assert paper["safety"] == pytest.approx(0.807, abs=1e-3)  # the paper's own table 3
+    assert paper["utility, safety"] == pytest.approx(0.341, abs=1e-3)
+    assert averages["k_mean"].published["efficiency"] == 1.0  # the paper's variant is shorter than its full method
+    assert "(paper 0.807)" in averages_markdown(list(averages.values()), ["a"])
+    rows = list(csv.DictReader(io.StringIO(averages_csv(list(averages.values())))))
+    assert {row["method"] for row in rows} == {"edit", "k_mean", "k_svd", "g_dot", "l0", "l2"}
+    assert all(row["published"] for row in rows)
+
+
+def test_another_models_averages_have_nothing_published() -> None:
+    (first, *_) = averages_of([of_behaviour("safety", None)])
+    assert first.published == {}
+    assert first.numbers["safety"].mean == 0.5

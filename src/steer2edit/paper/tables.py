@@ -24,7 +24,7 @@ ATTRIBUTE, UTILITY, PRODUCT, PER_TOKENS = "attribute", "utility", "product", "ut
 CHOSEN = ("chosen", "equal budget")
 # Conditions whose rows are ranked among each other.
 _RANKED = ("chosen", "same numbers", "equal budget", "equal KL")
-_TITLES = {FULL: "edit", "original": "original model"}
+TITLES = {FULL: "edit", "original": "original model"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Line:
 
     @property
     def title(self) -> str:
-        return _TITLES.get(self.method, self.method)
+        return TITLES.get(self.method, self.method)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _firsts(of: Of) -> list[str]:
     return [*_attacks(of), *_utilities(of)]
 
 
-def _shown(of: Of, rows: Sequence[Tried]) -> Draws | None:
+def shown_draws(of: Of, rows: Sequence[Tried]) -> Draws | None:
     """The attribute as the paper has it: the mean over the attacks where they were asked, else the behaviour's own."""
     plan, attacks = of.recipe.evaluation, _attacks(of)
     own = of.recipe.behaviour.attribute.name
@@ -183,7 +183,7 @@ def _shown(of: Of, rows: Sequence[Tried]) -> Draws | None:
     return draws(strata, plan.resamples, of.recipe.seed)
 
 
-def _utility(of: Of, rows: Sequence[Tried]) -> Draws | None:
+def utility_draws(of: Of, rows: Sequence[Tried]) -> Draws | None:
     names = _utilities(of)
     strata = [[row.tasks.get(name, ()) for name in names] for row in rows]
     return draws(strata, of.recipe.evaluation.resamples, of.recipe.seed + 1) if names else None
@@ -191,7 +191,7 @@ def _utility(of: Of, rows: Sequence[Tried]) -> Draws | None:
 
 def _composed(of: Of, rows: Sequence[Tried]) -> dict[str, Number]:
     """What the paper makes of several sets: the mean attribute, the mean utility, and their product."""
-    shown, utility = _shown(of, rows), _utility(of, rows)
+    shown, utility = shown_draws(of, rows), utility_draws(of, rows)
     numbers = {}
     if shown is not None and _attacks(of):
         numbers[ATTRIBUTE] = shown.number()
@@ -273,7 +273,7 @@ def _budgets(of: Of) -> Iterator[dict[str, Any]]:
         for front in result.fronts:
             volume = front.hypervolume or {}
             yield {
-                "method": _TITLES.get(front.method, front.method),
+                "method": TITLES.get(front.method, front.method),
                 "seed": planned.seed,
                 "configurations": front.tried,
                 "evaluations": front.evaluations,

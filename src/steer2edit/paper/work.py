@@ -20,6 +20,7 @@ from ..progress import say
 from ..report.figures import heat_map
 from .facts import published
 from .figures import figure_of
+from .overall import averages_csv, averages_markdown, averages_of
 from .parts import measure_part
 from .plan import Part, Planned, SuitePlan
 from .rows import PartResult
@@ -135,11 +136,14 @@ def _write(
 ) -> None:
     page = [f"# The paper's experiments: {plan.suite}, profile {plan.profile_name}", "", *_introduction(plan)]
     for part in plan.parts:
-        tables = [table_of(part, of) for of in _measured(part, plan, result)]
+        measured = list(_measured(part, plan, result))
+        tables = [table_of(part, of) for of in measured]
         if not tables:
             continue
         result.tables += tables
         page += [f"# {TITLES[part]}", ""]
+        if part == "ablations":
+            page += _averages(measured, out, result)
         _file(out / "tables" / f"{part}.csv", csv_of(tables), result)
         shown = []
         for table in tables:
@@ -163,6 +167,17 @@ def _write(
     if missing:
         page += ["# Not measured", "", *missing, ""]
     _file(out / PAGE, "\n".join(page).rstrip() + "\n", result)
+
+
+def _averages(ablations: list[Of], out: Path, result: SuiteResult) -> list[str]:
+    """The paper's table 3, of what was measured."""
+    averages = averages_of(ablations)
+    if not averages:
+        return []
+    text = averages_markdown(averages, list(dict.fromkeys(of.planned[0].model for of in ablations)))
+    _file(out / "tables" / "overall.csv", averages_csv(averages), result)
+    _file(out / "tables" / "overall.md", text, result)
+    return ["## All models and behaviours", "", text]
 
 
 def _introduction(plan: SuitePlan) -> Iterator[str]:
