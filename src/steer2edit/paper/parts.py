@@ -10,10 +10,12 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..behaviours.base import UTILITY_LOSS
 from ..edits import Scores
 from ..errors import Steer2EditError
 from ..files.reading import read_json, sha256
@@ -27,7 +29,7 @@ from ..progress import say, showing
 from ..searching.bench import Bench
 from ..searching.calibrate import Ladder, climb, edit_ladder, steering_ladder, targets_of
 from ..searching.candidates import BASE, Candidate, Trial, edited, intervention_of, of_kind
-from ..searching.front import Aim, choose, cost_of, hypervolume_interval
+from ..searching.front import Aim, choose, cost_of, hypervolume_interval, pareto
 from ..searching.grid import short
 from ..searching.journal import Journal
 from ..tasks.asking import Asking, groups
@@ -37,6 +39,7 @@ from .rows import Condition, Front, PartResult, Tried
 
 FOLDER = "paper"
 ALONE = {"attn": "attention alone", "mlp": "MLP alone"}
+NO_ANSWERS = "the original model answers no neutral prompt, so that there is no KL"
 BUDGETS = {"attn": "ρ_attn", "mlp": "ρ_mlp"}
 # Row of a table: method, condition, candidate, and the KL that it was found for.
 Wanted = tuple[str, Condition, Candidate, float | None]
@@ -191,7 +194,7 @@ def _ablations(work: _Work) -> PartResult:
     scores = work.scores(SCORED)
     ladders = _ladders(work, scores)
     bench = work.on_validation(scores)
-    climb(list(ladders.values()), bench.kl, "ablations")
+    _climb(ladders, bench, "ablations")
     points = {method: ladder.points() for method, ladder in ladders.items()}
     with showing("ablations, validation") as progress:
         tried = list({c.id: c for some in points.values() for c, _ in some}.values())
@@ -199,21 +202,31 @@ def _ablations(work: _Work) -> PartResult:
     wanted: list[Wanted] = [
         (variant, "same numbers", edited(**_with_variant(work.config, variant)), None) for variant in VARIANTS
     ]
-    fronts, aim = [], work.aim
+    fronts = []
     for method, some in points.items():
         of_method = [trials[candidate.id] for candidate, _ in some]
         if not of_method:
-            fronts.append(Front(method, 0, 0, None, ladders[method].why_left_off()))
+            why = ladders[method].why_left_off() if bench.own else NO_ANSWERS
+            fronts.append(Front(method, 0, 0, None, why))
             continue
-        volume = hypervolume_interval(of_method, aim, work.run.recipe.evaluation.resamples, work.run.recipe.seed)
-        fronts.append(Front(method, len(some), len(some) * bench.asked, volume))
-        best = choose(of_method, aim)
+        fronts.append(_front(method, of_method, work, bench.asked))
+        best = choose(of_method, work.aim)
         if best is not None:
             wanted.append((method, "equal budget", best.candidate, dict(_by_id(some))[best.candidate.id]))
     target = _equal_kl(work, wanted)
     for some_method, some in points.items():
         wanted += [(some_method, "equal KL", candidate, kl) for candidate, kl in some if kl == target]
     return work.on_test(wanted, scores, fronts)
+
+
+def _front(method: str, trials: Sequence[Trial], work: _Work, asked: int) -> Front:
+    """As a run's own fronts: of the trials within the limits, but for that of KL."""
+    limits = {measure: limit for measure, limit in work.aim.limits.items() if measure != UTILITY_LOSS}
+    wide = replace(work.aim, limits=limits)
+    allowed = [trial for trial in trials if wide.allows(trial)]
+    volume = hypervolume_interval(allowed, wide, work.run.recipe.evaluation.resamples, work.run.recipe.seed)
+    ids = tuple(trial.candidate.id for trial in pareto(allowed, wide))
+    return Front(method, len(trials), len(trials) * asked, volume, ids=ids)
 
 
 def _equal_kl(work: _Work, wanted: Sequence[Wanted]) -> float:
@@ -251,6 +264,12 @@ def _ladders(work: _Work, scores: Mapping[str, Scores]) -> dict[str, Ladder]:
         ladders[name] = edit_ladder(scores, targets, config["alpha"], {block: 1.0}, {other: None}, layers)
     ladders["steering"] = steering_ladder(targets)
     return ladders
+
+
+def _climb(ladders: Mapping[str, Ladder], bench: Bench, name: str) -> None:
+    """Measures the ladders' KL; without an answer to measure it on they have no points."""
+    if bench.own:
+        climb(list(ladders.values()), bench.kl, name)
 
 
 # Sensitivity -------------------------------------------------------------------------------------------------------
@@ -293,7 +312,7 @@ def _by_kl(work: _Work, scores: Mapping[str, Scores]) -> dict[str, list[tuple[Ca
         )
         for block, name in BUDGETS.items()
     }
-    climb(list(ladders.values()), work.on_validation(scores).kl, "sensitivity")
+    _climb(ladders, work.on_validation(scores), "sensitivity")
     return {name: [*ladder.points()] for name, ladder in ladders.items()}
 
 
