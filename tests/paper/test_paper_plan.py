@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from sides import three_parts
-from six import rows_of, write_sets
 from steer2edit.errors import FileError, RecipeError, Steer2EditError
 from steer2edit.models.embedded import EMBEDDED
 from steer2edit.paper.facts import paper_models
 from steer2edit.paper.plan import SUITES, _pairs, plan_suite
 from steer2edit.searching.grid import coarse_grid
 from task_sets import write
+from tiny_six import rows_of, write_sets
 
 MODELS = list(paper_models())
 

@@ -13,7 +13,6 @@ import pytest
 
 from runs import command
 from sides import SENTENCE
-from six import save_like, save_tiny, write_sets
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError
 from steer2edit.paper.facts import Training, paper_models
@@ -23,6 +22,7 @@ from steer2edit.paper.rows import Front, PartResult, Tried
 from steer2edit.paper.work import PAGE, SuiteResult, run_suite
 from steer2edit.pipeline.run import Run
 from steer2edit.progress import be_quiet
+from tiny_six import save_like, save_tiny, write_sets
 
 # Answers to attacks are a hundred tokens long at least: one prompt of each is enough here.
 FAST = ["evaluation.resamples=60"]

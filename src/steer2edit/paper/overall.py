@@ -85,13 +85,17 @@ def _shown(of: Of, variant: str) -> Draws | None:
 
 
 def _mean(several: Sequence[Draws]) -> Draws:
+    """Of as many resamples as each of them has."""
     mean = float(np.mean([draws.mean for draws in several]))
-    drawn = np.mean([draws.drawn for draws in several], axis=0)
+    resamples = min(len(draws.drawn) for draws in several)
+    drawn = np.mean([draws.drawn[:resamples] for draws in several], axis=0)
     return Draws(mean, drawn, sum(draws.n for draws in several), min(draws.seeds for draws in several))
 
 
 def _product(one: Draws, other: Draws) -> Draws:
-    return Draws(one.mean * other.mean, one.drawn * other.drawn, min(one.n, other.n), min(one.seeds, other.seeds))
+    resamples = min(len(one.drawn), len(other.drawn))
+    drawn = one.drawn[:resamples] * other.drawn[:resamples]
+    return Draws(one.mean * other.mean, drawn, min(one.n, other.n), min(one.seeds, other.seeds))
 
 
 def _published(ablations: Sequence[Of], variant: str) -> dict[str, float]:
