@@ -107,3 +107,10 @@ def test_two_seeds_are_averaged() -> None:
     number = at_equal_cost([(constant(0.5, 0.2), curve), (constant(0.5, 0.6), curve)], RESAMPLES, 0)
     assert number.mean == pytest.approx(0.4)
     assert (number.low, number.high, number.seeds) == (pytest.approx(0.2), pytest.approx(0.6), 2)
+
+
+def test_a_relative_difference_is_a_share_of_the_curve() -> None:
+    curve = [constant(0.0, 100.0), constant(1.0, 60.0)]
+    assert at_equal_cost([(constant(0.5, 60.0), curve)], RESAMPLES, 0, relative=True).mean == pytest.approx(-0.25)
+    none = [constant(0.0, 0.0), constant(1.0, 0.0)]
+    assert at_equal_cost([(constant(0.5, 60.0), none)], RESAMPLES, 0, relative=True).mean is None

@@ -133,7 +133,9 @@ class Point:
     shown: Values
 
 
-def at_equal_cost(of_seeds: Sequence[tuple[Point, Sequence[Point]]], resamples: int, seed: int) -> Number:
+def at_equal_cost(
+    of_seeds: Sequence[tuple[Point, Sequence[Point]]], resamples: int, seed: int, relative: bool = False
+) -> Number:
     """An edit's mean less that of a curve at the edit's cost, interpolated linearly between the curve's points.
 
     All points share the resampled items. There is no mean where a curve does not reach the edit's cost; the interval is
@@ -141,6 +143,7 @@ def at_equal_cost(of_seeds: Sequence[tuple[Point, Sequence[Point]]], resamples: 
 
     Args:
         of_seeds: of every seed the edit and the curve's points.
+        relative: the difference as a share of the curve's height.
     """
     random = np.random.default_rng(seed)
     means, drawn, n = [], [], 0
@@ -151,8 +154,8 @@ def at_equal_cost(of_seeds: Sequence[tuple[Point, Sequence[Point]]], resamples: 
         cost = np.array([p.cost for p in points], dtype=np.float64)  # [points, items]
         shown = np.array([p.shown for p in points], dtype=np.float64)
         n += shown.shape[1]
-        means.append(_gap(cost.mean(axis=1), shown.mean(axis=1)))
-        drawn.append([_gap(_mean_of(cost, random), _mean_of(shown, random)) for _ in range(resamples)])
+        means.append(_gap(cost.mean(axis=1), shown.mean(axis=1), relative))
+        drawn.append([_gap(_mean_of(cost, random), _mean_of(shown, random), relative) for _ in range(resamples)])
     if not means or math.isnan(sum(means)):
         return Number(None, n=n, seeds=len(means))
     mean = float(np.mean(means))
@@ -169,10 +172,13 @@ def _mean_of(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return values[:, random.integers(0, values.shape[1], values.shape[1])].mean(axis=1)
 
 
-def _gap(cost: np.ndarray, shown: np.ndarray) -> float:
+def _gap(cost: np.ndarray, shown: np.ndarray, relative: bool) -> float:
     """The first point's height above the line through the others; NaN outside its ends."""
     order = np.argsort(cost[1:], kind="stable")
     xs, ys = cost[1:][order], shown[1:][order]
     if not xs[0] <= cost[0] <= xs[-1]:
         return math.nan
-    return float(shown[0] - np.interp(cost[0], xs, ys))
+    height = float(np.interp(cost[0], xs, ys))
+    if not relative:
+        return float(shown[0]) - height
+    return math.nan if height == 0 else float(shown[0]) / height - 1

@@ -296,8 +296,12 @@ def _notes(of: Of) -> Iterator[str]:
 
 
 def _headline(of: Of) -> dict[str, Number]:
-    """The chosen edit less steering at the edit's KL: on the attribute, along the front of validation, on test."""
-    attribute = of.recipe.behaviour.attribute.name
+    """The chosen edit less steering at the edit's KL: on the attribute, along the front of validation, on test.
+
+    Of a length, where lower is better, it is the relative change, as in the paper.
+    """
+    measure = of.recipe.behaviour.attribute
+    attribute = measure.name
     of_seeds = []
     for result in of.results:
         edit = next((row for row in result.rows if (row.method, row.how) == (FULL, "chosen")), None)
@@ -307,7 +311,8 @@ def _headline(of: Of) -> dict[str, Number]:
             return {}
         of_seeds.append((_point(edit, attribute), [_point(row, attribute) for row in curve]))
     plan = of.recipe.evaluation
-    return {UTILITY_LOSS.name: at_equal_cost(of_seeds, plan.resamples, of.recipe.seed)}
+    relative = measure.better == "lower"
+    return {UTILITY_LOSS.name: at_equal_cost(of_seeds, plan.resamples, of.recipe.seed, relative)}
 
 
 def _point(row: Tried, attribute: str) -> Point:

@@ -108,13 +108,16 @@ def _headline_lines(table: Table) -> list[str]:
     for number in table.headline.values():
         paper = published().headline.get(table.behaviour)
         beside = "" if paper is None else f" (the paper, at matched utility over its two models: {paper:+.3g})"
+        relative = ", relative change" if table.attribute.better == "lower" else ""
         if number.mean is None:
             said = "not reached: steering has no point on both sides of the edit's KL"
         elif number.low is None or number.high is None:
             said = f"{number.mean:+.2f}, without an interval: most resamples do not reach the edit's KL"
         else:
             said = f"{number.mean:+.2f} [{number.low:+.2f}, {number.high:+.2f}]"
-        lines += [f"- {table.attribute.title}, edit less steering at the edit's KL per token: {said}{beside}."]
+        lines += [
+            f"- {table.attribute.title}, edit less steering at the edit's KL per token{relative}: {said}{beside}."
+        ]
     return lines
 
 
