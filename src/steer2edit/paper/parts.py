@@ -111,9 +111,10 @@ class _Work:
         with showing(f"{self.part}, test") as progress:
             trials = {trial.candidate.id: trial for trial in bench.run(tried, "test", progress)}
         values, about, first = self._tasks(tried, scores)
+        every: list[Wanted] = [("original", "original", BASE, None), *wanted]
         rows = [
             Tried(method, how, c.id, dict(c.config), trials[c.id].values, values.get(c.id, {}), target)
-            for method, how, c, target in [("original", "original", BASE, None), *wanted]
+            for method, how, c, target in every
         ]
         return PartResult(self.part, self.key, tuple(rows), tuple(fronts), about, first)
 

@@ -19,7 +19,9 @@ Part = Literal["trade_off", "ablations", "sensitivity", "training"]
 
 # Suite → the parts that are measured of each of its runs.
 SUITES: Mapping[str, tuple[Part, ...]] = {
-    **dict.fromkeys(BEHAVIOURS, ("trade_off",)),
+    "safety": ("trade_off",),
+    "truthfulness": ("trade_off",),
+    "efficiency": ("trade_off",),
     "ablations": ("ablations",),
     "sensitivity": ("sensitivity",),
     "training": ("training",),
