@@ -19,7 +19,7 @@ from ..behaviours.base import UTILITY_LOSS
 from ..edits import Scores
 from ..errors import Steer2EditError
 from ..files.reading import read_json, sha256
-from ..method.variants import FULL, SCORED, VARIANTS
+from ..method.variants import FULL, SCORED, VARIANTS, Variant
 from ..pipeline.names import CHOICE, SCORES
 from ..pipeline.reporting import read_study
 from ..pipeline.run import Run
@@ -84,7 +84,7 @@ class _Work:
     def journal(self, name: str) -> Path:
         return self.run.path(f"{FOLDER}/{self.part}-{name}-{self.key}.jsonl")
 
-    def scores(self, variants: Sequence[str] = ()) -> dict[str, Scores]:
+    def scores(self, variants: Sequence[Variant] = ()) -> dict[str, Scores]:
         """The run's scores, and those of variants that score in another way, each made once."""
         scores = dict(self.run.scores)
         for variant in variants:
@@ -192,7 +192,7 @@ def _ablations(work: _Work) -> PartResult:
     Every method gets as many strengths, whose KL per token lies on the same targets; what is reported on test is named
     on validation.
     """
-    scores = work.scores(SCORED)
+    scores = work.scores([variant for variant in VARIANTS if variant in SCORED])
     ladders = _ladders(work, scores)
     bench = work.on_validation(scores)
     _climb(ladders, bench, "ablations")
@@ -259,7 +259,9 @@ def _ladders(work: _Work, scores: Mapping[str, Scores]) -> dict[str, Ladder]:
     on = {block: rho for block, rho in rhos.items() if rho is not None}
     off = dict.fromkeys(set(rhos) - set(on))
     layers = config.get("layers")
-    ladders = {variant: edit_ladder(scores, targets, config["alpha"], on, off, layers, variant) for variant in VARIANTS}
+    ladders: dict[str, Ladder] = {
+        variant: edit_ladder(scores, targets, config["alpha"], on, off, layers, variant) for variant in VARIANTS
+    }
     for block, name in ALONE.items():
         other = {"attn": "mlp", "mlp": "attn"}[block]
         ladders[name] = edit_ladder(scores, targets, config["alpha"], {block: 1.0}, {other: None}, layers)
