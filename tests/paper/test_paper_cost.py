@@ -7,11 +7,21 @@ from pathlib import Path
 import pytest
 
 from runs import tiny_recipe
-from steer2edit.paper.cost import asked_on, cost_of, edits_of, part_work, run_work, steering_of, tokens_of
+from steer2edit.paper.cost import (
+    asked_on,
+    baselines_of,
+    cost_of,
+    edits_of,
+    part_work,
+    run_work,
+    steering_of,
+    tokens_of,
+)
 from steer2edit.paper.facts import paper_models, profile_named
 from steer2edit.paper.forecast import Forecast, as_json, lines_of
 from steer2edit.paper.machine import Hardware, Shape, Speed, Work, cache_bytes, edit_numbers, estimate, parameters
 from steer2edit.paper.plan import plan_suite
+from steer2edit.recipe import load_recipe
 
 SHAPE = Shape(
     model_type="llama", layers=2, d=8, heads=2, kv_heads=1, head_dim=4, neurons=10, vocabulary=100, tied=False
@@ -96,6 +106,21 @@ def test_a_run_is_counted_by_hand() -> None:
 def test_an_expected_length_is_taken_where_it_is_shorter() -> None:
     recipe = tiny_recipe()
     assert run_work(recipe, 2.0).written < run_work(recipe).written == run_work(recipe, 100.0).written
+
+
+def test_baselines_count_as_often_as_they_are_tried() -> None:
+    recipe = tiny_recipe(search__baselines=["system", "layer"])
+    prompts = len(recipe.behaviour.asking())
+    assert baselines_of(recipe, 6) == prompts + 6
+    assert baselines_of(tiny_recipe(), 6) == 0
+
+
+def test_the_demos_answers_are_counted_as_its_journal_had_them() -> None:
+    """Its run tried 26 candidates on 64 prompts and 6 on 240, 24 tokens each, and wrote 39,668 and 34,415 tokens."""
+    recipe = load_recipe("demo")
+    written = run_work(recipe).written
+    traces = 240 * 48  # own answers to all three kinds
+    assert written - traces == pytest.approx(39668 + 34415, rel=0.1)
 
 
 def test_parts_cost_more_with_more_points() -> None:

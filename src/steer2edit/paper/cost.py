@@ -14,7 +14,7 @@ from ..searching.calibrate import RUNGS
 from ..searching.grid import coarse_grid, planned_edits
 from ..searching.plan import AUTO, Range, Search
 from ..tasks.known import TASKS
-from .facts import PaperModel, Profile
+from .facts import Profile
 from .machine import Speed, Work, edit_numbers
 from .plan import Part, Planned, SuitePlan
 
@@ -109,24 +109,31 @@ def steering_of(search: Search, edits: int) -> int:
     return len(set(search.steering))
 
 
+def baselines_of(recipe: Recipe, edits: int) -> int:
+    """How many candidates the other baselines have: the system prompts, and of the others as many as edits."""
+    kinds = recipe.search.baselines
+    prompts = len(recipe.behaviour.asking()) if "system" in kinds else 0
+    return prompts + edits * sum(kind != "system" for kind in kinds)
+
+
 def run_work(recipe: Recipe, expected: float | None = None) -> Work:
     """An ordinary run.
 
     Args:
-        expected: the mean tokens of an answer to a task, if they are fewer than the most.
+        expected: the mean tokens of an answer, if they are fewer than the most.
     """
     plan, search = recipe.evaluation, recipe.search
     validation, test = asked_on(recipe, "validation"), asked_on(recipe, "test")
     new_tokens = _length(recipe, expected)
     edits = edits_of(search)
-    tried = 1 + edits + steering_of(search, edits)
+    tried = 1 + edits + steering_of(search, edits) + baselines_of(recipe, edits)
     work = _traces(recipe, expected) + _of(validation, recipe, new_tokens).times(tried)
     if search.automatic:
-        work += _calibration(recipe, 3 + search.points // 2)
+        work += _calibration(recipe, 3 + search.points // 2 + len(search.baselines))
     work += Work(edits * search.sanity * new_tokens, edits * search.sanity * _SANITY)
     return (
         work
-        + (_of(test, recipe, new_tokens) + _tasks(recipe, expected)).times(3)
+        + (_of(test, recipe, new_tokens) + _tasks(recipe, expected)).times(3 + len(search.baselines))
         + Work(plan.utility_prompts * plan.utility_tokens * 2)
     )
 
@@ -178,9 +185,8 @@ def _tasks(recipe: Recipe, expected: float | None) -> Work:
     return work
 
 
-def part_work(part: Part, recipe: Recipe, profile: Profile, facts: PaperModel | None) -> Work:
+def part_work(part: Part, recipe: Recipe, profile: Profile, expected: float | None) -> Work:
     """A part of a run. The training baselines are not counted: what trains says what it costs."""
-    expected = None if facts is None else float(facts.answer_tokens)
     test = _of(asked_on(recipe, "test"), recipe, _length(recipe, expected)) + _tasks(recipe, expected)
     edits = edits_of(recipe.search)
     if part == "trade_off":
@@ -217,16 +223,22 @@ class Cost:
         return speed.seconds(self.work) + self.loads * speed.load
 
 
-def cost_of(planned: Planned, plan: SuitePlan) -> Cost:
-    """What a run with its parts costs."""
+def cost_of(planned: Planned, plan: SuitePlan, expected: float | None = None) -> Cost:
+    """What a run with its parts costs.
+
+    Args:
+        expected: the mean tokens of an answer, if they were measured; else the paper's where it has them.
+    """
     facts = planned.facts
-    work = run_work(planned.recipe, None if facts is None else float(facts.answer_tokens))
+    if expected is None and facts is not None:
+        expected = float(facts.answer_tokens)
+    work = run_work(planned.recipe, expected)
     for part in plan.parts:
-        work += part_work(part, planned.recipe, plan.profile, facts)
+        work += part_work(part, planned.recipe, plan.profile, expected)
     if plan.suite == "all":  # the other behaviours' edits on this one's items
         others = len({run.behaviour for run in plan.runs if run.model == planned.model})
         if others > 1:
-            test = _of(asked_on(planned.recipe, "test"), planned.recipe, planned.recipe.evaluation.new_tokens)
+            test = _of(asked_on(planned.recipe, "test"), planned.recipe, _length(planned.recipe, expected))
             work += test.times(1 + others)
     scores = 0.0
     if facts is not None:

@@ -10,9 +10,9 @@ from typing import Any
 from ..models.embedded import EMBEDDED
 from .cost import Cost, cost_of
 from .facts import PaperModel, machines
-from .machine import Estimate, Hardware, Speed, estimate
+from .machine import Estimate, Hardware, estimate
 from .plan import Planned, SuitePlan
-from .speed import cpu_here, speed_or_none
+from .speed import Trial, cpu_here, speed_or_none
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ def forecast(plan: SuitePlan, out: str | Path, fetch: bool = True) -> list[Forec
     """
     found: list[Forecast] = []
     cpu: Hardware | None = None
-    speeds: dict[str, tuple[Speed | None, str]] = {}
+    speeds: dict[str, tuple[Trial | None, str]] = {}
     for planned in plan.runs:
-        cost = cost_of(planned, plan)
         name = f"{planned.recipe.model.name} {planned.behaviour}"
         if name not in speeds:
             model = planned.recipe.model.name
             there = fetch or model == EMBEDDED or Path(model).exists()
             speeds[name] = speed_or_none(planned.recipe, out) if there else (None, "a plan fetches no model")
-        speed, why = speeds[name]
+        trial, why = speeds[name]
+        cost = cost_of(planned, plan, None if trial is None else trial.answer)
         elsewhere: tuple[Elsewhere, ...] = ()
         if planned.facts is not None:
             cpu = cpu or cpu_here(out)
             elsewhere = tuple(_elsewhere(cost, planned, planned.facts, cpu))
-        found.append(Forecast(cost, None if speed is None else cost.seconds(speed), why, elsewhere))
+        found.append(Forecast(cost, None if trial is None else cost.seconds(trial.speed), why, elsewhere))
     return found
 
 

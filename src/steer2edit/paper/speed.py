@@ -6,15 +6,16 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..engines.base import Request
+from ..engines.base import Engine, Request
 from ..engines.host import Host
 from ..errors import Steer2EditError
 from ..files.reading import read_json
 from ..files.writing import write_json
-from ..method.intervention import Intervention, steering
+from ..method.intervention import NOTHING, Intervention, steering
 from ..progress import say
 from ..recipe import Recipe
 from .cost import tokens_of
@@ -22,10 +23,20 @@ from .machine import Hardware, Speed
 
 # Answers and tokens of the trial, and configurations that share a batch of it.
 _ANSWERS, _TOKENS, _CONFIGURATIONS = 64, 12, 4
+# Answers whose length is taken.
+_LENGTHS = 16
 _FILE = "speed.json"
 
 
-def speed_here(recipe: Recipe, folder: str | Path) -> Speed:
+@dataclass(frozen=True)
+class Trial:
+    """What a short trial of a model shows. answer: the mean tokens of its own answers; None if most are cut."""
+
+    speed: Speed
+    answer: float | None = None
+
+
+def speed_here(recipe: Recipe, folder: str | Path) -> Trial:
     """The speeds of a recipe's model in this process, which `speed.json` in the folder keeps.
 
     Raises:
@@ -35,12 +46,12 @@ def speed_here(recipe: Recipe, folder: str | Path) -> Speed:
     known = read_json(path) if path.is_file() else {}
     key = f"{recipe.model.name} {recipe.model.dtype} {recipe.behaviour.name} {recipe.evaluation.rows} {os.cpu_count()}"
     if key not in known:
-        known[key] = vars(_tried(recipe))
+        known[key] = asdict(_tried(recipe))
         write_json(path, known)
-    return Speed(**known[key])
+    return Trial(Speed(**known[key]["speed"]), known[key]["answer"])
 
 
-def _tried(recipe: Recipe) -> Speed:
+def _tried(recipe: Recipe) -> Trial:
     """By the recipe's own validation prompts, under interventions as a search has them."""
     say("measuring the speed of the model here")
     host = Host(recipe.model, recipe.engine, recipe.evaluation.rows)
@@ -63,9 +74,18 @@ def _tried(recipe: Recipe) -> Speed:
         pairs = [(prompt, (prompt * 2)[:24]) for prompt in prompts[:4]]
         scored = sum(len(prompt) + len(answer) for prompt, answer in pairs) * _CONFIGURATIONS
         losses = _seconds(lambda: engine.losses(pairs, table))
-        return Speed(written / max(many - one, 1e-6), read / one, scored / losses, loaded)
+        speed = Speed(written / max(many - one, 1e-6), read / one, scored / losses, loaded)
+        return Trial(speed, _mean_answer(engine, requests[:_LENGTHS], recipe.evaluation.new_tokens))
     finally:
         host.close()
+
+
+def _mean_answer(engine: Engine, requests: Sequence[Request], new_tokens: int) -> float | None:
+    """The mean tokens of the model's own answers; None where most are cut, so that the most is what they have."""
+    answers = engine.generate([replace(request, row=0) for request in requests], [NOTHING], new_tokens)
+    if sum(answer.ended for answer in answers) * 2 < len(answers):
+        return None
+    return max(1.0, statistics.mean(len(answer.ids) for answer in answers))
 
 
 def _nothing_that_counts(model: object) -> list[Intervention]:
@@ -128,7 +148,7 @@ def _memory() -> float | None:
         return None
 
 
-def speed_or_none(recipe: Recipe, folder: str | Path) -> tuple[Speed | None, str]:
+def speed_or_none(recipe: Recipe, folder: str | Path) -> tuple[Trial | None, str]:
     """The speeds here, or why there are none."""
     try:
         return speed_here(recipe, folder), ""
