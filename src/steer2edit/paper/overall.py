@@ -160,4 +160,4 @@ def averages_markdown(averages: Sequence[Average], models: Sequence[str]) -> str
 def _cell(average: Average, name: str) -> str:
     number = average.numbers.get(name, NONE)
     text = interval_cell({"mean": number.mean, "low": number.low, "high": number.high})
-    return text + (f" (paper {average.published[name]:.3g})" if name in average.published else "")
+    return text + (f" (paper {average.published[name]:.4g})" if name in average.published else "")
