@@ -24,6 +24,7 @@ SCRIPTS = (
     "huge.py",
     "few_bits.py",
     "tpe.py",
+    "paper_cost.py",
 )
 
 if __name__ == "__main__":

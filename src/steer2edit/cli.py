@@ -11,6 +11,7 @@ import typer
 
 from .errors import Interrupted, Steer2EditError
 from .guided import verb as guided
+from .paper import verbs as paper
 from .pipeline import file_verbs, share_verbs
 from .pipeline.options import Json, Quiet, TrustCode, console, print_json
 from .progress import be_quiet
@@ -434,6 +435,7 @@ serving.register(app)
 share_verbs.register(app)
 file_verbs.register(app)
 guided.register(app)
+paper.register(app)
 
 if __name__ == "__main__":
     main()

@@ -20,6 +20,7 @@ from ..engines.host import Host
 from ..errors import FileError, RecipeError
 from ..files.reading import read_json, read_jsonl, sha256
 from ..files.writing import clear_temporaries, write_json, write_jsonl, write_text
+from ..method.intervention import Intervention
 from ..models.load import resolved_revision
 from ..probing.probe import Probe
 from ..progress import showing
@@ -126,24 +127,36 @@ class Run:
         write_jsonl(path, (vars(item) for item in completed))
         return completed
 
-    def bench(self, split: Split, journal: Path, engine: Engine | None) -> Bench:
+    def bench(
+        self,
+        split: Split,
+        journal: Path,
+        engine: Engine | None,
+        *,
+        scores: Mapping[str, Scores] | None = None,
+        given: Mapping[str, Intervention] | None = None,
+    ) -> Bench:
         """Where candidates are tried on a split.
 
         Args:
             engine: None if the journal is only judged again.
+            scores: in place of the run's own. given: a candidate's id → what it does, where no scores say it.
         """
         recipe = self.recipe
         journal.parent.mkdir(exist_ok=True)
+        if scores is None:
+            scores = {} if engine is None else self.scores
         items = self.completed(split, self.items(split, locked=engine is not None), engine)
         return Bench(
             engine,
-            {} if engine is None else self.scores,
+            scores,
             [*items, *self._questions(split)],
             recipe.behaviour,
             recipe.evaluation,
             journal,
             neutral=self._neutral(split, items),
             probe=None if engine is None else self.probe,
+            given=given,
             seed=recipe.seed,
         )
 

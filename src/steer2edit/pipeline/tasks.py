@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..behaviours.prompts import data_path
@@ -66,24 +66,33 @@ def measure_tasks(run: Run, tried: Sequence[Candidate], results: dict[str, Any])
         return None
     run.require_choice()
     asking, of_candidates = _asking(run, tried, replay=False)
-    work: list[tuple[str, Callable[[], Measured]]] = [
-        *(
-            (f"attack {name}", lambda name=name: _attack(run, name, asking, of_candidates))
-            for name in recipe.data.attacks
-        ),
-        *((name, lambda name=name: _utility(run, name, asking, of_candidates)) for name in recipe.data.utility),
-    ]
     failure: Steer2EditError | None = None
-    for name, measure in work:
-        try:
-            of_task = measure()
-        except Steer2EditError as error:
-            say(f"  {name} is not measured: {error}")
-            results.setdefault("tasks", {})[name] = {"not_measured": str(error)}
-            failure = failure or error
+    for name, of_task in each_task(run, asking, of_candidates):
+        if isinstance(of_task, Steer2EditError):
+            results.setdefault("tasks", {})[name] = {"not_measured": str(of_task)}
+            failure = failure or of_task
             continue
         add_to(results, name, [c.kind for c in tried], of_task, recipe.evaluation, recipe.seed)
     return failure
+
+
+def each_task(
+    run: Run, asking: Asking, of_candidates: Sequence[Group]
+) -> Iterator[tuple[str, Measured | Steer2EditError]]:
+    """Every attack and task of a run's recipe: its name, and what it gave or the error why it has no numbers."""
+    work: list[tuple[str, Callable[[], Measured]]] = [
+        *(
+            (f"attack {name}", lambda name=name: _attack(run, name, asking, of_candidates))
+            for name in run.recipe.data.attacks
+        ),
+        *((name, lambda name=name: _utility(run, name, asking, of_candidates)) for name in run.recipe.data.utility),
+    ]
+    for name, measure in work:
+        try:
+            yield name, measure()
+        except Steer2EditError as error:
+            say(f"  {name} is not measured: {error}")
+            yield name, error
 
 
 def judged_again(run: Run, tried: Sequence[Candidate], before: Mapping[str, Any], results: dict[str, Any]) -> None:

@@ -1,0 +1,326 @@
+"""The parts of a suite that an ordinary run does not have: many candidates on test, which validation has named.
+
+Each part asks its candidates in batches that a journal keeps, and leaves one file in the run's directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..behaviours.base import UTILITY_LOSS
+from ..edits import Scores
+from ..errors import Steer2EditError
+from ..files.reading import read_json, sha256
+from ..method.variants import FULL, SCORED, VARIANTS, Variant
+from ..pipeline.names import CHOICE, SCORES
+from ..pipeline.reporting import read_study
+from ..pipeline.run import Run
+from ..pipeline.tasks import each_task
+from ..probing.score import score
+from ..progress import say, showing
+from ..searching.bench import Bench
+from ..searching.calibrate import Ladder, climb, edit_ladder, steering_ladder, targets_of
+from ..searching.candidates import BASE, Candidate, Trial, edited, intervention_of, of_kind
+from ..searching.front import Aim, choose, cost_of, hypervolume_interval, pareto
+from ..searching.grid import short
+from ..searching.journal import Journal
+from ..tasks.asking import Asking, groups
+from .facts import Profile
+from .plan import Part, Planned
+from .rows import Condition, Front, PartResult, Tried
+
+FOLDER = "paper"
+ALONE = {"attn": "attention alone", "mlp": "MLP alone"}
+NO_ANSWERS = "the original model answers no neutral prompt, so that there is no KL"
+BUDGETS = {"attn": "ρ_attn", "mlp": "ρ_mlp"}
+# Row of a table: method, condition, candidate, and the KL that it was found for.
+Wanted = tuple[str, Condition, Candidate, float | None]
+
+
+def part_file(run: Run, part: str) -> Path:
+    return run.path(f"{FOLDER}/{part}.json")
+
+
+def measure_part(part: Part, run: Run, planned: Planned, profile: Profile) -> PartResult:
+    """A part of a run that is whole up to its choice; what its file holds already is not measured again."""
+    key = _key(part, run, profile)
+    path = part_file(run, part)
+    if path.is_file() and (known := PartResult.load(path)).key == key:
+        say(f"  {part}: done before")
+        return known
+    say(f"  {part}:")
+    run.path(FOLDER).mkdir(exist_ok=True)
+    result = _MEASURES[part](_Work(part, key, run, planned, profile))
+    result.save(path)
+    return result
+
+
+def _key(part: str, run: Run, profile: Profile) -> str:
+    """Of everything that a part depends on."""
+    keys = [run.keys[name] for name in ("edit", "test answers", "evaluate", "search")]
+    sizes = [profile.stars, profile.ablations.model_dump(mode="json"), profile.sensitivity.model_dump(mode="json")]
+    files = [sha256(run.path(name)) for name in (SCORES, CHOICE)]
+    text = json.dumps([importlib.metadata.version("steer2edit"), part, keys, sizes, files])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Work:
+    """A part under way: the run, its benches and the journals of this part."""
+
+    def __init__(self, part: str, key: str, run: Run, planned: Planned, profile: Profile):
+        self.part, self.key, self.run, self.planned, self.profile = part, key, run, planned, profile
+        self.choice: Mapping[str, Any] = read_json(run.path(CHOICE))
+        self.aim: Aim = run.recipe.aim
+        self.config: Mapping[str, Any] = self.choice["edit"]["config"]
+
+    def journal(self, name: str) -> Path:
+        return self.run.path(f"{FOLDER}/{self.part}-{name}-{self.key}.jsonl")
+
+    def scores(self, variants: Sequence[Variant] = ()) -> dict[str, Scores]:
+        """The run's scores, and those of variants that score in another way, each made once."""
+        scores = dict(self.run.scores)
+        for variant in variants:
+            path = self.run.path(f"{FOLDER}/scores-{variant}-{self.run.keys['score']}.safetensors")
+            if not path.is_file():
+                few = self.run.recipe.probe.expert_tokens
+                make = partial(score, probe=self.run.probe, expert_tokens=few, variant=variant)
+                self.run.host.call(make).save(path)
+            scores[variant] = Scores.load(path)
+        return scores
+
+    def on_validation(self, scores: Mapping[str, Scores]) -> Bench:
+        return self.run.bench("validation", self.journal("validation"), self.run.engine, scores=scores)
+
+    def on_test(
+        self,
+        wanted: Sequence[Wanted],
+        scores: Mapping[str, Scores],
+        fronts: Sequence[Front] = (),
+    ) -> PartResult:
+        """Every candidate on test, each asked once though it may stand in several rows."""
+        tried = list({c.id: c for c in [BASE, *(candidate for _, _, candidate, _ in wanted)]}.values())
+        bench = self.run.bench("test", self.journal("test"), self.run.engine, scores=scores)
+        with showing(f"{self.part}, test") as progress:
+            trials = {trial.candidate.id: trial for trial in bench.run(tried, "test", progress)}
+        values, about, first = self._tasks(tried, scores)
+        every: list[Wanted] = [("original", "original", BASE, None), *wanted]
+        rows = [
+            Tried(method, how, c.id, dict(c.config), trials[c.id].values, values.get(c.id, {}), target)
+            for method, how, c, target in every
+        ]
+        return PartResult(self.part, self.key, tuple(rows), tuple(fronts), about, first)
+
+    def _tasks(
+        self, tried: Sequence[Candidate], scores: Mapping[str, Scores]
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any], dict[str, str]]:
+        """Candidate → task's measure → values; what is said of each task; and the measure that stands for it."""
+        data = self.run.recipe.data
+        if not data.utility and not data.attacks:
+            return {}, {}, {}
+        journal = Journal(self.journal("tasks"))
+        asking = Asking(self.run.engine, journal, tried, self.run.recipe.evaluation.rows)
+        of_candidates = groups(tried, lambda candidate: intervention_of(candidate, scores, self.run.probe))
+        values: dict[str, dict[str, Any]] = {candidate.id: {} for candidate in tried}
+        about: dict[str, Any] = {}
+        first: dict[str, str] = {}
+        for name, of_task in each_task(self.run, asking, of_candidates):
+            if isinstance(of_task, Steer2EditError):
+                about[name] = {"not_measured": str(of_task)}
+                continue
+            about[name] = of_task.about
+            means = [metric for metric in of_task.metrics if metric.aggregate is None and metric.measure.column]
+            if means:
+                first[name] = means[0].name
+            for candidate, of_candidate in zip(tried, of_task.values, strict=True):
+                values[candidate.id] |= {metric.name: tuple(of_candidate[metric.name]) for metric in means}
+        return values, about, first
+
+
+# The trade-off -----------------------------------------------------------------------------------------------------
+
+
+def _trade_off(work: _Work) -> PartResult:
+    """The steering sweep, and the best edits by the rule's ranking on validation; what was chosen stands first."""
+    study = read_study(work.run)
+    chosen = work.config
+    wanted: list[Wanted] = []
+    for kind, method in (("edit", FULL), ("steering", "steering")):
+        brief = work.choice.get(kind)
+        if brief:
+            wanted.append((method, "chosen", Candidate(brief["id"], kind, brief["config"]), None))
+    stars = ranked(of_kind(study.trials, "edit"), work.aim)[: work.profile.stars]
+    wanted += [(FULL, "star", trial.candidate, None) for trial in stars if trial.candidate.config != chosen]
+    wanted += [("steering", "swept", trial.candidate, None) for trial in of_kind(study.trials, "steering")]
+    fronts = [
+        Front(
+            FULL if kind == "edit" else kind,
+            work.choice["tried"][kind],
+            work.choice["evaluations"][kind],
+            work.choice["hypervolume"][kind],
+            ids=tuple(work.choice["front"].get(kind, ())),
+        )
+        for kind in ("edit", "steering")
+        if work.choice["tried"].get(kind)
+    ]
+    return work.on_test(wanted, work.scores(), fronts)
+
+
+def ranked(trials: Sequence[Trial], aim: Aim) -> list[Trial]:
+    """The best first: those within the limits before the others, then by the rule's measure, then by the smaller KL."""
+
+    def place(trial: Trial) -> tuple[bool, float, float]:
+        mean = trial.mean(aim.ranking.name)
+        return not aim.allows(trial), math.inf if mean is None else -aim.ranking.gain(mean), cost_of(trial)
+
+    return sorted(trials, key=place)
+
+
+# Ablations and component-wise budgets --------------------------------------------------------------------------------
+
+
+def _ablations(work: _Work) -> PartResult:
+    """Every variant, each block type alone, and steering: with the same numbers, at equal budgets, and at equal KL.
+
+    Every method gets as many strengths, whose KL per token lies on the same targets; what is reported on test is named
+    on validation.
+    """
+    scores = work.scores([variant for variant in VARIANTS if variant in SCORED])
+    ladders = _ladders(work, scores)
+    bench = work.on_validation(scores)
+    _climb(ladders, bench, "ablations")
+    points = {method: ladder.points() for method, ladder in ladders.items()}
+    with showing("ablations, validation") as progress:
+        tried = list({c.id: c for some in points.values() for c, _ in some}.values())
+        trials = {trial.candidate.id: trial for trial in bench.run([BASE, *tried], "ablations", progress)}
+    wanted: list[Wanted] = [
+        (variant, "same numbers", edited(**_with_variant(work.config, variant)), None) for variant in VARIANTS
+    ]
+    fronts = []
+    for method, some in points.items():
+        of_method = [trials[candidate.id] for candidate, _ in some]
+        if not of_method:
+            why = ladders[method].why_left_off() if bench.own else NO_ANSWERS
+            fronts.append(Front(method, 0, 0, None, why))
+            continue
+        fronts.append(_front(method, of_method, work, bench.asked))
+        best = choose(of_method, work.aim)
+        if best is not None:
+            wanted.append((method, "equal budget", best.candidate, dict(_by_id(some))[best.candidate.id]))
+    target = _equal_kl(work, wanted)
+    for some_method, some in points.items():
+        wanted += [(some_method, "equal KL", candidate, kl) for candidate, kl in some if kl == target]
+    return work.on_test(wanted, scores, fronts)
+
+
+def _front(method: str, trials: Sequence[Trial], work: _Work, asked: int) -> Front:
+    """As a run's own fronts: of the trials within the limits, but for that of KL."""
+    limits = {measure: limit for measure, limit in work.aim.limits.items() if measure != UTILITY_LOSS}
+    wide = replace(work.aim, limits=limits)
+    allowed = [trial for trial in trials if wide.allows(trial)]
+    volume = hypervolume_interval(allowed, wide, work.run.recipe.evaluation.resamples, work.run.recipe.seed)
+    ids = tuple(trial.candidate.id for trial in pareto(allowed, wide))
+    return Front(method, len(trials), len(trials) * asked, volume, ids=ids)
+
+
+def _equal_kl(work: _Work, wanted: Sequence[Wanted]) -> float:
+    """The KL at which all methods meet: that of the full method's choice or, without one, the nearest to the run's."""
+    for method, how, _, kl in wanted:
+        if (method, how) == (FULL, "equal budget") and kl is not None:
+            return kl
+    of_run = max(work.choice["edit"]["utility_loss"] or 0.0, 1e-6)
+    return min(_targets(work), key=lambda kl: abs(math.log(kl / of_run)))
+
+
+def _targets(work: _Work) -> list[float]:
+    sizes = work.profile.ablations
+    return targets_of(sizes.span, sizes.points) if sizes.points > 1 else [sizes.span[1]]
+
+
+def _by_id(points: Sequence[tuple[Candidate, float]]) -> list[tuple[str, float]]:
+    return [(candidate.id, kl) for candidate, kl in points]
+
+
+def _with_variant(config: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    return {**config, "variant": variant}
+
+
+def _ladders(work: _Work, scores: Mapping[str, Scores]) -> dict[str, Ladder]:
+    """Method → its strengths, in the proportion of the chosen budgets; of each block type alone ρ = ∞ for the other."""
+    targets, config = _targets(work), work.config
+    rhos = {"attn": config["rho_attn"], "mlp": config["rho_mlp"]}
+    on = {block: rho for block, rho in rhos.items() if rho is not None}
+    off = dict.fromkeys(set(rhos) - set(on))
+    layers = config.get("layers")
+    ladders: dict[str, Ladder] = {
+        variant: edit_ladder(scores, targets, config["alpha"], on, off, layers, variant) for variant in VARIANTS
+    }
+    for block, name in ALONE.items():
+        other = {"attn": "mlp", "mlp": "attn"}[block]
+        ladders[name] = edit_ladder(scores, targets, config["alpha"], {block: 1.0}, {other: None}, layers)
+    ladders["steering"] = steering_ladder(targets)
+    return ladders
+
+
+def _climb(ladders: Mapping[str, Ladder], bench: Bench, name: str) -> None:
+    """Measures the ladders' KL; without an answer to measure it on they have no points."""
+    if bench.own:
+        climb(list(ladders.values()), bench.kl, name)
+
+
+# Sensitivity -------------------------------------------------------------------------------------------------------
+
+
+def _sensitivity(work: _Work) -> PartResult:
+    """Of each block type a sweep of its budget, with ρ = ∞ for the other, at the α of the choice."""
+    scores = work.scores()
+    swept = _by_numbers(work) if work.profile.sensitivity.values else _by_kl(work, scores)
+    wanted: list[Wanted] = []
+    fronts = []
+    for method, some in swept.items():
+        wanted += [(method, "swept", candidate, kl) for candidate, kl in some]
+        fronts.append(Front(method, len(some), 0, None, "" if some else "no strength has a KL in the span"))
+    return work.on_test(wanted, scores, fronts)
+
+
+def _swept(config: Mapping[str, Any], block: str, rho: float) -> Candidate:
+    rhos = {"attn": None, "mlp": None} | {block: short(rho, 4)}
+    return edited(rhos["attn"], rhos["mlp"], config["alpha"], config.get("layers"))
+
+
+def _by_numbers(work: _Work) -> dict[str, list[tuple[Candidate, float | None]]]:
+    """The profile's numbers, and those of the model's own grid."""
+    facts = work.planned.facts
+    swept: dict[str, list[tuple[Candidate, float | None]]] = {}
+    for block, name in BUDGETS.items():
+        own = [] if facts is None else getattr(facts.grid, f"rho_{block}")
+        numbers = sorted({*work.profile.sensitivity.values, *(rho for rho in own if rho is not None)})
+        swept[name] = [(_swept(work.config, block, rho), None) for rho in numbers]
+    return swept
+
+
+def _by_kl(work: _Work, scores: Mapping[str, Scores]) -> dict[str, list[tuple[Candidate, float | None]]]:
+    sizes = work.profile.sensitivity
+    targets, config = targets_of(sizes.span, sizes.points), work.config
+    ladders = {
+        name: edit_ladder(
+            scores, targets, config["alpha"], {block: 1.0}, dict.fromkeys(set(BUDGETS) - {block}), config.get("layers")
+        )
+        for block, name in BUDGETS.items()
+    }
+    _climb(ladders, work.on_validation(scores), "sensitivity")
+    return {name: [*ladder.points()] for name, ladder in ladders.items()}
+
+
+_MEASURES: Mapping[str, Callable[[_Work], PartResult]] = {
+    "trade_off": _trade_off,
+    "ablations": _ablations,
+    "sensitivity": _sensitivity,
+}

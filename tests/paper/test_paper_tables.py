@@ -1,0 +1,257 @@
+"""The tables of a suite from rows that were written by hand: numbers, ranks, published values, and no signal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import tiny_recipe
+from steer2edit.errors import FileError
+from steer2edit.method.variants import VARIANTS
+from steer2edit.paper.figures import figure_of
+from steer2edit.paper.overall import averages_csv, averages_markdown, averages_of
+from steer2edit.paper.plan import Planned
+from steer2edit.paper.rows import Front, PartResult, Tried
+from steer2edit.paper.tables import Line, Of, Table, table_of
+from steer2edit.paper.writing import FIELDS, csv_of, markdown_of
+from steer2edit.recipe import parse_recipe
+
+ITEMS = 40
+CONFIG = {"rho_attn": 0.2, "rho_mlp": None, "alpha": 0.4}
+
+
+def shares(yes: int, items: int = ITEMS) -> tuple[float, ...]:
+    return (1.0,) * yes + (0.0,) * (items - yes)
+
+
+def tried(
+    method: str, how: Any, yes: int, kl: float = 0.1, config: dict[str, Any] | None = None, **tasks: int
+) -> Tried:
+    values = {"refusal": shares(yes), "over_refusal": shares(0), "utility_loss": (kl, kl), "degenerate": shares(0)}
+    answered = {name: shares(right, 20) for name, right in tasks.items()}
+    return Tried(method, how, f"{method}-{how}-{yes}-{kl}", config or CONFIG, values, answered)
+
+
+def steered(how: Any, yes: int, gamma: float, kl: float, **tasks: int) -> Tried:
+    return tried("steering", how, yes, kl, {"gamma": gamma}, **tasks)
+
+
+def planned(paper: str | None = None, seed: int = 0) -> Planned:
+    recipe = tiny_recipe(evaluation__resamples=300)
+    return Planned("run", paper or "some-model", paper, "safety", seed, recipe)
+
+
+def table(rows: list[Tried], part: str = "ablations", paper: str | None = None, **more: Any) -> Table:
+    result = PartResult(part, "key", (tried("original", "original", 4, 0.0, {}, **more.pop("base", {})), *rows), **more)
+    return table_of(part, Of((planned(paper),), (result,)))
+
+
+def line(of: Table, method: str, how: str) -> Line:
+    return next(one for one in of.lines if (one.method, one.how) == (method, how))
+
+
+SIGNAL = [
+    tried("full", "same numbers", 30),
+    tried("k_mean", "same numbers", 20),
+    tried("full", "equal budget", 28),
+    tried("k_mean", "equal budget", 31),
+]
+
+
+def test_ranks_stand_within_a_condition() -> None:
+    of = table(SIGNAL)
+    ranks = {(one.method, one.how): one.rank for one in of.lines}
+    assert of.moves
+    assert ranks == {
+        ("original", "original"): None,
+        ("full", "same numbers"): 1,
+        ("k_mean", "same numbers"): 2,
+        ("full", "equal budget"): 2,
+        ("k_mean", "equal budget"): 1,
+    }
+    assert line(of, "full", "same numbers").differences["refusal"].mean == pytest.approx(26 / 40)
+
+
+@pytest.mark.parametrize("yes", [[3, 5], [4, 4], [2, 6], [0, 1]])
+def test_without_a_signal_nothing_is_ranked_and_the_table_says_so(yes: list[int]) -> None:
+    rows = [tried(m, "equal budget", n) for m, n in zip(("full", "k_mean"), yes, strict=True)]
+    # What is not chosen on validation does not make a signal either, however large it is.
+    of = table([*rows, tried("l0", "equal KL", 40)])
+    assert not of.moves
+    assert {one.rank for one in of.lines} == {None}
+    text = markdown_of(of)
+    assert "No method moves refusal (harmful) beyond its interval, so nothing is ranked" in text
+    assert all(row["rank"] == "" for row in csv.DictReader(io.StringIO(csv_of([of]))))
+
+
+def test_worse_beyond_the_interval_is_no_signal() -> None:
+    base = {"base": {}}
+    of = table([tried("full", "equal budget", 0)], **base)
+    assert not of.moves
+
+
+def test_the_paper_stands_beside_the_rows_that_it_has() -> None:
+    attacks = {"gcg_refusal": 10, "advllm_refusal": 6, "gsm8k": 5, "piqa": 9}
+    rows = [
+        tried("full", "same numbers", 30, **attacks),
+        tried("full", "equal budget", 30, **attacks),
+        tried("attention alone", "equal budget", 30, **attacks),
+    ]
+    first = {"attack gcg": "gcg_refusal", "attack advllm": "advllm_refusal", "gsm8k": "gsm8k", "piqa": "piqa"}
+    about = {name: {} for name in first}
+    of = table(rows, paper="llama-2-7b-chat", base=attacks, task_first=first, task_about=about)
+    known = line(of, "full", "same numbers")
+    assert known.published == {
+        "gcg_refusal": 0.951, "advllm_refusal": 0.812, "gsm8k": 0.1893, "attribute": 0.8815, "utility": 0.28,
+        "product": 0.2468,
+    }  # fmt: skip
+    assert line(of, "full", "equal budget").published == {}
+    assert line(of, "attention alone", "equal budget").published == {}
+    assert known.numbers["attribute"].mean == pytest.approx((10 / 20 + 6 / 20) / 2)
+    assert known.numbers["utility"].mean == pytest.approx((5 / 20 + 9 / 20) / 2)
+    assert known.numbers["product"].mean == pytest.approx(0.4 * 0.35)
+    assert (known.numbers["attribute"].n, known.numbers["utility"].n) == (40, 40)
+    rows_of_csv = list(csv.DictReader(io.StringIO(csv_of([of]))))
+    assert tuple(rows_of_csv[0]) == FIELDS
+    published = {(r["method"], r["condition"], r["measure"]): r["published"] for r in rows_of_csv}
+    assert published["edit", "same numbers", "gcg_refusal"] == "0.951"
+    assert published["edit", "same numbers", "piqa"] == published["edit", "same numbers", "refusal"] == ""
+    assert "(paper 0.951)" in markdown_of(of)
+
+
+def test_another_model_has_nothing_published() -> None:
+    of = table(SIGNAL)
+    assert all(row["published"] == "" for row in csv.DictReader(io.StringIO(csv_of([of]))))
+    assert "(paper" not in markdown_of(of)
+
+
+def test_every_row_holds_n_intervals_and_its_budget() -> None:
+    fronts = (
+        Front("full", 3, 18, {"mean": 0.4, "low": 0.3, "high": 0.5, "reference": 1.0}),
+        Front("l0", 0, 0, None, "it jumps"),
+    )
+    of = table(SIGNAL, fronts=fronts)
+    for row in csv.DictReader(io.StringIO(csv_of([of]))):
+        assert int(row["n"]) in (2, ITEMS)
+        assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
+        if row["method"] == "edit":
+            assert (row["configurations"], row["evaluations"]) == ("3", "18")
+    text = markdown_of(of)
+    assert "- edit: 3 configurations, 18 answers on validation; hypervolume 0.40 [0.30, 0.50] up to a KL of 1." in text
+    assert "- l0: not tried: it jumps." in text
+    assert f"| n |  |  | {ITEMS} | {ITEMS} |" in text
+
+
+def test_a_task_without_numbers_says_why() -> None:
+    of = table(SIGNAL, task_about={"gpqa": {"not_measured": "the set of gpqa is gated (got: x). Log in."}})
+    assert "- gpqa is not measured: the set of gpqa is gated (got: x). Log in." in markdown_of(of)
+
+
+def trade_off(edit: tuple[int, float]) -> Table:
+    steering = Front("steering", 2, 12, {"mean": 0.1, "low": 0.0, "high": 0.2, "reference": 1.0}, ids=("s1", "s2"))
+    rows = [
+        tried("full", "chosen", edit[0], edit[1]),
+        tried("full", "star", 20, 0.3),
+        replace(steered("swept", 12, 0.1, 0.2), id="s1"),
+        replace(steered("swept", 20, 0.4, 0.4), id="s2"),
+        replace(steered("swept", 40, 0.2, 0.3), id="s3"),  # not on the front of validation
+    ]
+    return table(rows, "trade_off", fronts=(steering,))
+
+
+def test_the_headline_is_the_edit_less_steerings_front_at_the_edits_kl() -> None:
+    of = trade_off((24, 0.3))
+    # At a KL of 0.3 the line from (0.2, 0.3) to (0.4, 0.5) is at 0.4.
+    assert of.headline["utility_loss"].mean == pytest.approx(24 / 40 - 0.4)
+    assert "edit less steering at the edit's KL per token: +0.20 [" in markdown_of(of)
+    assert "(the paper, at matched utility over its two models: +0.172)" in markdown_of(of)
+
+
+def test_a_kl_that_steering_does_not_reach_is_said() -> None:
+    of = trade_off((24, 0.9))
+    assert of.headline["utility_loss"].mean is None
+    assert "not reached: steering has no point on both sides of the edit's KL" in markdown_of(of)
+
+
+def test_seeds_are_pooled_and_counted() -> None:
+    base = tried("original", "original", 4, 0.0, {})
+    results = [PartResult("ablations", "k", (base, tried("full", "equal budget", yes))) for yes in (20, 30)]
+    of = table_of("ablations", Of((planned(), planned(seed=1)), tuple(results)))
+    number = line(of, "full", "equal budget").numbers["refusal"]
+    assert (number.mean, number.n, number.seeds, of.seeds) == (pytest.approx(25 / 40), 2 * ITEMS, 2, 2)
+    assert "over prompts and 2 seeds" in markdown_of(of)
+
+
+def test_the_figures_of_a_part_are_written(tmp_path: Path) -> None:
+    swept = [
+        replace(tried("ρ_attn", "swept", 10, config={**CONFIG, "rho_attn": rho}), id=str(rho))
+        for rho in (0.3, 0.1, 0.2)
+    ]
+    for of in (table(SIGNAL), trade_off((24, 0.3)), table(swept, "sensitivity")):
+        files = figure_of(of, tmp_path / of.part)
+        assert {file.suffix for file in files} == {".png", ".svg", ".pdf"}
+        assert all(file.stat().st_size > 1000 for file in files)
+    assert figure_of(table([], "sensitivity"), tmp_path / "none") == []
+
+
+def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
+    row = replace(tried("full", "same numbers", 3), values={"refusal": (1.0, None)}, target=0.1)
+    part = PartResult("ablations", "key", (row,), (Front("full", 1, 2, None, "why", ("a",)),), {"gsm8k": {"n": 1}})
+    part.save(tmp_path / "part.json")
+    assert PartResult.load(tmp_path / "part.json") == part
+    (tmp_path / "part.json").write_text('{"part": 3}', encoding="utf-8")
+    with pytest.raises(FileError, match=r"part\.json is no part of a suite"):
+        PartResult.load(tmp_path / "part.json")
+
+
+def of_behaviour(behaviour: str, paper: str | None, lengths: dict[str, float] | None = None) -> Of:
+    """Ablations of one model: 20 + 2·i of 40 items under the i-th variant, or lengths in tokens."""
+    rows = [tried("original", "original", 4, 0.0, {})]
+    for i, variant in enumerate(VARIANTS):
+        row = tried(variant, "same numbers", 20 + 2 * i, gsm8k=10)
+        if lengths is not None:
+            row = replace(row, values={"tokens": (lengths[variant],) * ITEMS})
+        rows.append(row)
+    of = planned(paper)
+    if lengths is not None:
+        raw = {"name": "r", "model": {"name": "m"}, "behaviour": {"name": "brevity"}, "evaluation": {"resamples": 50}}
+        of = replace(of, recipe=parse_recipe(raw))
+    result = PartResult("ablations", "k", tuple(rows), task_first={"gsm8k": "gsm8k"})
+    return Of((replace(of, behaviour=behaviour),), (result,))
+
+
+def test_the_overall_table_averages_models_and_then_behaviours() -> None:
+    lengths = {variant: 100.0 * (1 + i) for i, variant in enumerate(VARIANTS)}
+    ablations = [
+        of_behaviour("safety", "llama-2-7b-chat"),
+        of_behaviour("safety", "mistral-7b-instruct-v0.2"),
+        of_behaviour("efficiency", "qwen3-4b-thinking-2507", lengths),
+    ]
+    averages = {average.variant: average for average in averages_of(ablations)}
+    assert list(averages) == list(VARIANTS)
+    numbers = averages["k_mean"].numbers
+    assert numbers["safety"].mean == pytest.approx(22 / 40)
+    assert numbers["efficiency"].mean == pytest.approx(100 / 200)
+    assert numbers["attribute"].mean == pytest.approx((22 / 40 + 0.5) / 2)
+    assert numbers["utility"].mean == pytest.approx(0.5)
+    assert numbers["attribute × utility"].mean == pytest.approx((22 / 40 + 0.5) / 2 * 0.5)
+    assert averages["full"].numbers["efficiency"].mean == 1.0
+    paper = averages["full"].published
+    assert paper["safety"] == pytest.approx(0.807, abs=1e-3)  # the paper's own table 3
+    assert paper["utility, safety"] == pytest.approx(0.341, abs=1e-3)
+    assert averages["k_mean"].published["efficiency"] == 1.0  # the paper's variant is shorter than its full method
+    assert "(paper 0.8065)" in averages_markdown(list(averages.values()), ["a"])
+    rows = list(csv.DictReader(io.StringIO(averages_csv(list(averages.values())))))
+    assert {row["method"] for row in rows} == {"edit", "k_mean", "k_svd", "g_dot", "l0", "l2"}
+    assert all(row["published"] for row in rows)
+
+
+def test_another_models_averages_have_nothing_published() -> None:
+    (first, *_) = averages_of([of_behaviour("safety", None)])
+    assert first.published == {}
+    assert first.numbers["safety"].mean == 0.5
