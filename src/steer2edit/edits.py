@@ -27,11 +27,11 @@ from .files.tensors import read_header
 from .method.change import Change, SiteEdit
 from .method.fingerprint import differing
 from .method.intervention import Intervention, Term
-from .method.preserve import EPSILON, Evidence, quieted
+from .method.preserve import Evidence, quieted
 from .method.scores import SiteScores
 from .method.site import BLOCKS, are_layers, layers_of, numbered_layers
 from .method.theorems import check_budget, magnitudes
-from .method.variants import FULL, PRESERVE, SCORED, VARIANTS
+from .method.variants import FULL, PRESERVE, SCORED
 from .models import bake
 from .models.hooks import intervening
 
@@ -466,52 +466,6 @@ def meetings(edit: AnyEdit) -> list[dict[str, Any]]:
         overlap = interference(a, b)
         rows.append({"edits": [a.id, b.id]} | {name: overlap[name] for name in ("shared", "opposed", "opposed_share")})
     return rows
-
-
-def edit_of_variant(
-    variant: str,
-    scores: Mapping[str, Scores],
-    rho_attn: float | None,
-    rho_mlp: float | None,
-    alpha: float,
-    layers: str | None = None,
-) -> Edit:
-    """The edit of one configuration under a variant.
-
-    Args:
-        scores: the full method's under "full", those of `SCORED` variants under their names.
-        layers: those that are edited, as in a recipe; None is all.
-
-    Raises:
-        EditError: the variant is unknown, or its scores are missing.
-    """
-    source = variant if variant in SCORED else FULL
-    if variant not in VARIANTS or source not in scores:
-        raise EditError("there are no scores for that variant", got=variant, fix=f"Known: {', '.join(VARIANTS)}.")
-    edit = scores[source].edit(
-        rho_attn=rho_attn,
-        rho_mlp=rho_mlp,
-        alpha=0.0 if variant == "l2" else alpha,
-        layers=layers,
-        preserve=EPSILON if variant == PRESERVE else None,
-    )
-    if variant == "l0":
-        edit = _hard(edit, rho_attn, rho_mlp, alpha)
-    return edit if variant == FULL else replace(edit, config={**edit.config, "variant": variant})
-
-
-def _hard(edit: Edit, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
-    """ℓ0: of the components that Elastic-Net keeps, the K largest by |g|, λ_i = g_i / (ρ(1 − α)).
-
-    That is the maximiser of gᵀλ − ρ(1 − α)/2 · ‖λ‖₂² with at most K components: a hard threshold, not a soft one.
-    """
-    rho = {"attn": rho_attn, "mlp": rho_mlp}
-    sites = {}
-    for key, s in edit.sites.items():
-        budget = rho[s.site.block]
-        lam = s.lam if budget is None else torch.where(s.lam != 0, s.g / (budget * (1 - alpha)), 0.0)
-        sites[key] = replace(s, lam=lam)
-    return replace(edit, sites=sites)
 
 
 def load_any(path: str | Path) -> Edit | Combination:

@@ -12,12 +12,13 @@ import torch
 
 import steer2edit as s2e
 from runs import make_scores
-from steer2edit.edits import Scores, edit_of_variant
+from steer2edit.edits import Scores
 from steer2edit.errors import EditError
 from steer2edit.method.scores import SiteScores, score_site
 from steer2edit.method.site import Site
 from steer2edit.method.variants import FULL, SCORED, VARIANTS, rescored
 from steer2edit.probing.score import score
+from steer2edit.searching.candidates import edit_of_variant
 
 SHAPES = [(8, 5, 3), (6, 1, 6), (12, 4, 2), (4, 3, 6), (7, 9, 1)]  # d, n, c; heads wider than d too, and neurons
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ..edits import Edit, Scores, edit_of_variant
-from ..errors import FileError
+from ..edits import Edit, Scores
+from ..errors import EditError, FileError
 from ..method.intervention import NOTHING, Intervention, Term, residual_key, steering
+from ..method.preserve import EPSILON
 from ..method.theorems import output_direction
-from ..method.variants import FULL
+from ..method.variants import FULL, PRESERVE, SCORED, VARIANTS
 from ..probing.probe import Probe
 from ..probing.traces import Label
 
@@ -167,6 +168,52 @@ def edit_of(config: Mapping[str, Any], scores: Mapping[str, Scores]) -> Edit:
     """
     variant, layers = config.get("variant", FULL), config.get("layers")
     return edit_of_variant(variant, scores, config["rho_attn"], config["rho_mlp"], config["alpha"], layers)
+
+
+def edit_of_variant(
+    variant: str,
+    scores: Mapping[str, Scores],
+    rho_attn: float | None,
+    rho_mlp: float | None,
+    alpha: float,
+    layers: str | None = None,
+) -> Edit:
+    """The edit of one configuration under a variant.
+
+    Args:
+        scores: the full method's under "full", those of `SCORED` variants under their names.
+        layers: those that are edited, as in a recipe; None is all.
+
+    Raises:
+        EditError: the variant is unknown, or its scores are missing.
+    """
+    source = variant if variant in SCORED else FULL
+    if variant not in VARIANTS or source not in scores:
+        raise EditError("there are no scores for that variant", got=variant, fix=f"Known: {', '.join(VARIANTS)}.")
+    edit = scores[source].edit(
+        rho_attn=rho_attn,
+        rho_mlp=rho_mlp,
+        alpha=0.0 if variant == "l2" else alpha,
+        layers=layers,
+        preserve=EPSILON if variant == PRESERVE else None,
+    )
+    if variant == "l0":
+        edit = _hard(edit, rho_attn, rho_mlp, alpha)
+    return edit if variant == FULL else replace(edit, config={**edit.config, "variant": variant})
+
+
+def _hard(edit: Edit, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
+    """ℓ0: of the components that Elastic-Net keeps, the K largest by |g|, λ_i = g_i / (ρ(1 − α)).
+
+    That is the maximiser of gᵀλ − ρ(1 − α)/2 · ‖λ‖₂² with at most K components: a hard threshold, not a soft one.
+    """
+    rho = {"attn": rho_attn, "mlp": rho_mlp}
+    sites = {}
+    for key, s in edit.sites.items():
+        budget = rho[s.site.block]
+        lam = s.lam if budget is None else torch.where(s.lam != 0, s.g / (budget * (1 - alpha)), 0.0)
+        sites[key] = replace(s, lam=lam)
+    return replace(edit, sites=sites)
 
 
 def intervention_of(candidate: Candidate, scores: Mapping[str, Scores], probe: Probe | None = None) -> Intervention:
