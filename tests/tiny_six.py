@@ -27,8 +27,27 @@ def save_tiny(folder: Path, model_type: str = "llama", **overrides: Any) -> str:
 
 
 def save_like(folder: Path, name: str) -> str:
-    """A tiny model of the architecture of one of the six."""
-    return save_tiny(folder / name, paper_models()[name].shape.model_type)
+    """A tiny model of the architecture of one of the six. Answers end early where lengths are what is measured."""
+    facts = paper_models()[name]
+    model, tokenizer = make_family(facts.shape.model_type, max_position_embeddings=4096), make_tokenizer()
+    ends = _ends(model, tokenizer) if facts.behaviour == "efficiency" else []
+    model.generation_config.eos_token_id = ends or None
+    model.save_pretrained(str(folder / name))
+    tokenizer.save_pretrained(str(folder / name))
+    return str(folder / name)
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end the answers to the probe's problems after a few tokens, and none at its first one."""
+    answers = []
+    for i in range(20):
+        messages = [{"role": "user", "content": f"What is {i} + 3?"}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        answers.append(model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist())
+    first = {answer[0] for answer in answers}
+    return sorted({token for i, answer in enumerate(answers) for token in answer[1 + i % 6 :][:1]} - first)
 
 
 def write_sets(folder: Path, without: Sequence[str] = ()) -> Path:
