@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Terminal:
             dimensions=(lines, columns),
             encoding="utf-8",
             timeout=_SECONDS,
+            preexec_fn=_hear_ctrl_c,
         )
         self.raw = ""
 
@@ -60,6 +62,11 @@ class Terminal:
         rest = plain(self.child.before)
         self.child.close()
         return int(self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus), rest
+
+
+def _hear_ctrl_c() -> None:
+    """Tests that run in the background of a shell ignore Ctrl-C, and what they start would ignore it too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def plain(text: str) -> str:
