@@ -95,15 +95,24 @@ def open_base(path: Path) -> Base:
     if path.suffix == ".gguf":
         tensors, architecture = _open_gguf(path)
         return Base(path.parent, {path.name: tensors}, {}, architecture)
-    config = path / "config.json"
-    settings: Any = None
-    if config.is_file():
+    return Base(path, open_shards(path), _settings(path / "config.json"))
+
+
+def _settings(config: Path) -> Mapping[str, Any]:
+    """The config's `quantization_config`; nothing if there is none, or no config that can be read."""
+    if not config.is_file():
+        return {}
+    try:
         whole = read_json(config)
-        whole = whole if isinstance(whole, dict) else {}
-        text = whole.get("text_config")
-        for holder in (whole, text if isinstance(text, dict) else {}):
-            settings = settings or holder.get("quantization_config") or holder.get("compression_config")
-    return Base(path, open_shards(path), settings if isinstance(settings, dict) else {})
+    except FileError:  # a damaged one is for the loader and for `verify` to report
+        return {}
+    whole = whole if isinstance(whole, dict) else {}
+    text = whole.get("text_config")
+    for holder in (whole, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(holder.get(key), dict):
+                return holder[key]
+    return {}
 
 
 def how_stored(model: str, architecture: Architecture | None = None) -> list[dict[str, Any]]:
