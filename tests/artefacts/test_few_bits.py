@@ -364,11 +364,13 @@ def test_transformers_loads_the_export_and_its_logits_are_the_edits(name: str, t
 
 
 def test_doctor_says_how_the_weights_are_stored(case: Case) -> None:
-    (row,) = how_stored(str(case.base))
+    (row,) = how_stored(str(case.base), find_sites(case.model))
     assert row["weights"] == 4
     assert row["an export"].startswith("rounds the edit")
-    assert how_stored(str(case.plain)) == [{"format": "F32", "weights": 4, "an export": "adds the edit"}]
-    assert how_stored("owner/name") == []
+    assert how_stored(str(case.plain), find_sites(case.model)) == [
+        {"format": "F32", "weights": 4, "an export": "adds the edit"}
+    ]
+    assert how_stored("owner/name", find_sites(case.model)) == []
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(fp8: Case) -> None:
@@ -380,7 +382,7 @@ def test_an_unknown_format_is_refused_with_the_known_ones(fp8: Case) -> None:
     ):
         with pytest.raises(FileError, match=r"not plain floating point \(got: F8_E4M3\).*Known are .*adapter"):
             refused()
-    (row,) = how_stored(str(fp8.base))
+    (row,) = how_stored(str(fp8.base), find_sites(fp8.model))
     assert (row["format"], row["weights"]) == ("F8_E4M3", 4)
     assert "refused" in row["an export"]
 
