@@ -354,19 +354,20 @@ def doctor(
     from .models.inventory import examine
     from .models.load import empty_model, load_config
     from .models.selfcheck import self_check
+    from .models.sites import find_sites
     from .report.doctor import show
 
     if weights:
         loaded, _ = load_section(section)
-        findings = examine(loaded, self_check(loaded, thorough=True))
+        findings, sites = examine(loaded, self_check(loaded, thorough=True)), find_sites(loaded)
     else:
         where: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
         empty = empty_model(load_config(section.name, revision=section.revision, **where), **where)
         if section.architecture is not None:
             describe_as(empty, section.architecture)
-        findings = examine(empty)
+        findings, sites = examine(empty), find_sites(empty)
     findings["model"] = section.name
-    if stored := how_stored(section.name, section.architecture):
+    if stored := how_stored(section.name, sites):
         findings["stored"] = stored
     if json:
         print_json(findings)

@@ -232,7 +232,7 @@ def test_of_changes_below_a_step_as_many_numbers_move_as_the_changes_are_large(s
     share = abs(size) / step
     assert float(moved.mean()) == pytest.approx(share, abs=0.002)
     for dim in (0, 1):
-        assert float((moved.mean(dim=dim) - share).abs().max()) < 0.015
+        assert float((moved.mean(dim=dim) - share).abs().max()) < 0.03
     assert torch.equal(spread(weight[100:], size * one[100:], (one[100:], 2 * one[100:]), 100), target[100:])
 
 

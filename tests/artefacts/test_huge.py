@@ -15,6 +15,8 @@ import steer2edit as s2e
 from steer2edit.artefacts.bases import how_stored
 from steer2edit.artefacts.places import site_reader
 from steer2edit.files.ranges import copy_range, gaps, stored_ranges, stored_size
+from steer2edit.models.load import empty_model, load_config
+from steer2edit.models.sites import find_sites
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_huge_base_is_scored_edited_and_keeps_its_holes(huge: Any, tmp_path: P
     assert apparent > (4e9 if few_bits else 8e9)
     if huge.data_in(base) > 0.1:
         pytest.skip("no holes in this file system")
-    (row,) = how_stored(str(base))
+    (row,) = how_stored(str(base), find_sites(empty_model(load_config(base))))
     assert row["weights"] == 6 * 129
     assert row["format"] == ("fp8 E4M3, a scale per block 128 × 128" if few_bits else "BF16")
     probe = huge.random_probe(shape, layers, experts)

@@ -493,7 +493,8 @@ def test_doctors_findings_are_json_on_demand(say: Any, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model")
     found = json.loads(say(folder, "--json").out)
     model = make_pico(max_position_embeddings=512)
-    assert found == json.loads(json.dumps(examine(model))) | {"model": folder}
+    stored = [{"format": "F32", "weights": 6, "an export": "adds the edit"}]
+    assert found == json.loads(json.dumps(examine(model))) | {"model": folder, "stored": stored}
     assert "self-check" not in found
     found = json.loads(say(folder, "--json", "--weights", "--dtype", "float32", "--device", "cpu").out)
     told = vars(self_check(model, thorough=True))

@@ -17,10 +17,7 @@ from ..errors import FileError, ModelError
 from ..files.reading import read_json
 from ..files.shards import Stored, open_shards
 from ..method.site import Site
-from ..models.architectures import Architecture, describe_as
 from ..models.gguf_config import without_vocabulary
-from ..models.load import empty_model, load_config
-from ..models.sites import find_sites
 from .formats.base import Held, Packed, Part
 from .formats.ggml import KINDS, Ggml
 from .formats.known import find_packed
@@ -95,37 +92,41 @@ def open_base(path: Path) -> Base:
     if path.suffix == ".gguf":
         tensors, architecture = _open_gguf(path)
         return Base(path.parent, {path.name: tensors}, {}, architecture)
-    config = path / "config.json"
-    settings: Any = None
-    if config.is_file():
+    return Base(path, open_shards(path), _settings(path / "config.json"))
+
+
+def _settings(config: Path) -> Mapping[str, Any]:
+    """The config's `quantization_config`; nothing if there is none, or no config that can be read."""
+    if not config.is_file():
+        return {}
+    try:
         whole = read_json(config)
-        whole = whole if isinstance(whole, dict) else {}
-        text = whole.get("text_config")
-        for holder in (whole, text if isinstance(text, dict) else {}):
-            settings = settings or holder.get("quantization_config") or holder.get("compression_config")
-    return Base(path, open_shards(path), settings if isinstance(settings, dict) else {})
+    except FileError:  # a damaged one is for the loader and for `verify` to report
+        return {}
+    whole = whole if isinstance(whole, dict) else {}
+    text = whole.get("text_config")
+    for holder in (whole, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(holder.get(key), dict):
+                return holder[key]
+    return {}
 
 
-def how_stored(model: str, architecture: Architecture | None = None) -> list[dict[str, Any]]:
-    """How the weights that would be edited lie in a local model's files: a row for each format; else nothing.
+def how_stored(model: str, sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """How the weights of sites lie in a local model's files: a row for each format; nothing if it has no files here.
 
     Args:
         model: a folder, a GGUF file, or a name on the Hub, of which nothing is said.
-
-    Raises:
-        FileError: its files are damaged. ModelError: it is not supported.
     """
     path = Path(model)
     in_shards = (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file()
     if not in_shards and not (path.suffix == ".gguf" and path.is_file()):
         return []
-    empty = empty_model(load_config(model))
-    if architecture is not None:
-        describe_as(empty, architecture)
-    base = open_base(path)
-    counts: Counter[tuple[str, str]] = Counter()
-    for site in find_sites(empty):
-        counts[_stored_as(base, site)] += 1
+    try:
+        base = open_base(path)
+    except (FileError, ModelError) as error:
+        return [{"format": f"cannot be read: {error.what}", "weights": len(sites), "an export": "is refused"}]
+    counts = Counter(_stored_as(base, site) for site in sites)
     return [{"format": title, "weights": count, "an export": does} for (title, does), count in counts.items()]
 
 
@@ -133,7 +134,7 @@ def _stored_as(base: Base, site: Site) -> tuple[str, str]:
     """The format of a site's weight, and what an export does with it."""
     try:
         packed = base.packed(site)
-    except FileError as error:
+    except (FileError, ModelError) as error:
         return f"{error.what}: {error.got}", "is refused: serve the edit as an adapter"
     if packed is not None:
         return packed.format.title, "rounds the edit to this format, and says what is left of it"
