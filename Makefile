@@ -46,7 +46,7 @@ lint: $(READY)
 	$(VENV)/bin/lint-imports
 
 docs: $(READY)
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 dist: test-wheel
 	rm -rf dist

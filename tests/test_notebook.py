@@ -45,7 +45,7 @@ class TestOnTheRealModel:
 
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         nbformat.validate(notebook)
-        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
         by_code = {cell["source"]: outputs(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"}
         (answers,) = [shown for code, shown in by_code.items() if "def answer" in code]
         lines = [line.strip() for line in answers.splitlines()]
