@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -40,9 +41,9 @@ class Score(Section):
         """The behaviour's attribute. A rate, unless a kind of score says otherwise."""
         return Measure("shown", title, better="higher", worst=0.0, best=1.0)
 
+    @abstractmethod
     def counted(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[float]:
         """A number for each answer; an answer that is no language counts for nothing."""
-        raise NotImplementedError
 
 
 def _of_each(asked: Sequence[Asked], shows: Callable[[Item, Outcome], bool]) -> list[float]:
