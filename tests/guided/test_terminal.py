@@ -178,7 +178,8 @@ def test_a_first_word_that_is_no_verb_is_taken_for_what_it_looks_like(
 def test_no_color_is_respected(without: bool, searched: Path, tmp_path: Path) -> None:
     shutil.copytree(searched, tmp_path / "run")
     variables = {"NO_COLOR": "1"} if without else {}
-    screen = Terminal(tmp_path, "export", "./run", **variables)
-    screen.end()
+    screen = Terminal(tmp_path, "edit", "./run", **variables)
+    assert screen.end()[0] == 0
+    assert "✓\u00a0edit" in plain(screen.raw)
     coloured = re.search(r"\x1b\[(?:[0-9]+;)*[349][0-7][;m]", screen.raw)
     assert (coloured is None) == without
