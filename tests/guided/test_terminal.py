@@ -108,10 +108,10 @@ def test_ctrl_c_while_the_cost_is_asked_leaves_nothing(recipe: Recipe, model: st
 def test_ctrl_c_in_the_search_gives_the_terminal_back_and_the_run_goes_on(model: str, tmp_path: Path) -> None:
     slow = tiny_recipe(
         model,
-        evaluation__new_tokens=200,
+        evaluation__new_tokens=60,
         evaluation__rows=1,
         evaluation__batch=2,
-        search__rho_attn=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+        search__rho_attn=[0.1, 0.2, 0.3],
     )
     screen = Terminal(tmp_path, model, "--recipe", _written(slow, tmp_path), "--yes", "--out", "runs/slow")
     screen.wait_for("4/8 search:")
