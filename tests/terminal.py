@@ -13,7 +13,7 @@ import pexpect
 
 # Colours, movements of the cursor, titles of windows.
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[=>78]")
-_SECONDS = 300
+_SECONDS = 600
 
 
 class Terminal:

@@ -108,10 +108,10 @@ def test_ctrl_c_while_the_cost_is_asked_leaves_nothing(recipe: Recipe, model: st
 def test_ctrl_c_in_the_search_gives_the_terminal_back_and_the_run_goes_on(model: str, tmp_path: Path) -> None:
     slow = tiny_recipe(
         model,
-        evaluation__new_tokens=200,
+        evaluation__new_tokens=60,
         evaluation__rows=1,
         evaluation__batch=2,
-        search__rho_attn=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+        search__rho_attn=[0.1, 0.2, 0.3],
     )
     screen = Terminal(tmp_path, model, "--recipe", _written(slow, tmp_path), "--yes", "--out", "runs/slow")
     screen.wait_for("4/8 search:")
@@ -178,7 +178,8 @@ def test_a_first_word_that_is_no_verb_is_taken_for_what_it_looks_like(
 def test_no_color_is_respected(without: bool, searched: Path, tmp_path: Path) -> None:
     shutil.copytree(searched, tmp_path / "run")
     variables = {"NO_COLOR": "1"} if without else {}
-    screen = Terminal(tmp_path, "export", "./run", **variables)
-    screen.end()
+    screen = Terminal(tmp_path, "edit", "./run", **variables)
+    assert screen.end()[0] == 0
+    assert "✓\u00a0edit" in plain(screen.raw)
     coloured = re.search(r"\x1b\[(?:[0-9]+;)*[349][0-7][;m]", screen.raw)
     assert (coloured is None) == without
