@@ -30,7 +30,7 @@ class Schedule(Section):
 class Lora(Schedule):
     """Of rank-1 LoRA on every linear map of the layers."""
 
-    learning_rate: list[Positive] = Field([1e-2], min_length=1)
+    learning_rate: list[Positive] = Field([3e-3], min_length=1)
     steps: list[Many] = Field([2, 4, 8, 16, 32], min_length=1)
 
 
