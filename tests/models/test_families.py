@@ -23,7 +23,7 @@ import oracle
 import steer2edit as s2e
 from conftest import VOCABULARY, make_tokenizer, make_traces
 from families import FAMILIES, MIXTURES, WINDOW, D, Row, make_family, make_model
-from steer2edit.artefacts.places import stored_name
+from steer2edit.artefacts.bases import open_base
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, ModelError
@@ -150,10 +150,10 @@ def test_the_sites_are_those_written_by_hand(case: Case) -> None:
 
 
 def test_the_files_hold_every_site_under_the_name_written_by_hand(case: Case) -> None:
+    base = open_base(case.folder)
     with safe_open(case.folder / "model.safetensors", "pt") as file:
-        names = set(file.keys())
         for site, row in zip(find_sites(case.model), case.rows, strict=True):
-            assert stored_name(site, names) == row.file
+            assert base.name(site) == row.file
             assert tuple(file.get_slice(row.file).get_shape()) == row.stored
 
 
