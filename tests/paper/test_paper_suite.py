@@ -16,10 +16,10 @@ from runs import command
 from sides import SENTENCE
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError
-from steer2edit.paper.facts import Training, paper_models
+from steer2edit.paper.facts import paper_models
 from steer2edit.paper.parts import FOLDER
 from steer2edit.paper.plan import SuitePlan, plan_suite
-from steer2edit.paper.rows import Front, PartResult, Tried
+from steer2edit.paper.rows import PartResult
 from steer2edit.paper.work import PAGE, SuiteResult, run_suite
 from steer2edit.pipeline.run import Run
 from steer2edit.progress import be_quiet
@@ -314,27 +314,33 @@ def test_a_gated_set_is_one_sentence_and_the_rest_is_kept(
 # The training baselines ----------------------------------------------------------------------------------------------
 
 
-def test_a_trainer_fills_the_training_table(model: str, tmp_path: Path) -> None:
-    asked: list[tuple[Path, Training]] = []
-
-    def train(run: Path, plan: Training) -> tuple[list[Tried], list[Front]]:
-        asked.append((run, plan))
-        known = PartResult.load(run / FOLDER / "trade_off.json")
-        lora = Tried("lora", "chosen", "lora-2", {"steps": 2, "learning_rate": 1e-4}, known.base.values)
-        return [known.base, lora], [Front("lora", 1, 6)]
-
+def test_training_is_a_part_of_its_own(model: str, tmp_path: Path) -> None:
     out = tmp_path / "suite"
-    first = plan_suite("truthfulness", out, model=model, profile="smoke", changes=FAST)
-    run_suite(first, out)
     plan = plan_suite("training", out, model=model, profile="smoke", changes=FAST)
+    assert plan.parts == ("training",)
     only = SuitePlan(plan.suite, plan.profile_name, plan.profile, plan.seeds, plan.runs[1:2])
-    result: SuiteResult = run_suite(only, out, train)
+    result: SuiteResult = run_suite(only, out)
     assert result.failures == {}
-    assert asked == [(out / "runs/model-truthfulness", plan.profile.training)]
     rows = [row for row in rows_of(out, "training") if row["method"] == "lora"]
     assert {row["configurations"] for row in rows} == {"1"}
-    assert {row["configuration"] for row in rows} == {"steps 2, learning_rate 0.0001"}
-    assert {row["rank"] for row in rows} == {""}  # it is the original model, and no method moves anything
+    assert {row["configuration"] for row in rows} == {"learning rate 0.001, steps 2"}
+    (tried,) = [row for row in result.parts["model-truthfulness", "training"].rows if row.method == "lora"]
+    assert all(
+        len(values) == len(result.parts["model-truthfulness", "training"].base.values[name])
+        for name, values in tried.values.items()
+    )
+    again = run_suite(only, out)  # nothing is trained or asked again
+    assert again.parts == result.parts
+
+
+def test_all_leaves_training_out_where_its_packages_are_missing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer2edit.training.course._PACKAGES", ("a_package_that_is_not_there",))
+    plan = plan_suite("all", tmp_path, model=model, profile="smoke", changes=FAST)
+    assert "training" not in plan.parts
+    with pytest.raises(FileError, match="needs the package a_package_that_is_not_there"):
+        plan_suite("training", tmp_path, model=model, profile="smoke", changes=FAST)
 
 
 # The command line ----------------------------------------------------------------------------------------------------
@@ -381,7 +387,11 @@ def test_a_plan_of_one_of_the_six_has_both_accelerators_and_this_cpu(
 def test_what_cannot_be_measured_ends_with_exit_code_2_and_keeps_the_page(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("paper", "training", "--model", model, "--profile", "smoke", "--out", tmp_path / "out", "--quiet")
+    def fails(*_: object) -> None:
+        raise FileError("the sweep cannot be measured", got="nothing", fix="Try again.")
+
+    monkeypatch.setattr("steer2edit.paper.work.measure_part", fails)
+    arguments = ("paper", "truthfulness", "--model", model, "--profile", "smoke", "--out", tmp_path / "out", "--quiet")
     code = command(monkeypatch, *arguments, "--set", "evaluation.resamples=40")
     seen = capsys.readouterr()
     assert code == 2

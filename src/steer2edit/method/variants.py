@@ -20,6 +20,8 @@ FULL: Variant = "full"
 PRESERVE: Variant = "preserve"
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+# The paper's method and its ablations.
+PAPERS: tuple[Variant, ...] = tuple(variant for variant in VARIANTS if variant != PRESERVE)
 
 # Variants with scores of their own; the others use the full method's scores.
 SCORED = ("k_mean", "k_svd", "g_dot")

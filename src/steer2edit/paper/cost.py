@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..behaviours.base import Item
-from ..method.variants import SCORED, VARIANTS
+from ..method.variants import PAPERS, SCORED
 from ..recipe import Recipe
 from ..searching.calibrate import RUNGS
 from ..searching.grid import coarse_grid, planned_edits
@@ -192,11 +192,11 @@ def part_work(part: Part, recipe: Recipe, profile: Profile, expected: float | No
     if part == "trade_off":
         return test.times(1 + min(profile.stars, edits) + steering_of(recipe.search, edits))
     if part == "ablations":
-        methods = len(VARIANTS) + 3  # each block type alone, and steering
+        methods = len(PAPERS) + 3  # each block type alone, and steering
         on_validation = _of(asked_on(recipe, "validation"), recipe, _length(recipe, expected))
         tried = 1 + methods * profile.ablations.points
         # Of each variant the same numbers; of every method one that is both its choice and at equal KL, or two.
-        on_test = 1 + len(VARIANTS) + 1.5 * methods
+        on_test = 1 + len(PAPERS) + 1.5 * methods
         return _calibration(recipe, methods) + on_validation.times(tried) + test.times(on_test)
     if part == "sensitivity":
         numbers = profile.sensitivity.values

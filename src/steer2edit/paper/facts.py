@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from ..errors import RecipeError
 from ..files.schema import Count, Many, Positive, Section, nearest, parse
 from ..searching.plan import Alpha, Rho
+from ..training.plan import Training
 
 # The paper's behaviours, as the suites name them.
 BEHAVIOURS = ("safety", "truthfulness", "efficiency")
@@ -110,14 +111,6 @@ class Sensitivity(Section):
     values: list[Positive]
     points: Many
     span: tuple[Positive, Positive]
-
-
-class Training(Section):
-    """The training baselines: what is trained, for how many steps, at which learning rates."""
-
-    methods: list[Literal["lora", "full"]]
-    steps: list[Many]
-    learning_rates: list[Positive]
 
 
 class Coarse(Section):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..method.variants import FULL, VARIANTS
+from ..method.variants import FULL, PAPERS
 from ..report.page import _markdown, interval_cell
 from .facts import BEHAVIOURS, published
 from .pooling import NONE, Draws, Number
@@ -37,7 +37,7 @@ def averages_of(ablations: Sequence[Of]) -> list[Average]:
     Args:
         ablations: the ablations of each model and behaviour.
     """
-    by_variant = {variant: _draws(ablations, variant) for variant in VARIANTS}
+    by_variant = {variant: _draws(ablations, variant) for variant in PAPERS}
     return [
         Average(variant, {name: d.number() for name, d in found.items()}, _published(ablations, variant))
         for variant, found in by_variant.items()

@@ -17,13 +17,14 @@ from typing import Any
 
 from ..behaviours.base import UTILITY_LOSS
 from ..edits import Scores
-from ..errors import Steer2EditError
+from ..errors import FileError, Steer2EditError
 from ..files.reading import read_json, sha256
-from ..method.variants import FULL, SCORED, VARIANTS, Variant
-from ..pipeline.names import CHOICE, SCORES
+from ..method.variants import FULL, PAPERS, SCORED, Variant
+from ..pipeline.names import CHOICE, SCORES, TRAINED_CHOICE
 from ..pipeline.reporting import read_study
 from ..pipeline.run import Run
 from ..pipeline.tasks import each_task
+from ..pipeline.trained import engine_on_test, is_trained, rounds_on_test
 from ..probing.score import score
 from ..progress import say, showing
 from ..searching.bench import Bench
@@ -192,7 +193,7 @@ def _ablations(work: _Work) -> PartResult:
     Every method gets as many strengths, whose KL per token lies on the same targets; what is reported on test is named
     on validation.
     """
-    scores = work.scores([variant for variant in VARIANTS if variant in SCORED])
+    scores = work.scores([variant for variant in PAPERS if variant in SCORED])
     ladders = _ladders(work, scores)
     bench = work.on_validation(scores)
     _climb(ladders, bench, "ablations")
@@ -201,7 +202,7 @@ def _ablations(work: _Work) -> PartResult:
         tried = list({c.id: c for some in points.values() for c, _ in some}.values())
         trials = {trial.candidate.id: trial for trial in bench.run([BASE, *tried], "ablations", progress)}
     wanted: list[Wanted] = [
-        (variant, "same numbers", edited(**_with_variant(work.config, variant)), None) for variant in VARIANTS
+        (variant, "same numbers", edited(**_with_variant(work.config, variant)), None) for variant in PAPERS
     ]
     fronts = []
     for method, some in points.items():
@@ -260,7 +261,7 @@ def _ladders(work: _Work, scores: Mapping[str, Scores]) -> dict[str, Ladder]:
     off = dict.fromkeys(set(rhos) - set(on))
     layers = config.get("layers")
     ladders: dict[str, Ladder] = {
-        variant: edit_ladder(scores, targets, config["alpha"], on, off, layers, variant) for variant in VARIANTS
+        variant: edit_ladder(scores, targets, config["alpha"], on, off, layers, variant) for variant in PAPERS
     }
     for block, name in ALONE.items():
         other = {"attn": "mlp", "mlp": "attn"}[block]
@@ -319,8 +320,49 @@ def _by_kl(work: _Work, scores: Mapping[str, Scores]) -> dict[str, list[tuple[Ca
     return {name: [*ladder.points()] for name, ladder in ladders.items()}
 
 
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+def _training(work: _Work) -> PartResult:
+    """The checkpoints that the run's rule took on validation, beside its edit and its steering, on test.
+
+    Utility tasks are not asked of checkpoints.
+    """
+    run = work.run
+    if not is_trained(run):
+        raise FileError("the training baselines are not whole", got=run.folder, fix="Run the suite again.")
+    trained = read_json(run.path(TRAINED_CHOICE))
+    bench = run.bench("test", work.journal("test"), engine_on_test(run), scores=work.scores())
+    beside = [
+        Candidate(brief["id"], kind, brief["config"]) for kind in ("edit", "steering") if (brief := work.choice[kind])
+    ]
+    rounds = {"test": [BASE, *beside], **rounds_on_test(run, bench)}
+    rows = []
+    for name, candidates in rounds.items():
+        with showing("training, test") as progress:
+            for trial in bench.run(candidates, name, progress):
+                c = trial.candidate
+                method = {"base": "original", "edit": FULL}.get(c.kind, c.kind)
+                rows.append(Tried(method, "original" if c is BASE else "chosen", c.id, dict(c.config), trial.values))
+    fronts = [
+        Front(
+            kind,
+            choice["tried"][kind],
+            choice["evaluations"][kind],
+            choice["hypervolume"][kind],
+            "" if choice.get(kind) else "none stays within the limits",
+            tuple(choice["front"].get(kind, ())),
+        )
+        for choice, kinds in ((work.choice, ("edit", "steering")), (trained, tuple(trained["tried"])))
+        for kind in kinds
+        if choice["tried"].get(kind)
+    ]
+    return PartResult(work.part, work.key, tuple(rows), tuple(fronts))
+
+
 _MEASURES: Mapping[str, Callable[[_Work], PartResult]] = {
     "trade_off": _trade_off,
     "ablations": _ablations,
     "sensitivity": _sensitivity,
+    "training": _training,
 }

@@ -12,6 +12,8 @@ from ..files.schema import nearest
 from ..models.embedded import EMBEDDED
 from ..pipeline.tasks import check_tasks
 from ..recipe import Recipe, overridden, parse_recipe
+from ..training.course import check_packages
+from ..training.plan import Training
 from .facts import BEHAVIOURS, PaperModel, Profile, known_model, paper_models, profile_named, short_name
 from .sets import composed, sets_of
 
@@ -69,7 +71,9 @@ class SuitePlan:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return SUITES[self.suite]
+        """What is measured; training only if the recipes ask for it."""
+        trained = any(planned.recipe.training.methods for planned in self.runs)
+        return tuple(part for part in SUITES[self.suite] if part != "training" or trained)
 
 
 def plan_suite(
@@ -110,12 +114,30 @@ def plan_suite(
     if data is not None and not Path(data).is_dir():
         raise FileError("the folder of the sets is not there", got=data, fix="Check --data.")
     count = sizes.seeds if seeds is None else seeds
+    training = sizes.training if _trains(suite) else None
     runs = [
-        _planned(name, key, behaviour, seed, count, sizes, data, Path(out), changes)
+        _planned(name, key, behaviour, seed, count, sizes, data, Path(out), changes, training)
         for name, key, behaviour in _pairs(suite, profile, model, like)
         for seed in range(count)
     ]
     return SuitePlan(suite, profile, sizes, count, tuple(runs))
+
+
+def _trains(suite: str) -> bool:
+    """Whether a suite trains: `all` only where the packages for it are installed.
+
+    Raises:
+        FileError: the suite is of training alone, and a package is not installed.
+    """
+    if "training" not in SUITES[suite]:
+        return False
+    try:
+        check_packages()
+    except FileError:
+        if suite == "training":
+            raise
+        return False
+    return True
 
 
 def _pairs(suite: str, profile: str, model: str | None, like: str | None) -> list[tuple[str, str | None, str]]:
@@ -149,12 +171,15 @@ def _planned(
     data: str | Path | None,
     out: Path,
     changes: Sequence[str],
+    training: Training | None,
 ) -> Planned:
     facts = paper_models().get(key or "")
     label = short_name(model) if key is None else key
     name = f"{label}-{behaviour}" + (f"-seed-{seed}" if seeds > 1 else "")
     own = facts if facts is not None and facts.behaviour == behaviour else None
     raw = _raw(name, model, behaviour, seed, profile, own)
+    if training is not None:
+        raw["training"] = training.model_dump(mode="json")
     notes: list[str] = []
     if data is not None:
         notes += _of_folder(raw, behaviour, profile, own, Path(data), out)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..behaviours.base import UTILITY_LOSS, Measure
-from ..method.variants import FULL, VARIANTS
+from ..method.variants import FULL, PAPERS
 from ..recipe import Recipe
 from ..report.page import describe
 from ..tasks.known import TASKS
@@ -225,7 +225,7 @@ def _task_titles(of: Of) -> dict[str, str]:
 def _published(of: Of, method: str, how: str) -> Mapping[str, float]:
     """The paper's numbers of a line: of the method and its variants as it chose them, no other baselines."""
     planned = of.planned[0]
-    if planned.facts is None or method not in VARIANTS or how not in ("chosen", "same numbers"):
+    if planned.facts is None or method not in PAPERS or how not in ("chosen", "same numbers"):
         return {}
     return published().models.get(planned.paper or "", {}).get(method, {})
 

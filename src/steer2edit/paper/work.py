@@ -22,11 +22,10 @@ from .facts import published
 from .figures import figure_of
 from .overall import averages_csv, averages_markdown, averages_of
 from .parts import measure_part
-from .plan import Part, Planned, SuitePlan
+from .plan import SUITES, Part, Planned, SuitePlan
 from .rows import PartResult
 from .side_effects import SideEffects, measure_side_effects, side_effects_csv, side_effects_markdown
 from .tables import Of, Table, table_of
-from .training import Train, require_trainer
 from .writing import csv_of, markdown_of
 
 PAGE = "paper.md"
@@ -60,19 +59,18 @@ class SuiteResult:
         self.first_error = self.first_error or error
 
 
-def run_suite(plan: SuitePlan, out: str | Path, train: Train | None = None) -> SuiteResult:
+def run_suite(plan: SuitePlan, out: str | Path) -> SuiteResult:
     """Every run and part of a suite, then the tables and figures of those that could be measured.
 
     Args:
         out: a directory; `runs/` in it holds the runs.
-        train: measures the training baselines; without it they are left out, and the page says so.
     """
     out, result = Path(out), SuiteResult()
     for number, planned in enumerate(plan.runs, start=1):
         say(f"run {number} of {len(plan.runs)}: {planned.name}")
-        _run(planned, plan, out, train, result)
+        _run(planned, plan, out, result)
     side_effects = _side_effects(plan, out, result) if plan.suite == "all" else None
-    _write(plan, out, result, side_effects, set(plan.parts) - set(_parts(plan, train)))
+    _write(plan, out, result, side_effects, set(SUITES[plan.suite]) - set(plan.parts))
     return result
 
 
@@ -80,7 +78,7 @@ def run_of(out: Path, planned: Planned) -> Run:
     return Run(out / "runs" / planned.name, planned.recipe)
 
 
-def _run(planned: Planned, plan: SuitePlan, out: Path, train: Train | None, result: SuiteResult) -> None:
+def _run(planned: Planned, plan: SuitePlan, out: Path, result: SuiteResult) -> None:
     run = run_of(out, planned)
     try:
         run_all(run)
@@ -89,25 +87,11 @@ def _run(planned: Planned, plan: SuitePlan, out: Path, train: Train | None, resu
     if not run.is_whole("edit"):
         return
     with run.working():
-        for part in _parts(plan, train):
+        for part in plan.parts:
             try:
-                measured = (
-                    _trained(run, plan, train) if part == "training" else measure_part(part, run, planned, plan.profile)
-                )
-                result.parts[planned.name, part] = measured
+                result.parts[planned.name, part] = measure_part(part, run, planned, plan.profile)
             except Steer2EditError as error:
                 result.failed(f"{planned.name}, {TITLES[part].lower()}", error)
-
-
-def _parts(plan: SuitePlan, train: Train | None) -> list[Part]:
-    """What is measured: `all` leaves out the training baselines where nothing trains, which the page says."""
-    without = plan.suite == "all" and train is None
-    return [part for part in plan.parts if not (without and part == "training")]
-
-
-def _trained(run: Run, plan: SuitePlan, train: Train | None) -> PartResult:
-    rows, fronts = require_trainer(train)(run.folder, plan.profile.training)
-    return PartResult("training", run.keys["evaluate"], tuple(rows), tuple(fronts))
 
 
 def _side_effects(plan: SuitePlan, out: Path, result: SuiteResult) -> SideEffects | None:
@@ -162,7 +146,7 @@ def _write(
         _file(out / "tables" / "side_effects.csv", side_effects_csv(side_effects), result)
         _file(out / "tables" / "side_effects.md", text, result)
         page += [f"# {TITLES['side_effects']}", "", text]
-    missing = [f"- {TITLES[part]}: nothing that trains comes with this installation." for part in sorted(left_out)]
+    missing = [f"- {TITLES[part]}: they need pip install 'steer2edit[train]'." for part in sorted(left_out)]
     missing += [f"- {name}: {why}" for name, why in result.failures.items()]
     if missing:
         page += ["# Not measured", "", *missing, ""]
