@@ -316,6 +316,6 @@ def test_a_score_that_cannot_be_used_is_refused(value: dict[str, Any], said: str
     assert said in str(error.value)
 
 
-def test_a_score_without_a_rule_counts_nothing() -> None:
-    with pytest.raises(NotImplementedError):
-        Score().counted(_asked("a"))
+def test_a_score_without_a_rule_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Score()  # type: ignore[abstract]

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from steer2edit.errors import RecipeError
-from steer2edit.method.variants import VARIANTS
+from steer2edit.method.variants import PAPERS
 from steer2edit.models.load import empty_model
 from steer2edit.paper.facts import (
     BEHAVIOURS,
@@ -63,12 +63,12 @@ def test_every_model_has_every_variant_and_table_3_is_the_mean_of_tables_4_to_6(
     assert set(tables.models) == set(paper_models())
     for behaviour, utility in zip(BEHAVIOURS[:2], ("utility_safety", "utility_truthfulness"), strict=True):
         of_behaviour = [tables.models[name] for name, model in paper_models().items() if model.behaviour == behaviour]
-        for variant in VARIANTS:
+        for variant in PAPERS:
             for column, measure in ((behaviour, "attribute"), (utility, "utility")):
                 mean = sum(model[variant][measure] for model in of_behaviour) / 2
                 assert tables.overall[variant][column] == pytest.approx(mean, abs=0.006)
     lengths = [tables.models[name] for name, model in paper_models().items() if model.behaviour == "efficiency"]
-    for variant in VARIANTS:
+    for variant in PAPERS:
         score = sum(min(1, m["full"]["attribute"] / m[variant]["attribute"]) for m in lengths) / 2
         assert tables.overall[variant]["efficiency"] == pytest.approx(score, abs=0.006)
 

@@ -12,7 +12,7 @@ import pytest
 
 from runs import tiny_recipe
 from steer2edit.errors import FileError
-from steer2edit.method.variants import VARIANTS
+from steer2edit.method.variants import PAPERS
 from steer2edit.paper.figures import figure_of
 from steer2edit.paper.overall import averages_csv, averages_markdown, averages_of
 from steer2edit.paper.plan import Planned
@@ -212,7 +212,7 @@ def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
 def of_behaviour(behaviour: str, paper: str | None, lengths: dict[str, float] | None = None) -> Of:
     """Ablations of one model: 20 + 2·i of 40 items under the i-th variant, or lengths in tokens."""
     rows = [tried("original", "original", 4, 0.0, {})]
-    for i, variant in enumerate(VARIANTS):
+    for i, variant in enumerate(PAPERS):
         row = tried(variant, "same numbers", 20 + 2 * i, gsm8k=10)
         if lengths is not None:
             row = replace(row, values={"tokens": (lengths[variant],) * ITEMS})
@@ -226,14 +226,14 @@ def of_behaviour(behaviour: str, paper: str | None, lengths: dict[str, float] | 
 
 
 def test_the_overall_table_averages_models_and_then_behaviours() -> None:
-    lengths = {variant: 100.0 * (1 + i) for i, variant in enumerate(VARIANTS)}
+    lengths = {variant: 100.0 * (1 + i) for i, variant in enumerate(PAPERS)}
     ablations = [
         of_behaviour("safety", "llama-2-7b-chat"),
         of_behaviour("safety", "mistral-7b-instruct-v0.2"),
         of_behaviour("efficiency", "qwen3-4b-thinking-2507", lengths),
     ]
     averages = {average.variant: average for average in averages_of(ablations)}
-    assert list(averages) == list(VARIANTS)
+    assert list(averages) == list(PAPERS)
     numbers = averages["k_mean"].numbers
     assert numbers["safety"].mean == pytest.approx(22 / 40)
     assert numbers["efficiency"].mean == pytest.approx(100 / 200)

@@ -63,7 +63,7 @@ def test_a_card_says_what_it_is_made_from_how_and_what_was_measured(
         "ρ_attn 0.24, ρ_mlp off",
         "α 0.4, strength 0.5",
         "highest refusal",
-        "over-refusal (benign) ≤ 0.25, over-refusal (looks harmful) ≤ 0.35",
+        "over-refusal (benign) ≤ 0.15, over-refusal (looks harmful) ≤ 0.2",
         edit.id,
         "0 of 4 MLP neurons",
         "limits",
