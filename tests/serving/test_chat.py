@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,32 @@ def test_a_run_that_edits_some_layers_goes_on_editing_those(talking: Conversatio
     kept = Source("kept", whole.edit.only(layers=[1]), whole.scores, layers="1-1")
     edits = Conversation(talking.worker, [kept]).edits(Settings({"kept": 1.0}, budget=Budget(0.1, 0.1, 0.0)))
     assert {site.site.layer for site in edits[0].edited().values()} == {1}
+
+
+def test_a_run_that_preserves_goes_on_preserving(
+    talking: Conversation, pico: Any, tokenizer: Any, traces: Any, tmp_path: Path
+) -> None:
+    model = pico()
+    scores = s2e.score(model, s2e.collect(model, tokenizer, *traces, preserve=[""]))
+    edit = scores.edit(rho_attn=0.3, rho_mlp=None, alpha=0.1, layers="1-2", preserve=0.2).with_strength(0.5)
+    kept = Source("kept", edit, scores, layers="1-2")
+    other = kept.with_budget(rho_attn=0.2, rho_mlp=None, alpha=0.0)
+    expected = scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, layers="1-2", preserve=0.2).with_strength(0.5)
+    assert other.id == expected.id
+    assert other.id != scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, layers="1-2").with_strength(0.5).id
+    assert kept.with_budget(rho_attn=0.3, rho_mlp=None, alpha=0.1).id == edit.id  # its own budget is its own edit
+    assert Conversation(talking.worker, [kept]).budget == Budget(0.3, None, 0.1)
+    # The file alone holds no evidence: only its strength can be changed.
+    assert Conversation(talking.worker, [Source("file", edit)]).budget is None
+
+
+def test_a_saved_part_of_a_recipe_names_layers_and_variant(talking: Conversation) -> None:
+    whole = talking.sources[0].edit
+    assert isinstance(whole, s2e.Edit)
+    varied = replace(whole, config={**whole.config, "variant": "g_dot"})
+    one = Conversation(talking.worker, [Source("one", varied, layers="1-1")])
+    part = yaml.safe_load(one.fragment(one.defaults()))
+    assert (part["search"]["layers"], part["search"]["variants"]) == (["1-1"], ["g_dot"])
 
 
 def test_who_stops_listening_frees_the_rows(talking: Conversation) -> None:

@@ -63,20 +63,19 @@ def firing(edit: Part, evidence: Evidence) -> list[Firing]:
     pushed, probed = push(edit, evidence), _probed(edit, evidence)
     scale = float(pushed[evidence.positive].mean())
     groups = dict.fromkeys((row.label, row.group) for row in evidence.rows)
-    found = []
+    parts = range(len(PARTS))
+    table = []
     for label, group in sorted(groups, key=lambda of: (of[0] != "positive", of[1])):
-        mine = [
-            torch.tensor([(r.label, r.group, r.part) == (label, group, p) for r in evidence.rows]) for p in (0, 1, 2)
-        ]
-        others = [torch.tensor([r.label == "positive" and r.part == p for r in evidence.rows]) for p in (0, 1, 2)]
+        mine = [torch.tensor([(r.label, r.group, r.part) == (label, group, p) for r in evidence.rows]) for p in parts]
+        others = [torch.tensor([r.label == "positive" and r.part == p for r in evidence.rows]) for p in parts]
         means = tuple(float(pushed[m].mean()) / scale if scale and m.any() else None for m in mine)
         aucs: list[tuple[float | None, ...]] = [
             tuple(None if label == "positive" else _auc(of[o], of[m]) for m, o in zip(mine, others, strict=True))
             for of in (pushed, probed)
         ]
         responses = len({row.response for row in evidence.rows if (row.label, row.group) == (label, group)})
-        found.append(Firing(label, group, responses, means, *aucs))
-    return found
+        table.append(Firing(label, group, responses, means, *aucs))
+    return table
 
 
 def _probed(edit: Part, evidence: Evidence) -> Tensor:

@@ -121,8 +121,9 @@ def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, epsilon:
         a = argmin_a  E₊[(aᵀh − t)²] + E₋[(aᵀh)²] + ε s̄ ‖a − a₀‖²,      t = E₊[a₀ᵀh]
           = (S + ε s̄ I)⁻¹ (t m₊ + ε s̄ a₀),      S = E[h hᵀ],  m₊ = E₊[h],  s̄ = tr S / (n·c)
 
-    A ridge regression around a₀ (docs/preserve.md has the proof). It is linear in a₀, so that a strength scales both
-    rows alike; ε → ∞ gives a₀, the paper's edit. With fewer rows than columns the system is solved for the rows.
+    Here E = E₊ + E₋, in which each side weighs one half; t is the mean over the positive rows alone. The row is a ridge
+    regression around a₀ (docs/preserve.md has the proof). It is linear in a₀, so that a strength scales both rows
+    alike; ε → ∞ gives a₀, the paper's edit. With fewer rows than columns the system is solved for the rows.
 
     Args:
         a0: [n·c] fp32. h: [rows, n·c]. weights: [rows]. positive: [rows] bool. epsilon: above 0.

@@ -14,7 +14,6 @@ from ..engines.base import GREEDY, Sampling
 from ..errors import EditError, FileError
 from ..files.writing import write_text
 from ..method.intervention import NOTHING, Intervention, steering
-from ..method.site import layers_of
 from ..searching.candidates import TITLES, steering_vectors
 from .catalogue import mixed
 from .sources import Source
@@ -90,7 +89,7 @@ class Conversation:
             return None
         budget = Budget(edit.config["rho_attn"], edit.config["rho_mlp"], edit.config["alpha"])
         try:
-            edit.with_budget(rho_attn=budget.rho_attn, rho_mlp=budget.rho_mlp, alpha=budget.alpha)
+            self.sources[0].with_budget(rho_attn=budget.rho_attn, rho_mlp=budget.rho_mlp, alpha=budget.alpha)
         except EditError:
             return None
         return budget
@@ -108,8 +107,7 @@ class Conversation:
             edit = source.edit
             if i == 0 and settings.budget is not None and isinstance(edit, Edit):
                 b = settings.budget
-                edit = edit.with_budget(rho_attn=b.rho_attn, rho_mlp=b.rho_mlp, alpha=b.alpha)
-                edit = edit if source.layers is None else edit.only(layers=layers_of(source.layers))
+                edit = source.with_budget(rho_attn=b.rho_attn, rho_mlp=b.rho_mlp, alpha=b.alpha)
             if strength:
                 acting += [part.with_strength(strength * part.strength) for part in edit.parts]
         return acting
@@ -193,7 +191,10 @@ class Conversation:
         (edits[0] if len(edits) == 1 else combine(*edits)).save(path)
 
     def fragment(self, settings: Settings) -> str:
-        """The part of a recipe that tries this ρ, α and γ alone. A strength has no place in a recipe."""
+        """The part of a recipe that tries this ρ, α and γ alone, in the run's layers and variant.
+
+        A strength has no place in a recipe.
+        """
         budget = settings.budget or self.budget
         search: dict[str, object] = {"steering": [settings.gamma] if settings.gamma else []}
         if budget is not None:
@@ -201,5 +202,10 @@ class Conversation:
             rho = {"rho_attn": budget.rho_attn, "rho_mlp": budget.rho_mlp}
             search |= {name: [False if value is None else value] for name, value in rho.items()}
             search["alpha"] = [budget.alpha]
+            first = self.sources[0]
+            if first.layers is not None:
+                search["layers"] = [first.layers]
+            if isinstance(first.edit, Edit) and "variant" in first.edit.config:
+                search["variants"] = [first.edit.config["variant"]]
         strengths = ", ".join(f"{name} {strength:g}" for name, strength in settings.strengths.items())
         return f"# strength: {strengths}\n" + yaml.safe_dump({"search": search}, sort_keys=False)

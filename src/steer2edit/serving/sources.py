@@ -9,9 +9,11 @@ from typing import Any
 
 from ..edits import Combination, Edit, Scores, load_any
 from ..engines.plan import Model
-from ..errors import FileError, ModelError, RecipeError
+from ..errors import EditError, FileError, ModelError, RecipeError
 from ..files.reading import read_json
 from ..files.schema import parse
+from ..method.site import layers_of
+from ..method.variants import PRESERVE
 from ..models.embedded import EMBEDDED, HUB_NAMES
 from ..recipe import load_recipe
 
@@ -40,6 +42,24 @@ class Source:
 
     def __repr__(self) -> str:
         return f"Source({self.name!r}, {self.edit!r})"
+
+    def with_budget(self, *, rho_attn: float | None, rho_mlp: float | None, alpha: float) -> Edit:
+        """The edit at another (ρ, α), in the layers that the run edits and preserving what the run preserves.
+
+        Raises:
+            EditError: ρ ≤ 0 or α outside [0, 1), or the edit has no (ρ, α) to change.
+        """
+        edit = self.edit
+        if not isinstance(edit, Edit):
+            raise EditError("a combination has no (ρ, α) to change", got=edit.id, fix="Change its strength.")
+        if PRESERVE in edit.config and self.scores is not None:  # the file alone does not hold the evidence
+            epsilon = edit.config[PRESERVE]
+            other = self.scores.edit(
+                rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha, layers=self.layers, preserve=epsilon
+            )
+            return other.with_strength(edit.strength)
+        other = edit.with_budget(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)
+        return other if self.layers is None else other.only(layers_of(self.layers))
 
     @property
     def base(self) -> str | None:
