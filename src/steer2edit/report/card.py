@@ -84,7 +84,8 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
 
     Args:
         choice: a run's `choice.json`. results: its `evaluation/results.json`.
-        kind: "adapter", "checkpoint", "gguf", "edit": the file alone, or "steering": the baseline, as biases of a checkpoint.
+        kind: "adapter", "checkpoint", "gguf", "edit": the file alone, or "steering": the baseline, as biases of a
+            checkpoint.
     """
     base = base_name(recipe.model.name)
     header = ModelCardData(

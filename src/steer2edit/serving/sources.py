@@ -74,7 +74,8 @@ def open_source(text: str) -> Source:
     """Opens an edit file or a run directory.
 
     Args:
-        text: its path, or `gallery:NAME`, or NAME=PATH. Without a name an edit file has that of the file, a run that of its folder.
+        text: its path, or `gallery:NAME`, or NAME=PATH. Without a name an edit file has that of the file, a run that of
+            its folder.
 
     Raises:
         FileError: there is no edit. RecipeError: the name has a sign in it that means something.
