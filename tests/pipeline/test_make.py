@@ -209,9 +209,15 @@ def test_a_score_is_the_attribute_of_the_run(
     answers = read_jsonl(out / "evaluation/answers.jsonl")
     assert results["systems"]["base"]["tokens"]["n"] == len(answers) == 4
     assert 0 < results["systems"]["base"]["tokens"]["mean"] <= 4
-    recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
-    assert recipe["behaviour"]["score"] == {"length": "lower", "longest": 4.0}
-    assert (recipe["behaviour"]["new_tokens"], recipe["evaluation"]["new_tokens"]) == (128, 128)
+    behaviour = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["behaviour"]
+    assert behaviour["score"] == {"length": "lower", "longest": 4.0}
+
+
+@pytest.mark.parametrize(("score", "tokens"), [("{length: lower}", 128), ("{phrases: [ahoy]}", 48)])
+def test_answers_whose_tokens_are_counted_are_cut_later(score: str, tokens: int) -> None:
+    recipe = made_recipe("m", "Be brief.", "Be long.", name="brief", score=score)
+    assert recipe.behaviour.new_tokens == tokens
+    assert (recipe.evaluation.new_tokens == 128) == (tokens == 128)
 
 
 CODE = """
