@@ -469,6 +469,6 @@ def meetings(edit: AnyEdit) -> list[dict[str, Any]]:
 
 
 def load_any(path: str | Path) -> Edit | Combination:
-    """The edit or the combination that a file holds. Raises FileError as `Edit.load` does."""
+    """The edit or the combination that a file, or `gallery:NAME`, holds. Raises FileError as `Edit.load` does."""
     kind = read_header(path).get("kind")
     return Combination.load(path) if kind == "combination" else Edit.load(path)

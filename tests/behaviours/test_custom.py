@@ -440,6 +440,17 @@ def test_a_contrast_in_length_goes_by_what_is_better() -> None:
         custom(**sides, score={"length": "higher"}).make_traces(FakeEngine(answer), items)
 
 
+def test_answers_that_were_cut_are_counted_where_there_is_no_contrast_in_length() -> None:
+    items = _items("one", "two", "three")
+    cut = custom(score={"length": "lower"}, new_tokens=7)
+    with pytest.raises(TraceError, match=r"6 of 6 were cut at 7 tokens, which behaviour\.new_tokens raises"):
+        cut.make_traces(FakeEngine(lambda *_: "word " * 30), items)
+    whole = custom(score={"length": "lower"}, new_tokens=500)
+    with pytest.raises(TraceError) as error:
+        whole.make_traces(FakeEngine(lambda *_: "word " * 30), items)
+    assert "cut" not in str(error.value)
+
+
 def test_equal_answers_are_counted_where_preference_measures(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine(lambda prompt, _: "Well then." if "same" in prompt else _loud(prompt))
     custom().make_traces(engine, _items("one", "same two", "same three"))

@@ -213,6 +213,13 @@ def test_a_score_is_the_attribute_of_the_run(
     assert behaviour["score"] == {"length": "lower", "longest": 4.0}
 
 
+@pytest.mark.parametrize(("score", "tokens"), [("{length: lower}", 128), ("{phrases: [ahoy]}", 48)])
+def test_answers_whose_tokens_are_counted_are_cut_later(score: str, tokens: int) -> None:
+    recipe = made_recipe("m", "Be brief.", "Be long.", name="brief", score=score)
+    assert recipe.behaviour.new_tokens == tokens
+    assert (recipe.evaluation.new_tokens == 128) == (tokens == 128)
+
+
 CODE = """
 from pathlib import Path
 with open(Path(__file__).with_suffix(".ran"), "a") as file:

@@ -21,7 +21,7 @@ from ..probing.traces import Label, Trace
 from ..progress import say
 from .base import AUTOMATIC, SPLITS, WEAK_AGREEMENT, Behaviour, Item, Measure, Outcome, Source, Split
 from .contrast import Pair, Side, divided, divided_files, read_pairs, read_prompts
-from .measures import MARGIN, PREFERENCE, Python, Score, score_of
+from .measures import MARGIN, PREFERENCE, Length, Python, Score, score_of
 from .prompts import BUILTIN, data_path, key_of
 from .writers import write_responses
 
@@ -247,9 +247,17 @@ class Custom(Behaviour):
             return
         raise TraceError(
             f"the model does not follow the two instructions: there is no contrast in {measure.title}",
-            got=f"{shown[0]:.2f} under `more` and {shown[1]:.2f} under `less`, of {len(items)} answers each",
+            got=f"{shown[0]:.2f} under `more` and {shown[1]:.2f} under `less`, of {len(items)} answers each"
+            f"{self._cut(asked)}",
             fix=_WHAT_TO_DO,
         )
+
+    def _cut(self, asked: Sequence[tuple[Item, Outcome]]) -> str:
+        """Of a score that counts tokens how many answers were cut, since those all count the same."""
+        cut = sum(outcome.tokens >= self.new_tokens for _, outcome in asked)
+        if not isinstance(self.score, Length) or not cut:
+            return ""
+        return f"; {cut} of {len(asked)} were cut at {self.new_tokens} tokens, which behaviour.new_tokens raises"
 
     def check_contrast(self, agreement: float) -> None:
         """Of responses under two instructions: written ones are as their author wants them."""

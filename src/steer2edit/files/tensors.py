@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError
+from .gallery import edit_file
 from .writing import replacing
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the tensors and the header that `write_tensors` wrote.
+    """Reads the tensors and the header that `write_tensors` wrote; the path may be `gallery:NAME`.
 
     Args:
         kind: the `kind` that the header must have, such as "probe", "scores" or "edit".
@@ -42,7 +43,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     import torch
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = edit_file(path)
     if not path.is_file():
         raise FileError(f"no {kind} file", got=path, fix="Check the path.")
     try:
@@ -73,7 +74,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """Reads the header that `write_tensors` wrote, without the tensors."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    path = edit_file(path)
+    if not path.is_file():
         raise FileError("no such file", got=path, fix="Check the path.")
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -13,6 +13,9 @@ from ..errors import RecipeError
 from ..recipe import Recipe, parse_recipe
 from ..report.page import shortened
 
+# How long answers may be whose tokens are counted.
+LENGTH_TOKENS = 128
+
 
 def made_recipe(
     model: str,
@@ -50,6 +53,10 @@ def made_recipe(
         "behaviour": behaviour,
         "data": {} if prompts is None else {"prompts": prompts},
     }
+    if isinstance(behaviour.get("score"), dict) and "length" in behaviour["score"]:
+        # Answers that are cut all have one length, so that a score of tokens sees nothing of them.
+        behaviour["new_tokens"] = LENGTH_TOKENS
+        raw["evaluation"] = {"new_tokens": LENGTH_TOKENS}
     return parse_recipe(raw)
 
 

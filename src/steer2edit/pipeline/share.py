@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ..edits import Edit, load_any
 from ..errors import FileError, Steer2EditError
+from ..files.gallery import folder_of, is_of_gallery
 from ..files.reading import read_json
 from ..files.writing import replacing_folder
 from ..progress import say
@@ -104,7 +105,7 @@ def reproduce(source: Path | str, work: Path, trust_code: bool = False) -> dict[
     """Makes an edit again, from its recipe: traces, probe and scores, then the configuration that was chosen.
 
     Args:
-        source: a run, a folder that `write_share` wrote, or a repository of the Hub.
+        source: a run, a folder that `write_share` wrote, `gallery:NAME`, or a repository of the Hub.
         work: where it is made; a run directory, so that what was stopped goes on.
 
     Returns:
@@ -147,6 +148,8 @@ def reproduce(source: Path | str, work: Path, trust_code: bool = False) -> dict[
 
 
 def _folder(source: Path | str) -> Path:
+    if is_of_gallery(source):
+        return folder_of(source)
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download

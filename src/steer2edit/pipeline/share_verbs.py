@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from ..progress import be_quiet
+from .options import Json, console, print_json
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
     app.command()(push)
     app.command()(reproduce)
+    app.command()(gallery)
 
 
 def push(
@@ -39,7 +41,9 @@ def push(
 
 
 def reproduce(
-    source: Annotated[str, typer.Argument(metavar="FOLDER|REPO", help="A run, or what `push` wrote, here or there.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FOLDER|REPO", help="A run, what `push` wrote, here or there, or gallery:NAME.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Where it is made again; a stopped one goes on.")] = Path(
         "runs/reproduced"
     ),
@@ -47,7 +51,7 @@ def reproduce(
         bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")] = False,
+    json: Json = False,
 ) -> None:
     """Make an edit again from its recipe, and say tensor by tensor whether it is the same; exit code 1 if not."""
     from .share import reproduce as again
@@ -55,9 +59,7 @@ def reproduce(
     be_quiet(quiet)
     result = again(source, out, trust_recipe_code)
     if json:
-        from json import dumps
-
-        print(dumps(result, indent=2))
+        print_json(result)
     else:
         for name, word in {**result["tensors"], **result.get("adapter", {})}.items():
             print(f"{name}: {word if isinstance(word, str) else f'differs by {word:.1e}'}")
@@ -66,3 +68,15 @@ def reproduce(
         else:
             print("not the same, but close: at most 1e-4 off" if result["close"] else "NOT the same")
     sys.exit(0 if result["same"] else 1)
+
+
+def gallery(json: Json = False) -> None:
+    """List the edits that come with the package, and what they measured; `gallery:NAME` is the path of one."""
+    from ..report.gallery import gallery_rows, gallery_table
+
+    rows = gallery_rows()
+    if json:
+        print_json(rows)
+        return
+    console().print(gallery_table(rows))
+    print("Try one with `steer2edit chat gallery:NAME`; `apply` writes it as a checkpoint or an adapter.")

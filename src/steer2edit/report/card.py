@@ -31,6 +31,8 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
     "gguf": """With llama.cpp, on a GGUF file of BASE:
 
     llama-cli -m MODEL.gguf --lora adapter.gguf""",
+    "edit": """    steer2edit chat THIS_FILE
+    steer2edit apply BASE THIS_FILE --to edited/    # a checkpoint; --as adapter, gguf""",
 }
 
 # The embedded model is rounded, and what was measured is what is to be loaded.
@@ -51,15 +53,23 @@ _WHAT = {
     "adapter": "A LoRA adapter",
     "checkpoint": "A checkpoint",
     "gguf": "A LoRA adapter for llama.cpp",
+    "edit": "An edit",
     "steering": "A checkpoint",
 }
 
-_LIBRARY = {"adapter": "peft", "checkpoint": "transformers", "gguf": "gguf", "steering": "transformers"}
+_LIBRARY = {
+    "adapter": "peft",
+    "checkpoint": "transformers",
+    "gguf": "gguf",
+    "edit": "steer2edit",
+    "steering": "transformers",
+}
 
 _TAGS = {
     "adapter": ["model-editing", "lora"],
     "checkpoint": ["model-editing"],
     "gguf": ["model-editing", "lora", "llama-cpp"],
+    "edit": ["model-editing"],
     "steering": [],
 }
 
@@ -74,7 +84,8 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
 
     Args:
         choice: a run's `choice.json`. results: its `evaluation/results.json`.
-        kind: "adapter", "checkpoint", "gguf", or "steering": the baseline, as biases of a checkpoint.
+        kind: "adapter", "checkpoint", "gguf", "edit": the file alone, or "steering": the baseline, as biases of a
+            checkpoint.
     """
     base = base_name(recipe.model.name)
     header = ModelCardData(
@@ -102,7 +113,8 @@ def model_card(recipe: Recipe, edit: Edit, choice: Mapping[str, Any], results: M
     embedded = recipe.model.name == EMBEDDED
     quantised = _ROUNDED if embedded else ""
     tasks = "".join(f"{line}\n" for line in task_lines(results))
-    use = _USE_EMBEDDED if embedded and kind == "adapter" else _USE[kind].replace("BASE", base)
+    loaded = EMBEDDED if embedded and kind == "edit" else base
+    use = _USE_EMBEDDED if embedded and kind == "adapter" else _USE[kind].replace("BASE", loaded)
     return f"""---
 {header.to_yaml()}
 ---

@@ -10,6 +10,7 @@ from typing import Any
 from ..edits import Combination, Edit, Scores, load_any
 from ..engines.plan import Model
 from ..errors import EditError, FileError, ModelError, RecipeError
+from ..files.gallery import GALLERY, folder_of
 from ..files.reading import read_json
 from ..files.schema import parse
 from ..method.site import layers_of
@@ -73,7 +74,8 @@ def open_source(text: str) -> Source:
     """Opens an edit file or a run directory.
 
     Args:
-        text: its path, or NAME=PATH. Without a name an edit file has that of the file, a run that of its folder.
+        text: its path, or `gallery:NAME`, or NAME=PATH. Without a name an edit file has that of the file, a run that of
+            its folder.
 
     Raises:
         FileError: there is no edit. RecipeError: the name has a sign in it that means something.
@@ -81,7 +83,8 @@ def open_source(text: str) -> Source:
     name, equals, place = text.partition("=")
     path = Path(place if equals and not Path(text).exists() else text)
     if path == Path(text):
-        name = path.resolve().name if path.is_dir() else path.stem
+        name = path.resolve().name if path.is_dir() else path.stem.removeprefix(GALLERY)
+    path = folder_of(path)
     if not name or name == BASE or any(sign in name for sign in (STRENGTH, AND)) or not name.isprintable():
         raise RecipeError(
             "an edit cannot be served under that name",
