@@ -4,7 +4,7 @@ What each entry holds is what `steer2edit reproduce gallery:NAME` needs and what
 recipe, what was chosen and what it measured on test prompts. Some forty minutes on two cores; a run that is finished
 already, in runs/NAME, is taken as it is.
 
-Run: python benchmarks/gallery.py [RECIPE …]
+Run: python benchmarks/gallery.py [RECIPE …]      RECIPE=FOLDER takes the finished run in a folder
 """
 
 from __future__ import annotations
@@ -32,24 +32,28 @@ KEPT = {
 
 
 def main() -> None:
-    for name in sys.argv[1:] or shipped_recipes():
-        run = Path("runs") / load_recipe(name).name
-        subprocess.run([sys.executable, "-m", "steer2edit", "run", name, "--out", str(run)], check=True)
+    for asked in sys.argv[1:] or shipped_recipes():
+        name, _, given = asked.partition("=")
+        run = Path(given) if given else Path("runs") / load_recipe(name).name
+        if not given:
+            subprocess.run([sys.executable, "-m", "steer2edit", "run", name, "--out", str(run)], check=True)
         if not (run / gallery.EDIT).is_file():
             print(f"{name}: nothing was chosen, so that it has no place in the gallery")
             continue
-        (SHELF / name).mkdir(parents=True, exist_ok=True)
-        for kept, made in KEPT.items():
-            shutil.copyfile(run / made, SHELF / name / kept)
-        card = model_card(
-            load_recipe(run / gallery.RECIPE),
-            Edit.load(run / gallery.EDIT),
-            read_json(run / gallery.CHOICE),
-            read_json(run / KEPT[gallery.RESULTS]),
-            "edit",
-        )
-        write_text(SHELF / name / gallery.CARD, card.replace("THIS_FILE", f"gallery:{name}"))
-        print(f"{name}: {(SHELF / name / gallery.EDIT).stat().st_size / 1e6:.2f} MB")
+        add(name, run)
+
+
+def add(name: str, run: Path) -> None:
+    """Puts a finished run's edit into the gallery."""
+    folder = SHELF / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for kept, made in KEPT.items():
+        shutil.copyfile(run / made, folder / kept)
+    recipe, edit = load_recipe(folder / gallery.RECIPE), Edit.load(folder / gallery.EDIT)
+    choice, results = read_json(folder / gallery.CHOICE), read_json(folder / gallery.RESULTS)
+    card = model_card(recipe, edit, choice, results, "edit").replace("THIS_FILE", f"gallery:{name}")
+    write_text(folder / gallery.CARD, card)
+    print(f"{name}: {(folder / gallery.EDIT).stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
