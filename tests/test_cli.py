@@ -337,9 +337,9 @@ def test_a_command_that_is_none_leaves_with_2_and_no_traceback(arguments: list[s
 def test_a_verbs_near_miss_gets_the_verb_and_any_other_word_how_a_model_is_named(
     arguments: list[str], said: str, say: Any
 ) -> None:
-    told = say(*arguments)
-    assert (told.code, told.out) == (2, "")
-    assert said in " ".join(told.err.split())
+    expected = say(*arguments)
+    assert (expected.code, expected.out) == (2, "")
+    assert said in " ".join(expected.err.split())
 
 
 def test_a_folder_is_a_model_but_a_verb_comes_first(say: Any) -> None:

@@ -58,10 +58,10 @@ def page() -> dict[str, Any]:
 
 
 def test_the_code_on_adding_a_family_runs_and_finds_the_sites(page: dict[str, Any]) -> None:
-    told = [("0.attn", "self_attn.o_proj", 4, 8), ("0.mlp", "mlp.c_proj", 64, 1)]
-    told += [(key.replace("0", "1"), *rest) for key, *rest in told]
+    expected = [("0.attn", "self_attn.o_proj", 4, 8), ("0.mlp", "mlp.c_proj", 64, 1)]
+    expected += [(key.replace("0", "1"), *rest) for key, *rest in expected]
     sites = s2e.find_sites(page["model"])
-    assert [(s.key, s.module.split(".", 3)[3], s.n, s.width) for s in sites] == told
+    assert [(s.key, s.module.split(".", 3)[3], s.n, s.width) for s in sites] == expected
 
 
 def test_the_recipe_on_that_page_says_the_same(page: dict[str, Any]) -> None:

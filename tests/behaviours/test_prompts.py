@@ -85,11 +85,11 @@ def _styled(*styles: str | None, kind: str = "plain") -> list[dict[str, Any]]:
 
 def test_items_of_each_style_are_taken_in_turn(tmp_path: Path) -> None:
     path = _prompts(tmp_path, *_styled("a", "a", "a", "b", "c", "b", "a"))
-    told = ["a 0", "b 3", "c 4", "a 1", "b 5", "a 2", "a 6"]
+    expected = ["a 0", "b 3", "c 4", "a 1", "b 5", "a 2", "a 6"]
     for count in range(8):
         found = load_prompts(path, ["plain"], "test", {"plain": count}, "style")
-        assert [item.text for item in found] == told[:count]
-        assert [item.target for item in found] == [text.split()[0] for text in told[:count]]
+        assert [item.text for item in found] == expected[:count]
+        assert [item.target for item in found] == [text.split()[0] for text in expected[:count]]
     # Without a target they stand as in the file.
     plain = load_prompts(path, ["plain"], "test", {"plain": 5})
     assert [(item.text, item.target) for item in plain] == [(f"{'aaabc'[i]} {i}", None) for i in range(5)]

@@ -106,7 +106,7 @@ def test_refusals_of_harmful_prompts_count_by_their_style_too() -> None:
         (Item("benign", "f", target="question"), REFUSES, HELPS),
         (Item("borderline", "g", target="long"), HELPS, REFUSES),
     ]
-    told: list[dict[str, float]] = [
+    expected: list[dict[str, float]] = [
         {"refusal": 1.0, "refusal_question": 1.0},
         {"refusal": 0.0, "refusal_long": 0.0},
         {"refusal": 1.0, "refusal_request": 1.0},
@@ -116,8 +116,8 @@ def test_refusals_of_harmful_prompts_count_by_their_style_too() -> None:
         {"over_refusal_borderline": 0.0},
     ]
     safety = Safety()
-    assert safety.measure_all(asked) == told == [safety.measure(*one) for one in asked]
-    assert judge(safety, asked) == [one | {"degenerate": 0.0} for one in told]
+    assert safety.measure_all(asked) == expected == [safety.measure(*one) for one in asked]
+    assert judge(safety, asked) == [one | {"degenerate": 0.0} for one in expected]
     assert [measure.name for measure in safety.measures] == [
         "refusal", "over_refusal", "over_refusal_borderline",
         "refusal_request", "refusal_question", "refusal_long",

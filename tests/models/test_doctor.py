@@ -413,22 +413,22 @@ def test_the_memory_told_is_what_an_edit_its_columns_and_the_keys_and_values_tak
     pico: Any, make_edit: Callable[..., s2e.Edit]
 ) -> None:
     model = pico()
-    told = examine(model)["memory"]
+    expected = examine(model)["memory"]
     edit = make_edit(model, 1e-3, 1e-3, 0.0)
     tensors = [t for s in edit.sites.values() for t in (s.u, s.k, s.g, s.reach, s.lam)]
     taken = sum(t.numel() * t.element_size() for t in tensors)
     # Their rows a = λ·k̂ besides, which are made when they are needed.
-    assert told["an edit, on disk or in memory"] == taken + 4 * sum(s.row.numel() for s in edit.sites.values())
+    assert expected["an edit, on disk or in memory"] == taken + 4 * sum(s.row.numel() for s in edit.sites.values())
     edit.apply(model)
     kept = sum(t.numel() * t.element_size() for t in model._steer2edit_applied[-1].bytes.values())
-    assert 0.9 < kept / told["apply, the columns it keeps, at most"] <= 1
+    assert 0.9 < kept / expected["apply, the columns it keeps, at most"] <= 1
     cache = SlotCache(3, 128, 256)
     x = torch.zeros(128, 2, 256, 8)
     cache.write_from(0, 256)
     for layer in range(3):
         cache.update(x, x, layer)
     held = sum(t.numel() * t.element_size() for slot in cache.slots for t in (slot.keys, slot.values))
-    assert held == told["search, keys and values of 128 rows of 256 tokens"]
+    assert held == expected["search, keys and values of 128 rows of 256 tokens"]
 
 
 def test_half_precision_halves_what_follows_the_models_dtype(pico: Any) -> None:
@@ -497,10 +497,10 @@ def test_doctors_findings_are_json_on_demand(say: Any, tmp_path: Path) -> None:
     assert found == json.loads(json.dumps(examine(model))) | {"model": folder, "stored": stored}
     assert "self-check" not in found
     found = json.loads(say(folder, "--json", "--weights", "--dtype", "float32", "--device", "cpu").out)
-    told = vars(self_check(model, thorough=True))
-    assert found["self-check"].keys() == told.keys()
+    expected = vars(self_check(model, thorough=True))
+    assert found["self-check"].keys() == expected.keys()
     assert found["self-check"]["interventions"] == 6
-    assert found["self-check"]["least_moved"] == pytest.approx(told["least_moved"], abs=1e-5)
+    assert found["self-check"]["least_moved"] == pytest.approx(expected["least_moved"], abs=1e-5)
 
 
 def test_doctor_takes_the_model_of_a_recipe_and_how_it_describes_it(say: Any, tmp_path: Path) -> None:

@@ -80,16 +80,16 @@ def test_a_checkpoint_is_pythons_bit_for_bit(made: Made, say: Any, tmp_path: Pat
     said = say("apply", made.base, made.one, "--to", "out")
     assert (said.code, said.out) == (0, "out\n")
     assert said.err == f"  checkpoint: 6 sites, rank 1, strength 1, edit {made.edits[0].id}\n"
-    s2e.export_checkpoint(made.base, made.edits[0], tmp_path / "told")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    s2e.export_checkpoint(made.base, made.edits[0], tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_strength_layers_and_blocks_are_with_strength_and_only(made: Made, say: Any, tmp_path: Path) -> None:
     said = say("apply", made.base, made.one, "--to", "out", *RESTRICT)
     assert said.code == 0
     assert said.err == f"  checkpoint: 2 sites, rank 1, strength 0.5, edit {restricted(made).id}\n"
-    s2e.export_checkpoint(made.base, restricted(made), tmp_path / "told")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    s2e.export_checkpoint(made.base, restricted(made), tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     old, new = ({k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
                 for folder in (made.base, tmp_path / "out"))  # fmt: skip
     changed = {name for name in old if not torch.equal(old[name], new[name])}
@@ -109,8 +109,8 @@ def test_several_edits_are_combined_with_a_strength_for_each(made: Made, say: An
         f"({found['opposed_share']:.0%})",
         f"  checkpoint: 2 sites, rank 2, strength 1, -0.25, edit {both.id}",
     ]
-    s2e.export_checkpoint(made.base, both, tmp_path / "told")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    s2e.export_checkpoint(made.base, both, tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_interference_is_told_even_where_the_edits_are_then_refused(made: Made, say: Any, tmp_path: Path) -> None:
@@ -126,16 +126,16 @@ def test_interference_is_told_even_where_the_edits_are_then_refused(made: Made, 
 def test_an_adapter_is_pythons_and_names_the_base(made: Made, say: Any, tmp_path: Path) -> None:
     said = say("apply", "meta-llama/Llama-3.1-8B", made.one, "--as", "adapter", "--to", "adapter", *RESTRICT)
     assert (said.code, said.out) == (0, "adapter\n")
-    restricted(made).save_adapter(tmp_path / "told", "meta-llama/Llama-3.1-8B")
-    assert contents(tmp_path / "adapter") == contents(tmp_path / "told")
+    restricted(made).save_adapter(tmp_path / "expected", "meta-llama/Llama-3.1-8B")
+    assert contents(tmp_path / "adapter") == contents(tmp_path / "expected")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == ("meta-llama/Llama-3.1-8B", 1)
 
 
 def test_an_adapter_of_two_edits_answers_as_the_checkpoint_of_them(made: Made, say: Any, tmp_path: Path) -> None:
     for kind in ("adapter", "checkpoint"):
-        told = say("apply", made.base, made.one, made.other, "--strength", "0.5", "--as", kind, "--to", kind)
-        assert told.code == 0
+        expected = say("apply", made.base, made.one, made.other, "--strength", "0.5", "--as", kind, "--to", kind)
+        assert expected.code == 0
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(3, 20)[None]
@@ -153,8 +153,8 @@ def test_a_gguf_adapter_is_pythons(base: str, made: Made, say: Any, tmp_path: Pa
     where = made.base if base == "a folder" else "meta-llama/Llama-3.1-8B"
     said = say("apply", where, made.one, "--as", "gguf", "--to", "a.gguf", *RESTRICT)
     assert (said.code, said.out) == (0, "a.gguf\n")
-    save_gguf_adapter(restricted(made), tmp_path / "told.gguf")
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "told.gguf").read_bytes()
+    save_gguf_adapter(restricted(made), tmp_path / "expected.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "two"])

@@ -191,8 +191,8 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     sites: dict[str, list[Site]] = {}
     packed: dict[str, list[Site]] = {}
     belonging: set[str] = set()
-    found = find_sites(empty_model(load_config(base)))
-    for site in found:
+    base_sites = find_sites(empty_model(load_config(base)))
+    for site in base_sites:
         stored = opened.packed(site)
         if stored is not None:
             packed.setdefault(stored.parts[0].tensor, []).append(site)
@@ -232,7 +232,7 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
             others.append(result)
         elif result:
             rows += result
-    order = {site.key: i for i, site in enumerate(found)}
+    order = {site.key: i for i, site in enumerate(base_sites)}
     rows.sort(key=lambda row: order[row["site"]])
     return {
         "kind": "diff",

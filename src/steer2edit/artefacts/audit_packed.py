@@ -70,8 +70,8 @@ def verify_packed(pieces: Sequence[PackedPiece], base: Base, other: Base) -> dic
         edited(piece.packed, tensors, piece.site, piece.change)
         return {part.tensor: _holds(part, tensors[part.role], base, other) for part in piece.packed.parts}
 
-    there = [piece for piece in pieces if all(_alike(part.tensor, base, other) for part in piece.packed.parts)]
-    for piece, verdicts in zip(there, in_parallel(one, there), strict=True):
+    comparable = [piece for piece in pieces if all(_alike(part.tensor, base, other) for part in piece.packed.parts)]
+    for piece, verdicts in zip(comparable, in_parallel(one, comparable), strict=True):
         for part in piece.packed.parts:
             expected[part.tensor] = expected.get(part.tensor, True) and verdicts[part.tensor]
             start = base.held[part.tensor][1].start
@@ -98,8 +98,10 @@ def _holds(part: Part, tensor: Tensor, base: Base, other: Base) -> bool:
     """Whether the other base holds these bytes where the base holds the part."""
     file, stored = other.held[part.tensor]
     start = stored.start + part.start - base.held[part.tensor][1].start
-    there = Part(part.role, part.tensor, part.label, file, start, start + part.end - part.start, part.shape, part.dtype)
-    return same_bytes(tensor, read_part(other.folder, there))
+    in_other = Part(
+        part.role, part.tensor, part.label, file, start, start + part.end - part.start, part.shape, part.dtype
+    )
+    return same_bytes(tensor, read_part(other.folder, in_other))
 
 
 def both_dequantised(site: Site, base: Base, other: Base) -> tuple[Tensor, Tensor, Tensor] | None:

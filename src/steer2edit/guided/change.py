@@ -131,8 +131,8 @@ def recipe_of(change: Change, model: str) -> Recipe:
             if named is not None and named.endswith(".jsonl"):
                 data_path(named)  # a file that is not there is said now, and not by the first stage
         sides = {"title": change.title, "prompts": change.prompts, "score": change.score}
-        made = made_recipe(model, change.more, change.less, name=slug(_own_name(change)), **sides)
-        return overridden(made, change.overrides)
+        recipe = made_recipe(model, change.more, change.less, name=slug(_own_name(change)), **sides)
+        return overridden(recipe, change.overrides)
     recipe = load_recipe(change.recipe)
     raw: dict[str, Any] = recipe.model_dump(mode="json")
     if recipe.model.name != model:

@@ -33,7 +33,7 @@ def show(console: Any, findings: Mapping[str, Any]) -> None:
     for remark in findings["remarks"]:
         console.print(f"- {escape(remark)}", highlight=False)
     if health := findings.get("self-check"):
-        for line in _told(health):
+        for line in _health_lines(health):
             console.print(f"- {escape(line)}", highlight=False)
     else:
         console.print(
@@ -42,7 +42,7 @@ def show(console: Any, findings: Mapping[str, Any]) -> None:
         )
 
 
-def _told(health: Mapping[str, Any]) -> Iterator[str]:
+def _health_lines(health: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Self-check passed: {health['interventions']} interventions, one at each site (a layer's experts together), "
         f"move the logits by {health['least_moved']:.2g} or more of their spread; zeros move them by "

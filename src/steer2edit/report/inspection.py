@@ -88,7 +88,7 @@ def _combination(both: Combination) -> dict[str, Any]:
 
     rows = []
     for edit in both.parts:
-        edited = {block: f"{found['edited']} of {found['components']}" for block, found in edit.summary().items()}
+        edited = {block: f"{counts['edited']} of {counts['components']}" for block, counts in edit.summary().items()}
         rows.append({"edit": edit.id, "strength": edit.strength, "config": dict(edit.config), **edited})
     return {"kind": "combination", "id": both.id, "edits": rows, "interference": meetings(both)}
 

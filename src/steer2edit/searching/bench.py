@@ -195,8 +195,8 @@ class Bench:
                 self.engine.slots = line["rows"]  # where memory ran out before, a resumed study goes on with fewer rows
             flat += _outcomes(line)
             if (screen := current_screen()) is not None:
-                made = flat[len(flat) - len(batch) :]
-                rows = [(tried[c], items[i], outcome) for (c, i, _), outcome in zip(batch, made, strict=True)]
+                outcomes = flat[len(flat) - len(batch) :]
+                rows = [(tried[c], items[i], outcome) for (c, i, _), outcome in zip(batch, outcomes, strict=True)]
                 screen.show_answers(_samples(rows))
         chunks = [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return [chunks[c * len(items) : (c + 1) * len(items)] for c in range(len(tried))]

@@ -168,8 +168,8 @@ class Asking:
                     if progress:
                         progress(first + done, len(work))
 
-                made = self.engine.generate(requests, table, max_new_tokens, counted, sampling, stop)
-                return {"answers": [self._row(*pair, early, stop) for pair in zip(requests, made, strict=True)]}
+                generated = self.engine.generate(requests, table, max_new_tokens, counted, sampling, stop)
+                return {"answers": [self._row(*pair, early, stop) for pair in zip(requests, generated, strict=True)]}
 
             asked = [[[self.tried[c].id, messages(q, c), s] for q, c, s in batch], [*settings, seed]]
             answers += self.journal.keep(name, "answers", number, asked, make)["answers"]
