@@ -454,7 +454,7 @@ def interference(one: Edit, other: Edit) -> dict[str, Any]:
         )
     order = list(one.sites)
     rows.sort(key=lambda row: order.index(row["site"]))
-    shared, opposed = (sum(row[name] for row in rows) for name in ("shared", "opposed"))
+    shared, opposed = sum(row["shared"] for row in rows), sum(row["opposed"] for row in rows)
     return {"sites": rows, "shared": shared, "opposed": opposed, "opposed_share": opposed / shared if shared else 0.0}
 
 

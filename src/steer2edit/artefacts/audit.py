@@ -135,9 +135,8 @@ def _rest(changed: Iterable[Piece], mine: Tensor, other: Tensor) -> bool:
 
 
 def _files(base: Path, edited: Path, shards: set[str]) -> dict[str, str]:
-    base_names, edited_names = (
-        {name for name in checkpoint_files(folder) if name not in shards | _OURS} for folder in (base, edited)
-    )
+    base_names = set(checkpoint_files(base)) - shards - _OURS
+    edited_names = set(checkpoint_files(edited)) - shards - _OURS
     words = dict.fromkeys(sorted(edited_names - base_names), "extra")
     for name in sorted(base_names):
         if name not in edited_names:
@@ -245,7 +244,8 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
 def _sites(sites: Iterable[Site], mine: Tensor, other: Tensor, top: int) -> Iterator[dict[str, Any]]:
     for site in sites:
         fused = mine.dim() == 3 and site.expert is not None
-        a, b = (upright(site, t[site.expert] if fused else t, fused) for t in (mine, other))
+        a = upright(site, mine[site.expert] if fused else mine, fused)
+        b = upright(site, other[site.expert] if fused else other, fused)
         if not same_bytes(a, b):
             yield {"site": site.key, "tensor": site.tensor} | recover(site, a, b, top)
 

@@ -78,7 +78,8 @@ def verify_packed(pieces: Sequence[PackedPiece], base: Base, other: Base) -> dic
             spans.setdefault(part.tensor, []).append((part.start - start, part.end - start))
     words = {}
     for name, holds in expected.items():
-        mine, theirs = (_raw(b.folder, *b.held[name]) for b in (base, other))
+        mine = _raw(base.folder, *base.held[name])
+        theirs = _raw(other.folder, *other.held[name])
         rest = all(torch.equal(mine[a:b], theirs[a:b]) for a, b in gaps(spans[name], len(mine)))
         if torch.equal(mine, theirs) and holds:
             words[name] = "equal"

@@ -319,7 +319,8 @@ def judge(
     values: list[dict[str, float]] = []
     for i, (item, outcome, base) in enumerate(asked):
         if i not in measured:
-            right, base_right = (float(_likeliest(o.nll) == item.target) for o in (outcome, base))
+            right = float(_likeliest(outcome.nll) == item.target)
+            base_right = float(_likeliest(base.nll) == item.target)
             values.append({ACCURACY.name: right, ACCURACY_LOSS.name: base_right - right})
             continue
         values.append(dict(measured[i]))

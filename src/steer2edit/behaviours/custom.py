@@ -185,10 +185,8 @@ class Custom(Behaviour):
     ) -> tuple[list[str], list[str]]:
         """What each side answers."""
         prompts = [item.prompt for item in items]
-        more, less = (
-            write_responses(engine, side, prompts, self.system, self.new_tokens, progress)
-            for side in (self.more, self.less)
-        )
+        more = write_responses(engine, self.more, prompts, self.system, self.new_tokens, progress)
+        less = write_responses(engine, self.less, prompts, self.system, self.new_tokens, progress)
         return more, less
 
     # Traces --------------------------------------------------------------------------------------------------------

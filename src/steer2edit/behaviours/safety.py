@@ -137,7 +137,8 @@ class Safety(Behaviour):
         """
         early, whole = [one.early for one in asked], [one.whole for one in asked]
         if isinstance(self.detector, str):
-            at_first, in_all = ([_DETECTORS[self.detector](text) for text in texts] for texts in (early, whole))
+            declines = _DETECTORS[self.detector]
+            at_first, in_all = [declines(text) for text in early], [declines(text) for text in whole]
             if self.detector == "declining":
                 in_all = [said and not attacks.complies_late(text) for said, text in zip(in_all, whole, strict=True)]
         else:

@@ -151,7 +151,7 @@ def numbered_layers(text: str, depth: int) -> str:
     """
     if "%" not in text:
         return text
-    low, high = (int(share.rstrip("%")) / 100 for share in text.split("-"))
-    first = min(round(low * depth), depth - 1)
-    last = max(first, round(high * depth) - 1)
+    low, high = text.split("-")
+    first = min(round(int(low.rstrip("%")) / 100 * depth), depth - 1)
+    last = max(first, round(int(high.rstrip("%")) / 100 * depth) - 1)
     return f"{first}-{last}"

@@ -135,7 +135,7 @@ class Ladder:
     def _between(self, bracket: tuple[float, float], target: float) -> float:
         """The strength at which the KL should be the target."""
         weak, strong = bracket
-        low, high = (math.log(max(self.kl[s], _FLOOR)) for s in bracket)
+        low, high = math.log(max(self.kl[weak], _FLOOR)), math.log(max(self.kl[strong], _FLOOR))
         if self._tight(bracket):
             return weak * (strong / weak) ** ((math.log(target) - low) / (high - low) if high > low else 0.0)
         # Between distant rungs the curve may be far from a line: not too near an end.
@@ -263,7 +263,8 @@ def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[
     for attn, mlp in zip(alone[::2], alone[1::2], strict=True):
         if attn.why_left_off() or mlp.why_left_off():
             continue
-        of_attn, of_mlp = ({kl: candidate for candidate, kl in ladder.points()} for ladder in (attn, mlp))
+        of_attn = {kl: candidate for candidate, kl in attn.points()}
+        of_mlp = {kl: candidate for candidate, kl in mlp.points()}
         equal = [kl for kl in of_attn if kl in of_mlp]
         if not equal:
             continue

@@ -19,7 +19,7 @@ from .catalogue import mixed
 from .sources import Source
 from .worker import Event, Failed, Piece, Question, Worker, streamed
 
-ORIGINAL, STEERING, EDIT = (TITLES[kind] for kind in ("base", "steering", "edit"))
+ORIGINAL, STEERING, EDIT = TITLES["base"], TITLES["steering"], TITLES["edit"]
 Messages = list[dict[str, str]]
 
 

@@ -164,7 +164,8 @@ def _rho(gr: Any, label: str, value: float | None, most: float, budget: Budget |
 
 def _rounded(budget: Budget) -> Budget:
     """The budget as the sliders show it."""
-    rho_attn, rho_mlp = (None if rho is None else round(rho, 3) for rho in (budget.rho_attn, budget.rho_mlp))
+    rho_attn = None if budget.rho_attn is None else round(budget.rho_attn, 3)
+    rho_mlp = None if budget.rho_mlp is None else round(budget.rho_mlp, 3)
     return Budget(rho_attn, rho_mlp, round(budget.alpha, 2))
 
 

@@ -189,8 +189,8 @@ def _kept(value: Any) -> Any:
 
 
 def _metric(name: str, measure: str, filtered: str, first: bool, several: bool, task: Any) -> Metric:
-    parts = [name] if first else [name, measure, *([filtered] if several else [])]
-    titles = [name, measure, *([filtered] if several else [])]
+    titles = [name, measure, filtered] if several else [name, measure]
+    parts = [name] if first else titles
     better = "higher" if task.higher_is_better().get(measure, True) else "lower"
     aggregate = task.aggregation().get(measure)
     is_mean = getattr(aggregate, "__name__", "mean") == "mean"
