@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -14,26 +15,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runs import command, save_pico, tiny_recipe
-from steer2edit.pipeline.run import Run
-from steer2edit.pipeline.stages import STAGES, run_all
-from steer2edit.progress import be_quiet
+from runs import is_one_sentence, said_by, save_pico, tiny_recipe
+from steer2edit.pipeline.stages import STAGES
 from steer2edit.recipe import Recipe, load_recipe, shipped_recipes
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+@pytest.fixture
+def recipe(pico_folder: str) -> Recipe:
+    return tiny_recipe(pico_folder)
 
 
-@pytest.fixture(scope="module")
-def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def whole(tiny_run: Path) -> Path:
     """The folder of a whole run; not to be changed."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_all(Run(folder, recipe))
-    be_quiet(False)
-    return folder
+    return tiny_run
 
 
 @pytest.fixture
@@ -43,38 +38,13 @@ def file(recipe: Recipe, tmp_path: Path) -> Path:
     return path
 
 
-class Said:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     """say(*arguments) runs `steer2edit` in an empty folder of its own."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        code = command(monkeypatch, *arguments)
-        printed = capfd.readouterr()
-        return Said(code, printed.out, printed.err)
-
-    return run
-
-
-def _is_one_line(said: Said, *parts: str) -> None:
-    assert said.code == 2
-    assert said.out == ""
-    assert said.err.startswith("steer2edit: ")
-    assert said.err.count("\n") == 1, said.err
-    for part in parts:
-        assert part in said.err
-    # What is wrong, what was got, what to do.
-    assert "(got: " in said.err
-    assert said.err.rstrip().endswith((".", "?"))
+    return functools.partial(said_by, monkeypatch, capfd)
 
 
 def _nothing_half_written(folder: Path) -> None:
@@ -97,52 +67,52 @@ def _nothing_half_written(folder: Path) -> None:
         (["data.prompts=nowhere.jsonl"], ["no such file", "nowhere.jsonl"]),
     ],
 )
-def test_a_wrong_recipe_is_one_line(
+def test_a_wrong_recipeis_one_sentence(
     overrides: list[str], parts: list[str], say: Any, file: Path, tmp_path: Path
 ) -> None:
-    _is_one_line(say("run", file, *overrides, "--quiet", "--out", tmp_path / "out"), *parts)
+    is_one_sentence(say("run", file, *overrides, "--quiet", "--out", tmp_path / "out"), *parts)
     _nothing_half_written(tmp_path)
 
 
-def test_a_recipe_that_is_nowhere_is_one_line(say: Any) -> None:
-    _is_one_line(say("run", "nowhere.yaml"), "no such recipe", "nowhere.yaml", "demo")
+def test_a_recipe_that_is_nowhereis_one_sentence(say: Any) -> None:
+    is_one_sentence(say("run", "nowhere.yaml"), "no such recipe", "nowhere.yaml", "demo")
 
 
-def test_a_recipe_that_is_not_yaml_is_one_line(say: Any, tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_yamlis_one_sentence(say: Any, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: [a\nmodel: b", encoding="utf-8")
-    _is_one_line(say("run", tmp_path / "recipe.yaml"), "is not YAML")
+    is_one_sentence(say("run", tmp_path / "recipe.yaml"), "is not YAML")
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    _is_one_line(say("run", tmp_path / "recipe.yaml"), "cannot be read as text")
+    is_one_sentence(say("run", tmp_path / "recipe.yaml"), "cannot be read as text")
 
 
-def test_a_model_that_is_nowhere_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_nowhereis_one_sentence(say: Any, file: Path, tmp_path: Path) -> None:
     said = say("run", file, "--model", tmp_path / "no-model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "no-model). Check the path")
+    is_one_sentence(said, "no-model). Check the path")
     said = say("run", file, "--model", "nobody/no-such-model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "the model nobody/no-such-model cannot be loaded")
+    is_one_sentence(said, "the model nobody/no-such-model cannot be loaded")
     said = say("run", file, "--model", "none.gguf", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "no such GGUF file")
+    is_one_sentence(said, "no such GGUF file")
     _nothing_half_written(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["12", "true", "a: b #c", "[pico]", "@pico", "ü'"])
 def test_a_model_may_have_any_name(name: str, say: Any, file: Path, tmp_path: Path) -> None:
     said = say("run", file, "--model", tmp_path / name, "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, f"no such folder (got: {tmp_path / name})")
-    _is_one_line(say("run", file, "--model", name, "--quiet", "--out", tmp_path / "out"), f"the model {name} cannot")
+    is_one_sentence(said, f"no such folder (got: {tmp_path / name})")
+    is_one_sentence(say("run", file, "--model", name, "--quiet", "--out", tmp_path / "out"), f"the model {name} cannot")
 
 
-def test_a_device_that_is_none_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
+def test_a_device_that_is_noneis_one_sentence(say: Any, file: Path, tmp_path: Path) -> None:
     devices = ["toaster"] if torch.cuda.is_available() else ["toaster", "cuda"]
     for device in devices:
         said = say("run", file, f"model.device={device}", "--quiet", "--out", tmp_path / "out")
-        _is_one_line(said, f"the device {device} cannot be used here")
+        is_one_sentence(said, f"the device {device} cannot be used here")
 
 
 def test_a_model_without_chat_template_is_one_line_that_says_what_to_do(say: Any, file: Path, tmp_path: Path) -> None:
     save_pico(tmp_path / "model", template=False)
     said = say("run", file, "--model", tmp_path / "model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "no chat template", "model.plain: true")
+    is_one_sentence(said, "no chat template", "model.plain: true")
     _nothing_half_written(tmp_path)
 
 
@@ -156,22 +126,24 @@ def test_a_model_without_chat_template_runs_as_plain_text(say: Any, file: Path, 
 def test_a_model_of_an_unknown_family_is_one_line_with_the_known_ones(say: Any, file: Path, tmp_path: Path) -> None:
     save_pico(tmp_path / "model", "mamba", attn_implementation="eager")
     said = say("run", file, "--model", tmp_path / "model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "architecture is not supported", "'mamba'", "llama")
+    is_one_sentence(said, "architecture is not supported", "'mamba'", "llama")
     _nothing_half_written(tmp_path)
 
 
-def test_an_out_path_that_cannot_be_a_folder_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
+def test_an_out_path_that_cannot_be_a_folderis_one_sentence(say: Any, file: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine", encoding="utf-8")
-    _is_one_line(say("run", file, "--quiet", "--out", tmp_path / "mine"), "the run directory is a file")
-    _is_one_line(say("run", file, "--quiet", "--out", tmp_path / "mine" / "below"), str(tmp_path / "mine"))
+    is_one_sentence(say("run", file, "--quiet", "--out", tmp_path / "mine"), "the run directory is a file")
+    is_one_sentence(say("run", file, "--quiet", "--out", tmp_path / "mine" / "below"), str(tmp_path / "mine"))
     assert (tmp_path / "mine").read_text(encoding="utf-8") == "mine"
+    if Path("/proc").is_dir():
+        is_one_sentence(say("run", file, "--quiet", "--out", "/proc/x"), "nothing can be written to /proc/x")
 
 
 @pytest.mark.parametrize("stage", list(STAGES)[1:])
 def test_a_stage_before_its_turn_is_one_line_that_names_the_one_to_run(
     stage: str, say: Any, file: Path, tmp_path: Path
 ) -> None:
-    _is_one_line(say(stage, file, "--out", tmp_path / "out"), "the stage traces", f"`steer2edit traces {file}`")
+    is_one_sentence(say(stage, file, "--out", tmp_path / "out"), "the stage traces", f"`steer2edit traces {file}`")
     assert not (tmp_path / "out").exists()
 
 
@@ -195,6 +167,24 @@ def test_a_whole_run_prints_its_results_and_a_second_one_makes_nothing_anew(
     said = say("run", file, "--quiet", "--json", "--out", tmp_path / "out")
     assert json.loads(said.out) == json.loads((whole / "evaluation/results.json").read_text(encoding="utf-8"))
     assert said.err == ""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_whose_edit_touches_no_component_says_so_and_ends(say: Any, recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    far = tiny_recipe(recipe.model.name, search__rho_attn=[50.0], search__alpha=[0.9])  # no |g| is above 45
+    (tmp_path / "far.yaml").write_text(far.to_yaml(), encoding="utf-8")
+    said = say("run", tmp_path / "far.yaml", "--out", out)
+    assert "the chosen edit touches no component: every |g| is below the threshold ρα" in said.err
+    assert "nothing moved: no edit within the limits has a better refusal" in said.err
+    # An adapter of nothing is not written; everything else is there.
+    assert said.code == 2
+    assert said.err.splitlines()[-1].startswith("steer2edit: the edit changes nothing")
+    assert json.loads((out / "evaluation/results.json").read_text(encoding="utf-8"))["systems"]["edit"]
+    assert "Nothing moved: on validation" in (out / "report.md").read_text(encoding="utf-8")
+    said = say("inspect", out / "edit.safetensors")
+    assert said.code == 0
+    assert "0 of 12" in said.out
 
 
 def test_the_run_directory_is_named_after_the_recipe(say: Any, file: Path) -> None:
@@ -264,32 +254,34 @@ def test_inspect_draws_an_edit(say: Any, whole: Path, tmp_path: Path) -> None:
     assert said.code == 0
     assert said.err.splitlines() == [str(tmp_path / f"lambda.{suffix}") for suffix in ("png", "svg", "pdf")]
     assert (tmp_path / "lambda.png").read_bytes() == (whole / "figures/lambda.png").read_bytes()
-    _is_one_line(say("inspect", whole / "probe.safetensors", "--picture", tmp_path / "p"), "does not hold a edit")
+    is_one_sentence(say("inspect", whole / "probe.safetensors", "--picture", tmp_path / "p"), "does not hold a edit")
 
 
-def test_inspect_of_a_file_that_is_cut_missing_or_of_others_is_one_line(say: Any, whole: Path, tmp_path: Path) -> None:
+def test_inspect_of_a_file_that_is_cut_missing_or_of_othersis_one_sentence(
+    say: Any, whole: Path, tmp_path: Path
+) -> None:
     for name in list(KINDS.values())[:3]:
         content = (whole / name).read_bytes()
         for size in (0, 7, 100, len(content) // 2, len(content) - 1):
             (tmp_path / name).write_bytes(content[:size])
-            _is_one_line(say("inspect", tmp_path / name), name)
+            is_one_sentence(say("inspect", tmp_path / name), name)
     save_file({"w": torch.zeros(2)}, str(tmp_path / "foreign.safetensors"))
-    _is_one_line(say("inspect", tmp_path / "foreign.safetensors"), "was not written by steer2edit")
+    is_one_sentence(say("inspect", tmp_path / "foreign.safetensors"), "was not written by steer2edit")
     save_file({"w": torch.zeros(2)}, str(tmp_path / "other.safetensors"), metadata={"steer2edit": '{"kind": "soup"}'})
-    _is_one_line(say("inspect", tmp_path / "other.safetensors"), "got: soup")
+    is_one_sentence(say("inspect", tmp_path / "other.safetensors"), "got: soup")
     save_file({"w": torch.zeros(2)}, str(tmp_path / "empty.safetensors"), metadata={"steer2edit": '{"kind": "edit"}'})
-    _is_one_line(say("inspect", tmp_path / "empty.safetensors"), "is not a whole edit file")
+    is_one_sentence(say("inspect", tmp_path / "empty.safetensors"), "is not a whole edit file")
     (tmp_path / "text.safetensors").write_text("hello", encoding="utf-8")
-    _is_one_line(say("inspect", tmp_path / "text.safetensors"), "text.safetensors")
-    _is_one_line(say("inspect", tmp_path / "none.safetensors"), "no such file")
+    is_one_sentence(say("inspect", tmp_path / "text.safetensors"), "text.safetensors")
+    is_one_sentence(say("inspect", tmp_path / "none.safetensors"), "no such file")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"stages": {"traces": 3}, "recipe": {}}'])
-def test_inspect_of_a_folder_that_is_no_run_is_one_line(content: str | None, say: Any, tmp_path: Path) -> None:
+def test_inspect_of_a_folder_that_is_no_runis_one_sentence(content: str | None, say: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     if content is not None:
         (tmp_path / "run/manifest.json").write_text(content, encoding="utf-8")
-    _is_one_line(say("inspect", tmp_path / "run"), "manifest.json")
+    is_one_sentence(say("inspect", tmp_path / "run"), "manifest.json")
 
 
 def test_recipes_are_listed_with_what_they_are_for(say: Any) -> None:
@@ -306,10 +298,10 @@ def test_a_recipe_is_copied_but_never_over_a_file(say: Any, tmp_path: Path) -> N
     assert (said.code, said.out) == (0, "demo.yaml\n")
     assert load_recipe("demo.yaml") == load_recipe("demo")
     Path("demo.yaml").write_text("mine", encoding="utf-8")
-    _is_one_line(say("recipes", "--copy", "demo"), "the file exists already", "demo.yaml")
-    _is_one_line(say("recipes", "--copy", "demo", "--to", tmp_path), "the file exists already")
+    is_one_sentence(say("recipes", "--copy", "demo"), "the file exists already", "demo.yaml")
+    is_one_sentence(say("recipes", "--copy", "demo", "--to", tmp_path), "the file exists already")
     assert Path("demo.yaml").read_text(encoding="utf-8") == "mine"
-    _is_one_line(say("recipes", "--copy", "soup"), "no such shipped recipe", "got: soup", "demo")
+    is_one_sentence(say("recipes", "--copy", "soup"), "no such shipped recipe", "got: soup", "demo")
 
 
 @pytest.mark.parametrize(
@@ -345,9 +337,9 @@ def test_a_verbs_near_miss_gets_the_verb_and_any_other_word_how_a_model_is_named
 def test_a_folder_is_a_model_but_a_verb_comes_first(say: Any) -> None:
     Path("serch").mkdir()
     Path("doctor").mkdir()
-    _is_one_line(say("serch", "--recipe", "demo", "--yes"), "the model serch cannot be loaded")
-    _is_one_line(say("doctor"), "no model is given")
-    _is_one_line(say("./nowhere/x", "--recipe", "demo", "--yes"), "no such folder")
+    is_one_sentence(say("serch", "--recipe", "demo", "--yes"), "the model serch cannot be loaded")
+    is_one_sentence(say("doctor"), "no model is given")
+    is_one_sentence(say("./nowhere/x", "--recipe", "demo", "--yes"), "no such folder")
 
 
 def test_the_version_is_that_of_the_package(say: Any) -> None:

@@ -474,8 +474,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    expected = [mount or "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if mount is None or subprocess.run(expected, capture_output=True).returncode:
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if mount is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_pico, make_tokenizer
-from runs import FakeEngine, command, save_pico
-from sides import SENTENCE, chatml, nll_by_hand, small_recipe, source, three_parts, write_rows
+from runs import FakeEngine, is_one_sentence, said_by, save_pico
+from sides import chatml, nll_by_hand, small_recipe, source, three_parts, write_rows
 from steer2edit.behaviours.base import SPLITS, Item, Outcome, Split
 from steer2edit.behaviours.contrast import read_prompts
 from steer2edit.behaviours.custom import _OPEN, _PAIRS, EVERYDAY, PAIR, PROMPT, Custom
@@ -665,17 +665,13 @@ def _wrong(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any], str
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     behaviour, data, said = _wrong(name, tmp_path)
     raw = {"name": "wrong", "model": {"name": model, "device": "cpu"}, "behaviour": {"name": "custom", **behaviour}}
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw | {"data": data}), encoding="utf-8")
-    code = command(monkeypatch, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "run", "--quiet")
-    seen = capsys.readouterr()
-    assert (code, seen.out) == (2, "")
-    assert SENTENCE.fullmatch(seen.err)
-    assert seen.err.count("\n") == 1
-    assert said in seen.err
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(raw | {"data": data}), encoding="utf-8")
+    is_one_sentence(said_by(monkeypatch, capfd, "run", wrong, "--out", tmp_path / "run", "--quiet"), said)
 
 
 def test_a_prompt_differs_from_another_by_its_letters_and_digits() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runs import FakeEngine
+from runs import FakeEngine, tiny_recipe
 from steer2edit.behaviours.base import SPLITS, Item, Outcome, Source, Split, judge
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.errors import FileError, RecipeError
@@ -50,6 +50,14 @@ def test_benign_and_harmful_negatives_are_groups_of_their_own_so_that_they_weigh
     traces = _traces(FakeEngine())
     groups = Counter((t.label, t.group) for t in traces)
     assert groups == {("positive", "harmful"): 2, ("negative", "benign"): 3, ("negative", "harmful"): 2}
+
+
+def test_answers_to_harmful_prompts_cannot_be_on_both_sides() -> None:
+    with pytest.raises(RecipeError, match=r"would stand on both sides: write negative: \[benign\]"):
+        tiny_recipe(behaviour__positive="own")  # with the default negatives
+    with pytest.raises(RecipeError, match="would stand on both sides"):
+        tiny_recipe(behaviour__positive="own", behaviour__negative=["benign", "harmful"])
+    assert tiny_recipe(behaviour__positive="own", behaviour__negative=["benign"]).behaviour.name == "safety"
 
 
 def test_own_positive_answers_are_kept_whatever_they_say() -> None:

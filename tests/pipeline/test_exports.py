@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from steer2edit.artefacts.bias import export_steering
 from steer2edit.artefacts.gguf import save_gguf_adapter
 from steer2edit.errors import ModelError, RecipeError
 from steer2edit.files.reading import read_json, sha256
-from steer2edit.files.writing import write_json, write_text
+from steer2edit.files.writing import write_json
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, run_all, run_stage
 from steer2edit.progress import be_quiet
@@ -28,20 +26,7 @@ from steer2edit.searching.candidates import steering_vectors
 EVERYTHING = ["adapter", "checkpoint", "gguf", "steering"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No progress, and figures that are empty files, since drawing them takes longer than all the rest."""
-
-    def save(figure: Any, path: Path) -> list[Path]:
-        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-        for file in files:
-            write_text(file, "")
-        return files
-
-    monkeypatch.setattr("steer2edit.report.figures._save", save)
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
 def up_to_export(folder: Path, recipe: Recipe) -> Run:

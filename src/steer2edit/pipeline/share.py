@@ -79,9 +79,10 @@ def push(source: Path, repository: str, kind: str | None = None, private: bool =
     Raises:
         Steer2EditError: the Hub refuses, or cannot be reached.
     """
-    import httpx2
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    # HTTPError is that of the HTTP library which this version of the Hub's client uses.
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     api = api or HfApi()
     with tempfile.TemporaryDirectory() as place:
@@ -90,7 +91,7 @@ def push(source: Path, repository: str, kind: str | None = None, private: bool =
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with steer2edit")
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError, OSError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Steer2EditError(
                 f"the Hub does not take {repository}",
