@@ -126,7 +126,7 @@ class Scores:
             raise EditError(
                 "the scores have no evidence to preserve by",
                 got="a probe without preserve",
-                fix="Collect with preserve=(…), the groups of negative traces at which nothing is to change.",
+                fix="Collect with preserve=(…), the groups of negative traces that the edit should leave alone.",
             )
         sites = {key: quieted(site, self.evidence, epsilon) for key, site in edit.sites.items()}
         return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon)})

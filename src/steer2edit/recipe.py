@@ -96,7 +96,7 @@ class Data(Section):
 class ProbePass(Section):
     """The pass over the traces.
 
-    `preserve` names the groups of negative traces at which an edit of the variant `preserve` is to change little;
+    `preserve` names the groups of negative traces that an edit of the variant `preserve` should leave alone;
     without it the behaviour says which.
     """
 
@@ -200,7 +200,7 @@ class Recipe(Section):
             raise RecipeError(
                 "the recipe's search.variants cannot be used",
                 got=f"{PRESERVE}, and nothing to preserve",
-                fix="Name groups of negative traces in probe.preserve, at whose prompts nothing is to change.",
+                fix="Name in probe.preserve the groups of negative traces that an edit should leave alone.",
             )
         names = [measure.name for measure in self.behaviour.measures]
         for name in self.search.limits:

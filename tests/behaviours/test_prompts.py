@@ -11,6 +11,7 @@ import pytest
 from steer2edit.behaviours.base import QUESTION, Item
 from steer2edit.behaviours.prompts import load_neutral, load_prompts, load_questions
 from steer2edit.errors import FileError, RecipeError
+from steer2edit.tasks.attacks import load_attacks
 
 # Multiple choice ----------------------------------------------------------------------------------------------------
 
@@ -145,9 +146,16 @@ def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text("\n", encoding="utf-8")
-    with pytest.raises(FileError, match=r"prompts\.jsonl is empty"):
-        load_prompts(tmp_path / "prompts.jsonl", ["plain"], "test", {"plain": 1})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n", encoding="utf-8")
+    for load in (
+        lambda: load_prompts(file, ["plain"], "test", {"plain": 1}),
+        lambda: load_questions(file, 0, 1),
+        lambda: load_neutral(file, "test", 0, 1),
+        lambda: load_attacks("gcg", str(file), None),
+    ):
+        with pytest.raises(FileError, match=r"prompts\.jsonl is empty \(got: no line\)\. Write one JSON object a line"):
+            load()
 
 
 def test_neutral_prompts_are_their_splits_own_or_those_from_a_number_on(tmp_path: Path) -> None:

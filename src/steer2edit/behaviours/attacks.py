@@ -61,8 +61,8 @@ def _complies(parts: list[str]) -> bool:
 
 
 def measures(name: str) -> tuple[Measure, ...]:
-    """Of a set of attack prompts: refusal and success on the whole answer and after its first tokens, how many answers
-    declined at first and not in the end, and how many are degenerate."""
+    """The measures of a set of attack prompts: refusal and success on the whole answer and after its first tokens, how
+    many answers declined at first and not in the end, and how many are degenerate."""
 
     def share(kind: str, title: str, better: bool, column: bool = True) -> Measure:
         if better:

@@ -137,8 +137,8 @@ class Custom(Behaviour):
         """The files' pairs by split; none if the sides are no files. Only pairs that both sides answer are compared.
 
         Args:
-            own_prompts: whether there are other prompts to measure on. What no pair is needed for, all pairs are
-                traces of.
+            own_prompts: whether there are other prompts to measure on. Then every pair that no measure needs is used
+                for traces.
         """
         if self.more.file is None or self.less.file is None:
             return {}
@@ -250,7 +250,7 @@ class Custom(Behaviour):
         )
 
     def check_contrast(self, agreement: float) -> None:
-        """Of responses under two instructions: written ones are as their author wants them."""
+        """Checks responses that a model made under two instructions; written ones are as their author wants them."""
         if self.more.file is not None or self.weak_contrast == "go on" or agreement >= WEAK_AGREEMENT:
             return
         raise TraceError(
@@ -287,7 +287,7 @@ def _item(kind: str, pair: Pair) -> Item:
 
 
 def _preferred(item: Item, outcome: Outcome) -> dict[str, float]:
-    """Of a pair whether the first response is likelier per token, and by how much; nothing of an open answer."""
+    """Whether a pair's first response is likelier per token, and by how much; nothing for an open answer."""
     if item.kind != PAIR:
         return {}
     more, less = outcome.nll

@@ -172,7 +172,7 @@ class Safety(Behaviour):
             if self.positive == "own":
                 traces.append(own(item, "positive", f"harmful {i}, own"))
                 continue
-            # Where the prompt has begun the model's thinking, a refusal is what comes after it.
+            # If the prompt opens the model's thinking, the refusal comes after the thinking.
             before = f"{THOUGHT}\n\n" if engine.begins_thinking(ids[id(item)]) else ""
             refusal = before + refusals[i % len(refusals)]
             source = f"harmful {i}, written"

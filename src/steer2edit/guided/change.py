@@ -26,7 +26,7 @@ _NAME = 32
 
 @dataclass(frozen=True)
 class Change:
-    """What is to change, as flags say it; None is a question.
+    """What should change, as flags say it; None is a question.
 
     Attributes:
         recipe: a shipped recipe's name, or a file. more, less: instructions, or files of responses.

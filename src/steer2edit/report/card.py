@@ -33,7 +33,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
     llama-cli -m MODEL.gguf --lora adapter.gguf""",
 }
 
-# The embedded model is rounded, and what was measured is what is to be loaded.
+# The embedded model is rounded, and the card must load what was measured.
 _USE_EMBEDDED = f"""```python
 import steer2edit
 from peft import PeftModel

@@ -422,7 +422,7 @@ def _ends(items: Sequence[Item]) -> list[tuple[int, int]]:
 
 
 def _mean_label(samples: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Of an item's samples the mean of each measure; None where it is not finite."""
+    """The mean of each measure over an item's samples; None where it is not finite."""
     means = {name: sum(sample[name] for sample in samples) / len(samples) for name in samples[0]}
     return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 

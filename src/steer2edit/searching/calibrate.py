@@ -283,10 +283,10 @@ def find_scale(
     layers: Sequence[int] = (),
     planned: int | None = None,
 ) -> Scale:
-    """Finds what a recipe's search leaves to be found: every `auto`, and as many strengths of each baseline as edits.
+    """Finds the strengths that a recipe leaves open: every `auto`, and for each baseline as many strengths as edits.
 
     Args:
-        layers: at which the baselines of one layer are tried; none leaves them out.
+        layers: where the baselines of one layer are tried; none leaves them out.
         planned: how many edits the search tries; None is as many as are found here.
     """
     ladders = ladders_of(search, scores)

@@ -170,7 +170,7 @@ def _rounded(budget: Budget) -> Budget:
 
 
 def _transcript(messages: Messages) -> str:
-    """What a text box shows: of one question the answer alone, of several the questions too."""
+    """What a text box shows: the answer alone if there is one question, else the questions too."""
     questions = sum(message["role"] == "user" for message in messages)
     if questions <= 1:
         return visible("".join(m["content"] for m in messages if m["role"] == "assistant"))

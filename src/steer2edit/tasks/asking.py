@@ -55,8 +55,12 @@ def groups(tried: Sequence[Candidate], intervention: Callable[[Candidate], Inter
 
 @dataclass(frozen=True)
 class Scored:
-    """Of a continuation under each candidate of a group: its log-probability in nats, and whether it is the greedy
-    one; None if the engine does not measure that."""
+    """A continuation under each candidate of a group.
+
+    Attributes:
+        log_p: its log-probability, in nats.
+        greedy: whether it is the greedy continuation; None if the engine does not measure that.
+    """
 
     log_p: tuple[float, ...]
     greedy: tuple[bool, ...] | None

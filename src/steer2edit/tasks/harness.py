@@ -150,7 +150,7 @@ def _loaded(name: str) -> Mapping[str, Any]:
 
 
 def _chosen(tasks: Mapping[str, Any], items: int | None, order: str, seed: int) -> dict[str, list[int]] | None:
-    """Of each task the numbers of its questions that are asked; None is all of them."""
+    """For each task the numbers of the questions that are asked; None is all of them."""
     if items is None:
         return None
     sizes = {name: len(list(task.eval_docs)) for name, task in tasks.items()}

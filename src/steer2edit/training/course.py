@@ -74,7 +74,7 @@ def train(load: Load, course: Course, examples: Sequence[Span], folder: Path, pr
     folder.mkdir(parents=True, exist_ok=True)
     clear_temporaries(folder)
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # Of the libraries about each other's names.
+        # The libraries warn about each other's names.
         warnings.simplefilter("ignore", FutureWarning)
         model, tokenizer = load()
         _check(model)
