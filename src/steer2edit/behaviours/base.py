@@ -228,7 +228,7 @@ class Behaviour(Section):
 
     @property
     def preserved(self) -> tuple[str, ...]:
-        """The groups of negative traces at whose prompts the model is to stay as it is."""
+        """The groups of negative traces on whose prompts the model should stay as it is."""
         return ()
 
     @property
