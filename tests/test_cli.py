@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from safetensors.torch import save_file
 
 from runs import is_one_sentence, said_by, save_pico, tiny_recipe
+from steer2edit.edits import Edit
+from steer2edit.files.reading import read_json, read_jsonl
+from steer2edit.files.writing import write_json, write_jsonl
 from steer2edit.pipeline.stages import STAGES
 from steer2edit.recipe import Recipe, load_recipe, shipped_recipes
+from steer2edit.report.page import print_run
 
 
 @pytest.fixture
@@ -67,25 +76,25 @@ def _nothing_half_written(folder: Path) -> None:
         (["data.prompts=nowhere.jsonl"], ["no such file", "nowhere.jsonl"]),
     ],
 )
-def test_a_wrong_recipeis_one_sentence(
+def test_a_wrong_recipe_is_one_line(
     overrides: list[str], parts: list[str], say: Any, file: Path, tmp_path: Path
 ) -> None:
     is_one_sentence(say("run", file, *overrides, "--quiet", "--out", tmp_path / "out"), *parts)
     _nothing_half_written(tmp_path)
 
 
-def test_a_recipe_that_is_nowhereis_one_sentence(say: Any) -> None:
+def test_a_recipe_that_is_nowhere_is_one_line(say: Any) -> None:
     is_one_sentence(say("run", "nowhere.yaml"), "no such recipe", "nowhere.yaml", "demo")
 
 
-def test_a_recipe_that_is_not_yamlis_one_sentence(say: Any, tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_yaml_is_one_line(say: Any, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: [a\nmodel: b", encoding="utf-8")
     is_one_sentence(say("run", tmp_path / "recipe.yaml"), "is not YAML")
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00\x01")
     is_one_sentence(say("run", tmp_path / "recipe.yaml"), "cannot be read as text")
 
 
-def test_a_model_that_is_nowhereis_one_sentence(say: Any, file: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_nowhere_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
     said = say("run", file, "--model", tmp_path / "no-model", "--quiet", "--out", tmp_path / "out")
     is_one_sentence(said, "no-model). Check the path")
     said = say("run", file, "--model", "nobody/no-such-model", "--quiet", "--out", tmp_path / "out")
@@ -102,7 +111,7 @@ def test_a_model_may_have_any_name(name: str, say: Any, file: Path, tmp_path: Pa
     is_one_sentence(say("run", file, "--model", name, "--quiet", "--out", tmp_path / "out"), f"the model {name} cannot")
 
 
-def test_a_device_that_is_noneis_one_sentence(say: Any, file: Path, tmp_path: Path) -> None:
+def test_a_device_that_is_none_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
     devices = ["toaster"] if torch.cuda.is_available() else ["toaster", "cuda"]
     for device in devices:
         said = say("run", file, f"model.device={device}", "--quiet", "--out", tmp_path / "out")
@@ -130,7 +139,7 @@ def test_a_model_of_an_unknown_family_is_one_line_with_the_known_ones(say: Any, 
     _nothing_half_written(tmp_path)
 
 
-def test_an_out_path_that_cannot_be_a_folderis_one_sentence(say: Any, file: Path, tmp_path: Path) -> None:
+def test_an_out_path_that_cannot_be_a_folder_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine", encoding="utf-8")
     is_one_sentence(say("run", file, "--quiet", "--out", tmp_path / "mine"), "the run directory is a file")
     is_one_sentence(say("run", file, "--quiet", "--out", tmp_path / "mine" / "below"), str(tmp_path / "mine"))
@@ -231,6 +240,38 @@ def test_brackets_in_names_are_printed_as_they_are(say: Any, file: Path, whole: 
     assert "name: tiny [x]" in said.out
 
 
+HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\b[bold]<script>alert(1)</script>"
+ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def test_text_of_strangers_acts_on_nothing_in_the_terminal(say: Any, whole: Path, tmp_path: Path) -> None:
+    """In names, titles, prompts, answers and provenance, and in errors about them."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    results = read_json(folder / "evaluation/results.json")
+    results["measures"][0]["title"] = HOSTILE
+    results["systems"]["edit"]["config"] = {HOSTILE: HOSTILE}
+    write_json(folder / "evaluation/results.json", results)
+    manifest = read_json(folder / "manifest.json")
+    manifest["recipe"]["name"] = manifest["recipe"]["model"]["name"] = HOSTILE
+    write_json(folder / "manifest.json", manifest)
+    edit = Edit.load(folder / "edit.safetensors")
+    dataclasses.replace(edit, provenance={"model": HOSTILE * 1000}).save(tmp_path / "stranger.safetensors")
+    rows = read_jsonl(folder / "evaluation/answers.jsonl")
+    written = [row | {"prompt": HOSTILE, "kind": HOSTILE, "edit": HOSTILE + "x" * 100_000} for row in rows]
+    write_jsonl(folder / "evaluation/answers.jsonl", written)
+    for said in (say("inspect", folder), say("inspect", tmp_path / "stranger.safetensors")):
+        assert (said.code, ACTS.findall(said.out)) == (0, [])
+        assert "[bold]<script>" in said.out.replace("\n", "")
+    out = io.StringIO()
+    print_run(Console(file=out, width=100), results, folder / "evaluation/answers.jsonl")
+    assert ACTS.findall(out.getvalue()) == []
+    assert len(out.getvalue()) < 20_000
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({HOSTILE: 1}), encoding="utf-8")
+    for said in (say("run", tmp_path / "bad.yaml"), say("inspect", f"no{HOSTILE}such"), say("doctor", f"./{HOSTILE}")):
+        assert said.code == 2
+        assert ACTS.findall(said.err) == []
+
+
 def test_inspect_lists_the_largest_first(say: Any, whole: Path) -> None:
     edit = _strict(say("inspect", whole / "edit.safetensors", "--json", "--top", "4").out)
     largest = [abs(row["λ"]) for row in edit["largest |λ|"]]
@@ -257,9 +298,7 @@ def test_inspect_draws_an_edit(say: Any, whole: Path, tmp_path: Path) -> None:
     is_one_sentence(say("inspect", whole / "probe.safetensors", "--picture", tmp_path / "p"), "does not hold a edit")
 
 
-def test_inspect_of_a_file_that_is_cut_missing_or_of_othersis_one_sentence(
-    say: Any, whole: Path, tmp_path: Path
-) -> None:
+def test_inspect_of_a_file_that_is_cut_missing_or_of_others_is_one_line(say: Any, whole: Path, tmp_path: Path) -> None:
     for name in list(KINDS.values())[:3]:
         content = (whole / name).read_bytes()
         for size in (0, 7, 100, len(content) // 2, len(content) - 1):
@@ -277,7 +316,7 @@ def test_inspect_of_a_file_that_is_cut_missing_or_of_othersis_one_sentence(
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"stages": {"traces": 3}, "recipe": {}}'])
-def test_inspect_of_a_folder_that_is_no_runis_one_sentence(content: str | None, say: Any, tmp_path: Path) -> None:
+def test_inspect_of_a_folder_that_is_no_run_is_one_line(content: str | None, say: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     if content is not None:
         (tmp_path / "run/manifest.json").write_text(content, encoding="utf-8")

@@ -67,7 +67,9 @@ def main() -> None:
     try:
         app(prog_name="steer2edit")
     except Steer2EditError as error:
-        print(f"steer2edit: {error}", file=sys.stderr)
+        from .report.visible import visible
+
+        print(f"steer2edit: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(f"\nsteer2edit: stopped; {stop}.", file=sys.stderr)

@@ -163,6 +163,34 @@ def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroke
     assert read_json(unbroken / "adapter/steer2edit.json")["edit"] == edit.id
 
 
+def test_every_measure_of_every_system_has_its_mean_interval_and_n(unbroken: Path) -> None:
+    results = read_json(unbroken / "evaluation/results.json")
+    assert results["attribute"] == "refusal"
+    names = [measure["name"] for measure in results["measures"]]
+    assert {"refusal", "over_refusal", "utility_loss", "degenerate", "nll_rise"} <= set(names)
+    assert set(results["systems"]) == {"base", "steering", "edit"}
+    for system in results["systems"].values():
+        for name in names:
+            number = system[name]
+            assert {"mean", "low", "high", "n"} <= set(number)
+            assert number["n"] > 0 or number["mean"] is None
+            if number["mean"] is not None:
+                assert number["low"] <= number["mean"] <= number["high"]
+
+
+def test_utility_may_be_measured_on_prompts_of_a_file(recipe: Recipe, copy: Path, tmp_path: Path) -> None:
+    file = tmp_path / "neutral.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Neutral {i}"}) + "\n" for i in range(5)), encoding="utf-8")
+    other = tiny_recipe(recipe.model.name, utility={"prompts": str(file)})
+    run = Run(copy, other)
+    asked = {split: [item.text for item in run._neutral(split, [])] for split in ("validation", "test")}
+    assert asked == {"validation": ["Neutral 0", "Neutral 1"], "test": ["Neutral 2", "Neutral 3"]}
+    own = Run(copy, recipe)
+    assert [item.kind for item in own._neutral("validation", own.items("validation"))] == ["benign", "benign"]
+    assert run.keys["search"] != own.keys["search"]
+    assert run.keys["score"] == own.keys["score"]
+
+
 def test_the_results_are_those_of_the_answers(unbroken: Path) -> None:
     answers = read_jsonl(unbroken / "evaluation/answers.jsonl")
     results = read_json(unbroken / "evaluation/results.json")

@@ -30,6 +30,17 @@ def one_line(text: str, length: int | None = None) -> str:
     return visible(" ".join(text.split())[:length])
 
 
+def in_markup(value: object) -> str:
+    r"""A value as text in rich's markup, where nothing in it acts on the terminal or is taken for a style.
+
+    >>> print(in_markup("\x1b[2J[bold]"))
+    \x1b[2J\[bold]
+    """
+    from rich.markup import escape
+
+    return escape(visible(str(value)))
+
+
 def _harmless(c: str) -> bool:
     if c in _KEPT or " " <= c <= "~":
         return True
