@@ -112,7 +112,7 @@ class Source:
         prompts: the recipe's `data.prompts`; None if the behaviour has its items elsewhere.
         counts: split → kind → how many; None where the recipe leaves it to the behaviour.
         seed: by which a file without splits is divided.
-        test_prompts: the recipe's `data.test_prompts`: another file, of which the test split is.
+        test_prompts: the recipe's `data.test_prompts`: another file, from which the test split is taken.
     """
 
     prompts: str | None

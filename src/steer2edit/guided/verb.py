@@ -60,7 +60,8 @@ def guided(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run directory; runs/RECIPE-MODEL by default.")] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="The default of every question that no option answers; no menu.")
+        bool,
+        typer.Option("--yes", help="Take the default of every question that no option answers, and skip the menu."),
     ] = False,
     pick: Annotated[
         str | None, typer.Option(help="The edit to take: a number on the front, an edit's id, or rule.")
@@ -78,9 +79,10 @@ def guided(
     trust_recipe_code: TrustCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask what to change, say what it costs, run, let you pick, and offer what comes next. `steer2edit MODEL` is short.
+    """Ask what to change, say what it costs, run, let you pick, and offer what comes next.
 
-    Every question has an option. The recipe in the run directory is the record of the answers.
+    `steer2edit MODEL` is short for it. Every question has an option. The recipe in the run directory is the record of
+    the answers.
     """
     be_quiet(quiet)
     from .change import Change
