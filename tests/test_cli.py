@@ -168,8 +168,7 @@ def test_a_whole_run_prints_its_results_and_a_second_one_makes_nothing_anew(
     shutil.copytree(whole, tmp_path / "out")
     said = say("run", file, "--out", tmp_path / "out")
     assert said.code == 0
-    assert [line for line in said.err.splitlines() if not line.endswith(": done before")] == []
-    assert len(said.err.splitlines()) == len(STAGES)
+    assert said.err.splitlines() == [f"{i}/{len(STAGES)} {stage}: done before" for i, stage in enumerate(STAGES, 1)]
     assert "refusal (harmful)" in " ".join(said.out.split())
     assert "(ρ_attn" in " ".join(said.out.split())
     assert f"{tmp_path / 'out'}/" in said.out.replace("\n", "")
@@ -236,6 +235,15 @@ def test_brackets_in_names_are_printed_as_they_are(say: Any, file: Path, whole: 
     said = say("inspect", folder)
     assert (said.code, said.err) == (0, "")
     assert "name: tiny [x]" in said.out
+
+
+def test_tables_are_as_wide_as_columns_say_where_there_is_no_terminal(
+    say: Any, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert 80 < max(map(len, say("inspect", whole).out.splitlines())) <= 150
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, say("inspect", whole).out.splitlines())) <= 80
 
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\b[bold]<script>alert(1)</script>"
