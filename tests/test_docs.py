@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import importlib
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,38 @@ def test_every_key_of_a_recipe_is_documented() -> None:
         parent = names[0].rpartition(".")[0]
         documented |= {parent + name if name.startswith(".") else name for name in names}
     assert set(keys(Recipe)) <= documented
+
+
+def defaults(section: type[Section], before: str = "") -> dict[str, Any]:
+    """Key → its default, as JSON has it; keys that a recipe must have are left out."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= defaults(kind, f"{before}{name}.")
+        elif not field.is_required():
+            found[before + name] = TypeAdapter(Any).dump_python(
+                field.get_default(call_default_factory=True), mode="json"
+            )
+    return found
+
+
+def test_the_defaults_of_that_page_are_the_schemas() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    of_schema, compared = defaults(Recipe), 0
+    for keys_cell, default in re.findall(r"^\| (`[a-z_.]+`.*?) \| (.*?) \|", page, re.MULTILINE):
+        names = re.findall(r"`([\w.]+)`", keys_cell)
+        parent = names[0].rpartition(".")[0]
+        full = [parent + name if name.startswith(".") else name for name in names]
+        if "behaviour" in default or " or " in default or not set(full) <= set(of_schema):
+            continue  # said in words
+        documented = yaml.safe_load(f"[{default}]") if len(full) > 1 else [yaml.safe_load(default)]
+        documented = [str(x) if isinstance(x, date) else x for x in documented]
+        if len(documented) == 1:  # all of these keys have it
+            documented *= len(full)
+        assert documented == [of_schema[name] for name in full], keys_cell
+        compared += len(full)
+    assert compared > 60
 
 
 def test_the_page_on_the_architecture_names_ten_files_and_rooms_that_exist() -> None:
