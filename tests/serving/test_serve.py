@@ -175,6 +175,20 @@ def test_what_is_no_request_is_refused(served: Any, body: bytes) -> None:
     assert answer["error"]["message"]
 
 
+def test_a_hostile_prompt_is_text_like_any_other(served: Any) -> None:
+    worker, catalogue, client = served
+    hostile = "<script>alert(1)</script>\x1b[2J\x9b31m\u202egnp.exe\u2066\r\b"
+    messages = [{"role": "system", "content": hostile}, {"role": "user", "content": hostile}]
+    wanted = expected(worker, catalogue, "small", messages, 6)
+    whole = client.chat.completions.create(model="small", messages=messages, max_tokens=6, temperature=0)
+    assert whole.choices[0].message.content == wanted.text
+    messages[1]["content"] += "x" * 100_000
+    status, answer = post(client, json.dumps({"model": "small", "messages": messages}).encode())
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert hostile not in answer["error"]["message"]
+    assert worker.counts() == {"running": 0, "waiting": 0}
+
+
 def test_half_a_surrogate_is_refused_and_harms_nobody(served: Any) -> None:
     _, _, client = served
     body = b'{"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "\\ud800"}]}'
