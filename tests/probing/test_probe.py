@@ -396,7 +396,9 @@ def test_a_device_without_fp64_gets_compensated_sums(monkeypatch: Any) -> None:
 
 
 def test_a_probe_comes_back_from_a_file_as_it_went(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
-    probe = collect(pico(), tokenizer, *traces, max_tokens=60, positions="response")
+    model = pico()
+    model.config._commit_hash = "0123456789abcdef"  # as the Hub's models have it when they are loaded
+    probe = collect(model, tokenizer, *traces, max_tokens=60, positions="response")
     probe.save(tmp_path / "probe.safetensors")
     back = Probe.load(tmp_path / "probe.safetensors")
     assert (back.sites, back.counts, back.provenance) == (probe.sites, probe.counts, probe.provenance)
@@ -407,6 +409,7 @@ def test_a_probe_comes_back_from_a_file_as_it_went(pico: Any, tokenizer: Any, tr
     assert list(back.residual) == [0, 1, 2]
     expected = {"model_type": "llama", "dtype": "float32", "positions": "response", "part": "both", "max_tokens": 60}
     assert expected.items() <= back.provenance.items()
+    assert back.provenance["commit"] == "0123456789abcdef"
 
 
 def test_a_broken_probe_file_is_refused(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
