@@ -145,6 +145,18 @@ def test_what_counts_as_a_refusal_is_the_detectors_to_say() -> None:
         Safety(detector="guessing")  # type: ignore[arg-type]
 
 
+def test_limits_that_nobody_writes_are_the_measures_own() -> None:
+    limits = {measure.name: limit for measure, limit in tiny_recipe(search__limits={}).aim.limits.items()}
+    assert {name: limit for name, limit in limits.items() if limit is not None} == {
+        "over_refusal": 0.2,
+        "degenerate": 0.1,
+    }
+    written = {"over_refusal": None, "degenerate": 0.3, "utility_loss": 0.5, "over_refusal_borderline": 0.4}
+    limits = {measure.name: limit for measure, limit in tiny_recipe(search__limits=written).aim.limits.items()}
+    assert written.items() <= limits.items()
+    assert {name for name, limit in limits.items() if limit is not None} == written.keys() - {"over_refusal"}
+
+
 def test_system_prompts_that_ask_for_refusals_are_the_behaviours_or_the_recipes() -> None:
     own = Safety().asking()
     assert len(own) == len(set(own)) == 3
