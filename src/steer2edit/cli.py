@@ -226,7 +226,7 @@ def evaluate(
     overrides: Overrides = None,
     tasks: Annotated[str | None, typer.Option(help="Utility tasks too: gsm8k,arc_easy, or any of lm-eval's.")] = None,
     sets: Annotated[str | None, typer.Option(help="A folder of sets, in place of the Hub.")] = None,
-    items: Annotated[int | None, typer.Option(help="At most so many questions of each task.", min=1)] = None,
+    items: Annotated[int | None, typer.Option(help="At most this many questions of each task.", min=1)] = None,
     model: ModelName = None,
     out: Out = None,
     trust_recipe_code: TrustCode = False,

@@ -244,7 +244,7 @@ class Recipe(Section):
 
     @property
     def aim(self) -> Aim:
-        """What the search is to improve and what that may cost: the measures' own limits, where none is written."""
+        """What the search should improve, and what that may cost: the written limits, else the measures' own."""
         s = self.search
         default = self.behaviour.limits
         limits = {m: s.limits.get(m.name, default.get(m.name, m.limit)) for m in self.behaviour.measures}
@@ -329,7 +329,7 @@ def task_overrides(recipe: str | Path, tasks: str | None, sets: str | None, item
     """The command line's options on utility tasks as overrides of a recipe; tasks join those that it has.
 
     Args:
-        tasks: names, with commas between them. sets: the folder of their sets. items: at most so many of each.
+        tasks: names, with commas between them. sets: the folder of their sets. items: at most this many of each.
     """
     changes = []
     if tasks is not None:

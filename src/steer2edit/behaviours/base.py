@@ -165,7 +165,7 @@ class Behaviour(Section):
     A subclass adds its options as fields and registers itself in `behaviours/known.py`.
 
     Attributes:
-        attribute: the measure that edits are to improve.
+        attribute: the measure that edits should improve.
         costs: measures of what the behaviour itself may cost, beside `COMMON`.
         kinds: the kinds of prompts that validation and test may have. required: those that they must have.
         probe_kinds: the kinds that the probe may have.
@@ -209,7 +209,7 @@ class Behaviour(Section):
     @property
     @abstractmethod
     def attribute(self) -> Measure:
-        """The measure that edits are to improve."""
+        """The measure that edits should improve."""
 
     @property
     def costs(self) -> tuple[Measure, ...]:

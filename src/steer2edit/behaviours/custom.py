@@ -27,7 +27,7 @@ from .writers import write_responses
 
 # The kinds of items: prompts that are answered, and pairs of responses of which the model prefers one.
 PROMPT, PAIR = "prompt", "pair"
-# With pairs to compare, so many prompts are answered beside them: enough to see a model that is broken.
+# How many prompts are answered beside pairs to compare: enough to see a model that is broken.
 _OPEN: Mapping[Split, int] = {"validation": 8, "test": 24}
 # Every candidate reads each pair on validation: more of them cost more than they tell.
 _PAIRS = 12

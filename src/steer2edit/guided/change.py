@@ -20,7 +20,7 @@ from .questions import Questions
 # The choice beside the shipped recipes.
 OWN = "own"
 _RECIPE = "recipe.yaml"
-# So much of an instruction is in the name of a run directory.
+# How much of an instruction is in the name of a run directory, in characters.
 _NAME = 32
 
 

@@ -72,7 +72,9 @@ def guided(
     to: Annotated[Path | None, typer.Option("--to", help="Where a single --save goes; in the run by default.")] = None,
     benchmark: Annotated[str | None, typer.Option(help="Utility tasks: gsm8k,arc_easy, or any of lm-eval's.")] = None,
     sets: Annotated[str | None, typer.Option("--sets", help="With --benchmark: a folder of sets, not the Hub.")] = None,
-    items: Annotated[int | None, typer.Option(help="With --benchmark: at most so many questions each.", min=1)] = None,
+    items: Annotated[
+        int | None, typer.Option(help="With --benchmark: at most this many questions each.", min=1)
+    ] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Push it to the Hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Talk to it at the end.")] = False,

@@ -31,7 +31,7 @@ _FIRST_OF_EDIT, _EACH_OF_EDIT = 6, 3
 _FIRST_OF_BASELINE, _EACH_OF_BASELINE = 4, 1
 # On test a behaviour that compares responses takes more pairs than on validation, where it takes a few.
 _MORE_PAIRS = 4
-# So many prompts are looked at for the mean length.
+# How many prompts are looked at for the mean length.
 _LOOKED_AT = 24
 
 

@@ -30,7 +30,7 @@ class Compared:
 
 
 def shares_attribute(runs: Sequence[Compared]) -> bool:
-    """Whether all runs are to improve the same measure, so that its own values are drawn."""
+    """Whether all runs should improve the same measure, whose own values are then drawn."""
     first = runs[0].attribute
     return all((run.attribute["title"], run.attribute["scale"]) == (first["title"], first["scale"]) for run in runs)
 

@@ -15,7 +15,7 @@ from ..searching.front import Aim
 from .visible import in_markup, one_line
 
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ", "learning_rate": "learning rate"}
-# So much of a system prompt is shown in a table.
+# How much of a system prompt a table shows, in characters.
 _PROMPT = 40
 # From this share of the scale on, the original model leaves little to gain.
 _NEARLY_ALL = 0.9

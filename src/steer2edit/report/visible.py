@@ -22,7 +22,7 @@ def one_line(text: str, length: int | None = None) -> str:
     r"""The beginning of a text on one line, with nothing in it that acts on what stands around it.
 
     Args:
-        length: so many characters of it, without runs of spaces; None is all.
+        length: how many characters of it, without runs of spaces; None is all.
 
     >>> one_line("a\n\n  b\x07", 5)
     'a b\\x07'

@@ -255,7 +255,7 @@ def ladders_of(search: Search, scores: Mapping[str, Scores]) -> list[Ladder]:
 
 
 def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[Ladder]) -> list[Ladder]:
-    """Both block types at once, where both are to be found: each in the proportion at which its KL alone is equal."""
+    """Both block types at once, if both are `auto`, in the proportion at which each alone has the same KL."""
     if search.rho_attn != AUTO or search.rho_mlp != AUTO:
         return []
     targets = targets_of(search.span, search.points)
@@ -396,7 +396,7 @@ def calibrate(
         rho_attn, rho_mlp: "auto", or None to switch the block type off.
         span: KL per token of the weakest and of the strongest point, in nats.
         points: how many strengths of each kind of edit; steering gets as many as all edits together.
-        new_tokens: at most so many tokens an answer.
+        new_tokens: at most this many tokens an answer.
         chat: how a model's prompts are written; an engine has its own.
 
     Returns:

@@ -157,7 +157,7 @@ class Asking:
             work: question, candidate and sample of each answer.
             messages, ids: of a question for a candidate, the prompt as JSON and as tokens.
             table: an intervention for each candidate.
-            early: also keep the text of so many first tokens; 0 keeps none.
+            early: also keep the text of this many first tokens; 0 keeps none.
         """
         answers: list[dict[str, Any]] = []
         settings: list[Any] = [max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, early]

@@ -94,7 +94,7 @@ def measured(
 
     Args:
         name: the task's or the group's, perhaps after `lm_eval:`, or a YAML file.
-        items: at most so many questions of each of its tasks. order: the first ones, or sampled by the seed.
+        items: at most this many questions of each of its tasks. order: the first ones, or sampled by the seed.
 
     Raises:
         FileError: the task or its set cannot be loaded.

@@ -55,7 +55,7 @@ def load_set(task: Task, folder: str | Path | None, items: int | None, order: st
 
     Args:
         folder: of local sets; None, or a task without local files, loads from the Hub.
-        items: at most so many; None is all. order: "first" takes the first ones, "sampled" draws them by the seed.
+        items: at most this many; None is all. order: "first" takes the first ones, "sampled" draws them by the seed.
 
     Raises:
         FileError: a set that is not there, is gated, or has rows in no known layout.

@@ -46,7 +46,7 @@ def check_packages() -> None:
 
 
 def checkpoint(folder: Path, steps: int) -> Path:
-    """Where a course keeps the weights after so many steps."""
+    """Where a course keeps the weights after a number of steps."""
     return folder / f"{steps}.safetensors"
 
 
