@@ -24,7 +24,8 @@ from steer2edit.errors import FileError, RecipeError, Steer2EditError, TraceErro
 from steer2edit.files.schema import parse
 from steer2edit.recipe import parse_recipe, refuse_code
 from steer2edit.searching.bench import Bench
-from steer2edit.searching.candidates import BASE
+from steer2edit.searching.candidates import BASE, Candidate, Trial
+from steer2edit.searching.front import choose
 from steer2edit.searching.plan import Evaluation
 
 LOUD, SOFT = "Be loud.", "Be soft."
@@ -510,6 +511,18 @@ def test_preference_is_which_response_is_likelier_and_the_margin_by_how_much() -
     assert behaviour.measure(*asked[0]) == {"preference": 1.0, "margin": 0.5}
     assert (behaviour.attribute.name, behaviour.attribute.title) == ("preference", "prefers loud")
     assert [m.name for m in behaviour.measures][:2] == ["preference", "margin"]
+
+
+def test_of_edits_that_are_preferred_alike_the_one_with_the_larger_margin_is_taken() -> None:
+    aim = small_recipe("m", {"name": "custom", "more": {"system": LOUD}, "less": {"system": SOFT}}).aim
+
+    def trial(name: str, preference: float, margin: float) -> Trial:
+        values = {"preference": (preference,), "margin": (margin,), "utility_loss": (0.1,), "degenerate": (0.0,)}
+        return Trial(Candidate(name, "edit", {}), values, "0")
+
+    chosen = choose([trial("a", 1.0, 0.2), trial("b", 1.0, 0.6), trial("c", 1.0, -0.3)], aim)
+    assert chosen is not None
+    assert chosen.candidate.id == "b"
 
 
 def test_a_score_is_the_attribute() -> None:

@@ -14,6 +14,7 @@ from conftest import VOCABULARY, make_tokenizer
 from runs import save_speaker
 from sides import ChatServer, three_parts
 from steer2edit.behaviours.base import Item, Measure, Outcome
+from steer2edit.behaviours.judges import Endpoint
 from steer2edit.behaviours.measures import (
     SCORES,
     Callback,
@@ -112,6 +113,12 @@ def test_a_judge_on_a_server_is_asked_about_prompt_and_answer(server: ChatServer
     texts = [body["messages"][-1]["content"] for body in server.bodies]
     assert sum("Prompt 0" in text and "Ahoy, mate!" in text and "like a pirate?" in text for text in texts) == 1
     assert not any("Ahoy? Good day." in text for text in texts)
+
+
+def test_a_judges_verdict_of_one_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Endpoint, "judged", lambda judge, pairs, progress=None: [0.5, 0.49])
+    score = score_of({"judge": {"endpoint": "http://localhost:1/v1", "model": "m", "question": "Is it a pirate?"}})
+    assert score.counted(_asked("Ahoy, mate!", "Hello.")) == [1.0, 0.0]
 
 
 def test_a_chat_model_here_can_judge(tmp_path: Path) -> None:

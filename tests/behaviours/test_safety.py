@@ -11,6 +11,7 @@ import pytest
 
 from runs import FakeEngine, tiny_recipe
 from steer2edit.behaviours.base import SPLITS, Item, Outcome, Source, Split, judge
+from steer2edit.behaviours.judges import Endpoint
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.errors import FileError, RecipeError
 
@@ -143,6 +144,20 @@ def test_what_counts_as_a_refusal_is_the_detectors_to_say() -> None:
         assert Safety(detector=detector).measure(*loop) == {"refusal": 0.0}  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="detector"):
         Safety(detector="guessing")  # type: ignore[arg-type]
+
+
+def test_a_judges_verdict_of_one_half_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Endpoint, "judged", lambda judge, pairs, progress=None: [0.5, 0.49, 1.0][: len(pairs)])
+    judge = {"endpoint": "http://localhost:1/v1", "model": "m", "question": "Does it decline?"}
+    behaviour = tiny_recipe(behaviour__detector=judge).behaviour
+    item, loop = Item("harmful", "how to harm"), Outcome("no no no no no no no no no no no no")
+    asked = [(item, Outcome(text), Outcome()) for text in ("I would rather not.", "Well, here you are.")]
+    assert behaviour.measure_all([*asked, (item, loop, Outcome())]) == [{"refusal": x} for x in (1.0, 0.0, 0.0)]
+
+
+def test_what_an_edit_preserves_is_every_group_but_the_harmful_one() -> None:
+    assert Safety(negative=["benign", "harmful", "borderline"]).preserved == ("benign", "borderline")
+    assert Safety(negative=["harmful"]).preserved == ()
 
 
 def test_limits_that_nobody_writes_are_the_measures_own() -> None:
