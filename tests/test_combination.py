@@ -104,8 +104,8 @@ def test_hook_baked_adapter_and_checkpoint_are_one(made: Any, tmp_path: Path) ->
 def test_an_adapter_says_of_which_edits_it_is_made(made: Any, tmp_path: Path) -> None:
     _, _, one, other = made
     combine(one, other).save_adapter(tmp_path / "adapter", base="the/base")
-    told = json.loads((tmp_path / "adapter" / "steer2edit.json").read_text())
-    assert [(part["id"], part["strength"]) for part in told["parts"]] == [(one.id, 0.8), (other.id, -0.5)]
+    wanted = json.loads((tmp_path / "adapter" / "steer2edit.json").read_text())
+    assert [(part["id"], part["strength"]) for part in wanted["parts"]] == [(one.id, 0.8), (other.id, -0.5)]
 
 
 def test_a_merged_adapter_has_the_baked_weights(made: Any, tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_the_weights_change_by_the_sum_of_the_parts(made: Any) -> None:
     report = combine(one, other).apply(edited)
     old, new = weights(model), weights(edited)
     for key in old:
-        told = sum(delta(edit, key) for edit in (one, other) if key in edit.sites)
-        torch.testing.assert_close(new[key].double(), old[key].double() + told, rtol=0, atol=1e-5)
+        wanted = sum(delta(edit, key) for edit in (one, other) if key in edit.sites)
+        torch.testing.assert_close(new[key].double(), old[key].double() + wanted, rtol=0, atol=1e-5)
     assert report.sites == len(one.edited().keys() | other.edited().keys())
     assert report.rounding_loss < 1e-4
 
@@ -139,8 +139,8 @@ def test_strengths_of_the_parts_count(pico: Any, strengths: tuple[float, float])
     parts = [e.with_strength(s) for e, s in zip(two_edits(model), strengths, strict=True)]
     changes = combine(*parts).changes()
     for key, change in changes.items():
-        told = sum(delta(part, key) for part in parts)
-        torch.testing.assert_close(change.delta().double(), told, rtol=0, atol=1e-5)
+        wanted = sum(delta(part, key) for part in parts)
+        torch.testing.assert_close(change.delta().double(), wanted, rtol=0, atol=1e-5)
     old = weights(model)
     with torch.no_grad():
         combine(*parts).apply(model)
@@ -177,11 +177,11 @@ def test_the_order_of_the_parts_is_no_matter_to_the_model(pico: Any) -> None:
     model = pico()
     one, other = two_edits(model)
     with combine(one, other).applied(model):
-        told = logits(model)
+        wanted = logits(model)
     with combine(other, one).applied(model):
-        torch.testing.assert_close(logits(model), told, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
     with one.applied(model), other.applied(model):
-        torch.testing.assert_close(logits(model), told, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
 
 
 # A part of an edit --------------------------------------------------------------------------------------------------
@@ -194,17 +194,17 @@ def test_only_is_the_edit_with_zeros_elsewhere(pico: Any, layers: Any, blocks: t
     model = pico()
     edit = two_edits(model)[0].with_strength(0.7)
     part = edit.only(layers=layers, blocks=blocks)
-    told = {}
+    wanted = {}
     for key, site in edit.sites.items():
         stays = (layers is None or site.site.layer in layers) and site.site.block in blocks
-        told[key] = delta(edit, key) if stays else torch.zeros(site.site.d, site.site.inputs, dtype=torch.float64)
-        assert torch.equal(delta(part, key), told[key])
+        wanted[key] = delta(edit, key) if stays else torch.zeros(site.site.d, site.site.inputs, dtype=torch.float64)
+        assert torch.equal(delta(part, key), wanted[key])
         assert torch.equal(part.sites[key].g, site.g)
-    assert set(part.edited()) == {key for key, d in told.items() if d.any()}
+    assert set(part.edited()) == {key for key, d in wanted.items() if d.any()}
     old = weights(model)
     part.apply(model)
     for key, weight in weights(model).items():
-        torch.testing.assert_close(weight.double(), old[key] + told[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(weight.double(), old[key] + wanted[key], rtol=0, atol=1e-6)
 
 
 def test_the_parts_of_an_edit_combined_are_the_edit(pico: Any) -> None:
@@ -321,15 +321,15 @@ def test_a_combination_comes_back_from_its_file(name: str, tmp_path: Path) -> No
     for loaded in (Combination.load(file), load_any(file)):
         assert isinstance(loaded, Combination)
         assert loaded.id == edit.id
-        for mine, told in zip(loaded.parts, edit.parts, strict=True):
-            assert (mine.config, mine.strength, mine.provenance) == (told.config, told.strength, told.provenance)
-            assert list(mine.sites) == list(told.sites)
-            for key, site in told.sites.items():
+        for mine, wanted in zip(loaded.parts, edit.parts, strict=True):
+            assert (mine.config, mine.strength, mine.provenance) == (wanted.config, wanted.strength, wanted.provenance)
+            assert list(mine.sites) == list(wanted.sites)
+            for key, site in wanted.sites.items():
                 assert mine.sites[key].site == site.site
                 assert all(
                     torch.equal(getattr(mine.sites[key], f), getattr(site, f)) for f in ("u", "k", "g", "reach", "lam")
                 )
-                assert torch.equal(mine.fingerprint[key], told.fingerprint[key])
+                assert torch.equal(mine.fingerprint[key], wanted.fingerprint[key])
     edit.apply(model)
     Combination.load(file).revert(model)  # known as the same edit
     with pytest.raises(FileError, match="does not hold a"):
@@ -394,8 +394,8 @@ def by_hand(one: s2e.Edit, other: s2e.Edit) -> dict[str, Any]:
                 shared += 1
                 opposed += float((mine * theirs).sum()) < 0
         directions = cosine(one.sites[key].u.double(), other.sites[key].u.double())
-        told = {"site": key, "cos u": directions, "cos row": cosine(a, b) / directions, "cos ΔW": cosine(a, b)}
-        rows.append(told | {"shared": shared, "opposed": opposed})
+        wanted = {"site": key, "cos u": directions, "cos row": cosine(a, b) / directions, "cos ΔW": cosine(a, b)}
+        rows.append(wanted | {"shared": shared, "opposed": opposed})
     shared, opposed = (sum(row[name] for row in rows) for name in ("shared", "opposed"))
     return {"sites": rows, "shared": shared, "opposed": opposed, "opposed_share": opposed / shared if shared else 0.0}
 
@@ -404,12 +404,12 @@ def by_hand(one: s2e.Edit, other: s2e.Edit) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_interference_is_what_a_slow_loop_finds(name: str, strengths: tuple[float, float]) -> None:
     one, other = (e.with_strength(s) for e, s in zip(two_edits(make_family(name), (0.5, 0.3)), strengths, strict=True))
-    found, told = interference(one, other), by_hand(one, other)
-    assert 0 < told["opposed"] < told["shared"]
-    for row, expected in zip(found["sites"], told["sites"], strict=True):
+    found, wanted = interference(one, other), by_hand(one, other)
+    assert 0 < wanted["opposed"] < wanted["shared"]
+    for row, expected in zip(found["sites"], wanted["sites"], strict=True):
         assert row == pytest.approx(expected, abs=1e-4)
     for count in ("shared", "opposed", "opposed_share"):
-        assert found[count] == told[count]
+        assert found[count] == wanted[count]
     json.dumps(found, allow_nan=False)
 
 
@@ -426,8 +426,8 @@ def test_an_edit_is_in_its_own_way_only_where_it_is_negated(pico: Any) -> None:
 
 def test_edits_of_unlike_sites_do_not_meet(pico: Any) -> None:
     one, other = two_edits(pico())
-    told = {"sites": [], "shared": 0, "opposed": 0, "opposed_share": 0.0}
-    assert interference(one.only(blocks=("attn",)), other.only(blocks=("mlp",))) == told
+    wanted = {"sites": [], "shared": 0, "opposed": 0, "opposed_share": 0.0}
+    assert interference(one.only(blocks=("attn",)), other.only(blocks=("mlp",))) == wanted
 
 
 def test_interference_of_a_case_by_hand() -> None:

@@ -213,6 +213,12 @@ def test_a_command_has_verbs_options_and_keys_that_exist(block: Block) -> None:
     raise errors[0]
 
 
+@pytest.mark.parametrize("block", COMMANDS, ids=str)
+def test_what_a_shell_would_expand_is_quoted(block: Block) -> None:
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", block.text).partition(" #")[0]
+    assert not set("[]{}*?") & set(unquoted)  # zsh takes brackets for a pattern, bash expands braces
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

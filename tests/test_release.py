@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import doctest
 import re
@@ -71,6 +72,38 @@ def test_what_other_extras_need_is_in_the_one_for_developers() -> None:
     extras = {name: {Requirement(text).name.lower() for text in some} for name, some in extras_of().items()}
     together = {package for name, some in extras.items() if name != "dev" for package in some}
     assert together <= extras["dev"]
+
+
+# The distribution of a module, where they differ in more than case and dashes.
+DISTRIBUTIONS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "math_verify": "math-verify", "lazy_loader": "lazy-loader"}
+# Comes with FastAPI, whose own types these are; vLLM runs in an environment of its own.
+COMES_ALONG = {"starlette": "fastapi", "anyio": "fastapi", "markupsafe": "jinja2", "vllm": None}
+# No module of ours imports it: its version decides how text is divided into tokens.
+ONLY_A_BOUND = {"tokenizers"}
+
+
+def imported_modules() -> set[str]:
+    """The first part of every module of others that the package imports, wherever in a file."""
+    modules = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules.add(node.module.partition(".")[0])
+    return modules - set(sys.stdlib_module_names) - {"steer2edit"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    modules = {COMES_ALONG.get(name, name) for name in imported_modules()} - {None}
+    imported = {DISTRIBUTIONS.get(name, name).lower() for name in modules if name}
+    core = {Requirement(text).name.lower() for text in PROJECT["dependencies"]}
+    extras = {
+        Requirement(text).name.lower() for n, some in extras_of().items() if n not in ("dev", "docs") for text in some
+    }
+    assert imported - core - extras == set()
+    assert core - imported == ONLY_A_BOUND
+    assert extras - imported == set()
 
 
 def test_each_pinned_version_is_one_that_the_project_allows() -> None:

@@ -67,7 +67,9 @@ def main() -> None:
     try:
         app(prog_name="steer2edit")
     except Steer2EditError as error:
-        print(f"steer2edit: {error}", file=sys.stderr)
+        from .report.visible import visible
+
+        print(f"steer2edit: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(f"\nsteer2edit: stopped; {stop}.", file=sys.stderr)
@@ -224,7 +226,7 @@ def evaluate(
     overrides: Overrides = None,
     tasks: Annotated[str | None, typer.Option(help="Utility tasks too: gsm8k,arc_easy, or any of lm-eval's.")] = None,
     sets: Annotated[str | None, typer.Option(help="A folder of sets, in place of the Hub.")] = None,
-    items: Annotated[int | None, typer.Option(help="At most so many questions of each task.", min=1)] = None,
+    items: Annotated[int | None, typer.Option(help="At most this many questions of each task.", min=1)] = None,
     model: ModelName = None,
     out: Out = None,
     trust_recipe_code: TrustCode = False,

@@ -126,7 +126,7 @@ class Scores:
             raise EditError(
                 "the scores have no evidence to preserve by",
                 got="a probe without preserve",
-                fix="Collect with preserve=(…), the groups of negative traces at which nothing is to change.",
+                fix="Collect with preserve=(…), the groups of negative traces that the edit should leave alone.",
             )
         sites = {key: quieted(site, self.evidence, epsilon) for key, site in edit.sites.items()}
         return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon)})
@@ -454,7 +454,7 @@ def interference(one: Edit, other: Edit) -> dict[str, Any]:
         )
     order = list(one.sites)
     rows.sort(key=lambda row: order.index(row["site"]))
-    shared, opposed = (sum(row[name] for row in rows) for name in ("shared", "opposed"))
+    shared, opposed = sum(row["shared"] for row in rows), sum(row["opposed"] for row in rows)
     return {"sites": rows, "shared": shared, "opposed": opposed, "opposed_share": opposed / shared if shared else 0.0}
 
 

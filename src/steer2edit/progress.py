@@ -20,10 +20,14 @@ _LOGGER = logging.getLogger("steer2edit")
 
 
 class _Stderr(logging.Handler):
-    """Writes plain lines to the current `sys.stderr`."""
+    """Writes plain lines to the current `sys.stderr`. What a terminal would act on is written as an escape."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print("".join(map(_harmless, self.format(record))), file=sys.stderr, flush=True)
+
+
+def _harmless(c: str) -> str:
+    return c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
 
 
 _shown = _Stderr()

@@ -96,7 +96,7 @@ class Data(Section):
 class ProbePass(Section):
     """The pass over the traces.
 
-    `preserve` names the groups of negative traces at which an edit of the variant `preserve` is to change little;
+    `preserve` names the groups of negative traces that an edit of the variant `preserve` should leave alone;
     without it the behaviour says which.
     """
 
@@ -200,7 +200,7 @@ class Recipe(Section):
             raise RecipeError(
                 "the recipe's search.variants cannot be used",
                 got=f"{PRESERVE}, and nothing to preserve",
-                fix="Name groups of negative traces in probe.preserve, at whose prompts nothing is to change.",
+                fix="Name in probe.preserve the groups of negative traces that an edit should leave alone.",
             )
         names = [measure.name for measure in self.behaviour.measures]
         for name in self.search.limits:
@@ -244,7 +244,7 @@ class Recipe(Section):
 
     @property
     def aim(self) -> Aim:
-        """What the search is to improve and what that may cost: the measures' own limits, where none is written."""
+        """What the search should improve, and what that may cost: the written limits, else the measures' own."""
         s = self.search
         default = self.behaviour.limits
         limits = {m: s.limits.get(m.name, default.get(m.name, m.limit)) for m in self.behaviour.measures}
@@ -329,7 +329,7 @@ def task_overrides(recipe: str | Path, tasks: str | None, sets: str | None, item
     """The command line's options on utility tasks as overrides of a recipe; tasks join those that it has.
 
     Args:
-        tasks: names, with commas between them. sets: the folder of their sets. items: at most so many of each.
+        tasks: names, with commas between them. sets: the folder of their sets. items: at most this many of each.
     """
     changes = []
     if tasks is not None:

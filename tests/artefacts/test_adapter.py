@@ -126,8 +126,8 @@ def test_an_adapter_says_where_it_came_from(pico: Any, make_edit: MakeEdit, tmp_
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "pico/llama"
     part = {"id": edit.id, "config": {"rho_attn": 0.3, "rho_mlp": 0.3, "alpha": 0.3}, "strength": 0.5}
-    told = {"edit": edit.id, "parts": [part]}
-    assert json.loads((tmp_path / "adapter" / "steer2edit.json").read_text()) == told
+    expected = {"edit": edit.id, "parts": [part]}
+    assert json.loads((tmp_path / "adapter" / "steer2edit.json").read_text()) == expected
     edit.with_strength(0.25).save_adapter(tmp_path / "adapter")  # an adapter is written over the old one
     assert json.loads((tmp_path / "adapter" / "steer2edit.json").read_text())["parts"][0]["strength"] == 0.25
     assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
@@ -171,14 +171,14 @@ def test_an_exported_checkpoint_is_apply_and_save_pretrained_bit_for_bit(
     before = contents(base)
     assert s2e.export_checkpoint(base, edit, tmp_path / "out") == tmp_path / "out"
     edit.apply(model)
-    told = contents(saved(model, tmp_path / "told", shard_size))
+    expected = contents(saved(model, tmp_path / "expected", shard_size))
     out = contents(tmp_path / "out")
     manifest = json.loads(out.pop("manifest.json"))
     assert contents(base) == before
     assert out.keys() == before.keys()
     assert set(manifest["tensors"]) == {s.site.tensor for s in edit.edited().values()}
     for name, data in out.items():
-        assert data == (told if name.endswith(".safetensors") else before)[name], name
+        assert data == (expected if name.endswith(".safetensors") else before)[name], name
     assert {name for name in out if out[name] != before[name]} == changed_files(base, edit)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert torch.equal(logits(reloaded), logits(model))
@@ -274,25 +274,25 @@ def test_a_dtype_that_is_not_plain_floating_point_is_refused_and_leaves_nothing(
 
 def test_scores_from_a_folder_are_those_of_the_model(variant: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
     probe = s2e.collect(variant, tokenizer, *traces)
-    told = s2e.score(variant, probe)
+    expected = s2e.score(variant, probe)
     folders = [saved(variant, tmp_path / name, size) for name, size in SHARDS.items()]
     for source in (*folders, AutoModelForCausalLM.from_pretrained(folders[0], dtype=variant.dtype)):
         here = s2e.score(source, probe)
-        assert list(here.sites) == list(told.sites)
+        assert list(here.sites) == list(expected.sites)
         for key, s in here.sites.items():
             for field in ("u", "k", "g", "reach"):
-                assert torch.equal(getattr(s, field), getattr(told.sites[key], field))
-            assert (s.site, s.v_norm) == (told.sites[key].site, told.sites[key].v_norm)
-            assert torch.equal(here.fingerprint[key], told.fingerprint[key])
-        assert here.provenance == told.provenance
+                assert torch.equal(getattr(s, field), getattr(expected.sites[key], field))
+            assert (s.site, s.v_norm) == (expected.sites[key].site, expected.sites[key].v_norm)
+            assert torch.equal(here.fingerprint[key], expected.fingerprint[key])
+        assert here.provenance == expected.provenance
 
 
 def test_given_vectors_take_the_place_of_the_probes(pico: Any, tokenizer: Any, traces: Any) -> None:
     model = pico()
     probe = s2e.collect(model, tokenizer, *traces)
-    told = s2e.score(model, probe)
+    expected = s2e.score(model, probe)
     same = s2e.score(model, probe, vectors={site.key: probe.vector(site) for site in probe.sites})
-    for key, s in told.sites.items():
+    for key, s in expected.sites.items():
         assert torch.equal(same.sites[key].g, s.g)
     v = torch.randn(32)
     assert all(torch.equal(s.u, v / v.norm()) for s in s2e.score(model, probe, vectors=v).sites.values())

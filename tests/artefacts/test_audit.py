@@ -87,19 +87,19 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
 # Verify -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_is_as_told(made: Made) -> None:
+def test_an_export_is_as_expected(made: Made) -> None:
     found = verify(made.base, made.edit, made.out)
-    assert found["as_expected"] is True
-    told = {name for name, word in found["tensors"].items() if word == "edited as expected"}
+    assert found["as_expected"] is found["as_told"] is True  # the name of version 0.1.0 is kept
+    expected = {name for name, word in found["tensors"].items() if word == "edited as expected"}
     tensor_of = {s.site.key: s.site.tensor for s in made.edit.edited().values()}
     here = places(made.base)
-    assert len(told) == len(
+    assert len(expected) == len(
         {tensor if tensor in here else key for key, tensor in tensor_of.items()}
         if made.name == "mixtral"
         else set(tensor_of.values())
     )
-    assert {word for name, word in found["tensors"].items() if name not in told} == {"equal"}
-    assert found["counts"] == {"edited as expected": len(told), "equal": len(here) - len(told)}
+    assert {word for name, word in found["tensors"].items() if name not in expected} == {"equal"}
+    assert found["counts"] == {"edited as expected": len(expected), "equal": len(here) - len(expected)}
     assert found["tensors"].keys() == here.keys()
     assert set(found["files"].values()) == {"equal"}
     assert {"config.json", "tokenizer.json"} <= found["files"].keys()
@@ -107,7 +107,7 @@ def test_an_export_is_as_told(made: Made) -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_what_apply_and_save_pretrained_write_is_as_told(made: Made, tmp_path: Path) -> None:
+def test_what_apply_and_save_pretrained_write_is_as_expected(made: Made, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype)
     made.edit.apply(model)
     model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
@@ -116,7 +116,7 @@ def test_what_apply_and_save_pretrained_write_is_as_told(made: Made, tmp_path: P
     assert not bad({"tensors": found["tensors"], "files": {}})
 
 
-def test_an_unedited_copy_and_another_edit_are_not_as_told(made: Made, tmp_path: Path) -> None:
+def test_an_unedited_copy_and_another_edit_are_not_as_expected(made: Made, tmp_path: Path) -> None:
     found = verify(made.base, made.edit, made.base)
     assert found["as_expected"] is False
     changed = {name for name, word in verify(made.base, made.edit, made.out)["tensors"].items() if word != "equal"}
@@ -246,7 +246,7 @@ def test_a_broken_manifest_is_an_error_in_one_sentence_or_no_matter(llama: Made,
 
 
 @pytest.mark.parametrize("size", ["1GB", "12KB"])
-def test_a_checkpoint_in_other_shards_is_as_told(llama: Made, tmp_path: Path, size: str) -> None:
+def test_a_checkpoint_in_other_shards_is_as_expected(llama: Made, tmp_path: Path, size: str) -> None:
     AutoModelForCausalLM.from_pretrained(llama.out, dtype=torch.float32).save_pretrained(
         tmp_path / "out", max_shard_size=size
     )
@@ -267,10 +267,10 @@ def test_a_second_copy_of_a_tensor_in_another_shard_is_no_hiding_place(llama: Ma
             continue
         whole = file.read_bytes()
         save_file(load_file(file) | {name: torch.full((24,), 7.0)}, file, metadata={"format": "pt"})
-        told = False
+        expected = False
         with contextlib.suppress(FileError):  # or refused
-            told = verify(llama.base, llama.edit, folder)["as_expected"]
-        assert not told, file.name
+            expected = verify(llama.base, llama.edit, folder)["as_expected"]
+        assert not expected, file.name
         file.write_bytes(whole)
 
 
@@ -293,7 +293,7 @@ def test_what_is_no_checkpoint_and_what_is_another_models_is_refused(llama: Made
         verify(tmp_path / "other", llama.edit, llama.out)
 
 
-def test_a_combination_is_as_told_and_neither_of_its_parts_is(made: Made, tmp_path: Path) -> None:
+def test_a_combination_is_as_expected_and_neither_of_its_parts_is(made: Made, tmp_path: Path) -> None:
     part = made.scores.edit(rho_attn=0.4, rho_mlp=None, alpha=0.0).with_strength(-0.5)
     both = combine(made.edit, part)
     s2e.export_checkpoint(made.base, both, tmp_path / "both")
@@ -305,7 +305,7 @@ def test_a_combination_is_as_told_and_neither_of_its_parts_is(made: Made, tmp_pa
 # On the command line ------------------------------------------------------------------------------------------------
 
 
-def test_verify_leaves_with_0_if_as_told_1_if_not_and_2_if_it_cannot_tell(
+def test_verify_leaves_with_0_if_as_expected_1_if_not_and_2_if_it_cannot_tell(
     llama: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     file = tmp_path / "edit.safetensors"

@@ -77,10 +77,10 @@ def saved(model: Any, folder: Path, shard_size: str = "1GB") -> Path:
 def same_as_hooks(model: Any, vectors: dict[str, Tensor], gamma: float, out: Path) -> None:
     base = logits(model)
     with s2e.intervening(model, s2e.steering(vectors, gamma)):
-        told = logits(model)
-    assert float((told - base).abs().max()) > 0.1
+        expected = logits(model)
+    assert float((expected - base).abs().max()) > 0.1
     reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype).eval()
-    torch.testing.assert_close(logits(reloaded), told, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shards", list(SHARDS))
@@ -111,15 +111,17 @@ def test_a_switch_brings_the_other_biases_as_zeros(shards: str, tmp_path: Path) 
     old, new = tensors(base), tensors(tmp_path / "out")
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
     added = {name: new[name] for name in new.keys() - old.keys()}
-    told = {}
+    expected = {}
     for layer in range(2):
         where = f"model.layers.{layer}"
-        told |= {f"{where}.self_attn.o_proj.bias": -0.5 * vectors[f"{layer}.attn"]}
-        told |= {f"{where}.self_attn.{n}_proj.bias": torch.zeros(size) for n, size in (("q", 24), ("k", 12), ("v", 12))}
-        told |= {f"{where}.mlp.{n}_proj.bias": torch.zeros(40) for n in ("gate", "up")}
-        told |= {f"{where}.mlp.down_proj.bias": -0.5 * vectors.get(f"{layer}.mlp", torch.zeros(24))}
-    assert added.keys() == told.keys()
-    assert all(torch.equal(added[name], tensor) for name, tensor in told.items())
+        expected |= {f"{where}.self_attn.o_proj.bias": -0.5 * vectors[f"{layer}.attn"]}
+        expected |= {
+            f"{where}.self_attn.{n}_proj.bias": torch.zeros(size) for n, size in (("q", 24), ("k", 12), ("v", 12))
+        }
+        expected |= {f"{where}.mlp.{n}_proj.bias": torch.zeros(40) for n in ("gate", "up")}
+        expected |= {f"{where}.mlp.down_proj.bias": -0.5 * vectors.get(f"{layer}.mlp", torch.zeros(24))}
+    assert added.keys() == expected.keys()
+    assert all(torch.equal(added[name], tensor) for name, tensor in expected.items())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert index.keys() == new.keys()
     for file in set(index.values()):
@@ -180,9 +182,9 @@ def test_steering_may_be_written_onto_what_was_steered_already(tmp_path: Path) -
 def test_a_family_without_a_place_for_a_bias_is_refused_by_the_modules_name(name: str, tmp_path: Path) -> None:
     model = make_family(name)
     base = saved(model, tmp_path / "base")
-    with pytest.raises(ModelError, match=f"cannot be written as biases .*no bias at {REFUSED[name]}\\)") as told:
+    with pytest.raises(ModelError, match=f"cannot be written as biases .*no bias at {REFUSED[name]}\\)") as caught:
         export_steering(base, vectors_of(model), 0.3, tmp_path / "out")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert names(tmp_path) == {"base"}
 
 

@@ -190,10 +190,10 @@ def test_an_export_that_was_killed_goes_on_to_the_same_bytes(large: Any, tmp_pat
     before = contents(base)
     assert exporter.export(tmp_path / "warm") == 0
     started = time.monotonic()
-    assert exporter.export(tmp_path / "told") == 0
+    assert exporter.export(tmp_path / "expected") == 0
     usual = time.monotonic() - started
-    told = contents(tmp_path / "told")
-    shards = sorted(name for name in told if name.endswith(".safetensors"))
+    expected = contents(tmp_path / "expected")
+    shards = sorted(name for name in expected if name.endswith(".safetensors"))
 
     def at(moment: float) -> Callable[[], bool]:
         start = time.monotonic()
@@ -215,12 +215,12 @@ def test_an_export_that_was_killed_goes_on_to_the_same_bytes(large: Any, tmp_pat
         whole = [line["file"] for line in lines[1:]]
         between += 0 < len(whole) < len(shards)
         for name in whole:
-            assert (partial / name).read_bytes() == told[name]
+            assert (partial / name).read_bytes() == expected[name]
         left = {name: as_left(partial / name) for name in whole}
         if not out.exists():
             assert exporter.export(out) == 0
         assert names(here) == {"out"}
-        assert contents(out) == told
+        assert contents(out) == expected
         assert {name: as_left(out / name) for name in whole} == left  # a whole shard is not written again
         shutil.rmtree(out)
     assert killed >= 12
@@ -231,7 +231,7 @@ def test_an_export_that_was_killed_goes_on_to_the_same_bytes(large: Any, tmp_pat
 @pytest.mark.slow
 def test_an_export_that_is_killed_again_and_again_comes_to_its_end(large: Any, tmp_path: Path) -> None:
     _, exporter = large
-    assert exporter.export(tmp_path / "told") == 0
+    assert exporter.export(tmp_path / "expected") == 0
     here = tmp_path / "here"
     here.mkdir()
     out, partial = here / "out", here / ".out.partial"
@@ -244,7 +244,7 @@ def test_an_export_that_is_killed_again_and_again_comes_to_its_end(large: Any, t
     if partial.exists():  # killed between the last shard and the end
         assert exporter.export(out) == 0
     assert kills >= 3
-    assert contents(out) == contents(tmp_path / "told")
+    assert contents(out) == contents(tmp_path / "expected")
     assert names(here) == {"out"}
 
 
@@ -276,15 +276,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, case: Case, out: Path, shards: i
 def test_only_the_shards_that_are_not_whole_are_written_again(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    s2e.export_checkpoint(case.base, case.edit, tmp_path / "told")
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "expected")
     partial = stop_after(monkeypatch, case, tmp_path / "out", 2)
     whole = {line["file"]: as_left(partial / line["file"]) for line in journal(partial)[1:]}
-    assert names(tmp_path) == {"base", "told", ".out.partial"}
+    assert names(tmp_path) == {"base", "expected", ".out.partial"}
     capsys.readouterr()
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
     assert "2 shards are complete" in capsys.readouterr().err
     assert {name: as_left(tmp_path / "out" / name) for name in whole} == whole
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")  # the manifest too: hashes of all shards
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")  # the manifest too: hashes of all shards
 
 
 @pytest.mark.parametrize("what", ["other edit", "touched", "grown", "new file"])
@@ -306,8 +306,8 @@ def test_what_another_export_left_is_not_gone_on_with(
     capsys.readouterr()
     s2e.export_checkpoint(case.base, edit, tmp_path / "out")
     assert "resuming" not in capsys.readouterr().err
-    s2e.export_checkpoint(case.base, edit, tmp_path / "told")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    s2e.export_checkpoint(case.base, edit, tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert "stranger.txt" not in names(tmp_path / "out")
 
 
@@ -429,7 +429,7 @@ def test_an_fp8_weight_without_scales_that_is_edited_is_refused_with_what_to_do(
     probe = s2e.collect(case.model, make_tokenizer(), *make_traces())
     few_bits(case.base, lambda name: "layers.1.self_attn.o_proj" in name, scaled=False)
     before = contents(tmp_path)
-    told = (
+    expected = (
         "model.layers.1.self_attn.o_proj.weight is not plain floating point (got: F8_E4M3). Known are F32, F16 and "
         "BF16; fp8, MXFP4, NVFP4, GPTQ, AWQ and bitsandbytes with their scales; and GGUF's Q8_0, Q4_0, Q4_1, Q5_0, "
         "Q5_1, Q4_K, Q5_K and Q6_K. Others: dequantise the checkpoint first; or give the loaded model to score(), "
@@ -441,7 +441,7 @@ def test_an_fp8_weight_without_scales_that_is_edited_is_refused_with_what_to_do(
     ):
         with pytest.raises(FileError) as caught:
             refused()
-        assert str(caught.value) == told
+        assert str(caught.value) == expected
     assert contents(tmp_path) == before
 
 
@@ -450,15 +450,15 @@ def test_fp8_weights_that_are_not_edited_are_copied_verbatim(shard_size: str, tm
     case = make_case(tmp_path, shard_size)
     edit = case.edit.only(blocks=("attn",))
     s2e.export_checkpoint(case.base, edit, tmp_path / "plain")
-    told = {s.site.tensor: stored_bytes(tmp_path / "plain")[s.site.tensor] for s in edit.edited().values()}
+    expected = {s.site.tensor: stored_bytes(tmp_path / "plain")[s.site.tensor] for s in edit.edited().values()}
     # All maps but the attention's output; of those the MLP's are sites of the edit, with λ = 0.
     fp8 = few_bits(case.base, lambda name: "o_proj" not in name)
     assert len(fp8) == 2 * 3 * 6
     s2e.export_checkpoint(case.base, edit, tmp_path / "out")
     out = stored_bytes(tmp_path / "out")
     assert {name: out[name] for name in fp8} == fp8
-    assert {name: out[name] for name in told} == told
-    assert s2e.verify(case.base, edit, tmp_path / "out")["as_told"]
+    assert {name: out[name] for name in expected} == expected
+    assert s2e.verify(case.base, edit, tmp_path / "out")["as_expected"]
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "whole", accept_rounding=True)
     whole = stored_bytes(tmp_path / "whole")
     assert {name for name in fp8 if whole[name] != fp8[name]} <= {n for n in fp8 if "mlp.down_proj" in n}
@@ -474,8 +474,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    told = [mount or "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if mount is None or subprocess.run(told, capture_output=True).returncode:
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if mount is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -494,9 +494,9 @@ def test_a_disk_that_fills_up_during_an_export_is_told_in_one_sentence(
     assert names(small_disk) == set()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # another process fills it meanwhile
-    with pytest.raises(FileError, match=r"^the disk is full: .*out was not written") as told:
+    with pytest.raises(FileError, match=r"^the disk is full: .*out was not written") as caught:
         s2e.export_checkpoint(tmp_path / "base", edit, small_disk / "out")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert names(small_disk) <= {".out.partial"}
     assert contents(tmp_path / "base") == before
 
@@ -505,7 +505,7 @@ def test_a_disk_that_fills_up_during_an_export_is_told_in_one_sentence(
 def test_no_space_left_is_told_whatever_call_says_it_and_the_export_goes_on_later(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    s2e.export_checkpoint(case.base, case.edit, tmp_path / "told")
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "expected")
     before = contents(case.base)
     real, calls = getattr(os, call), []
 
@@ -519,10 +519,10 @@ def test_no_space_left_is_told_whatever_call_says_it_and_the_export_goes_on_late
     with pytest.raises(FileError, match=r"the disk is full: .*out was not written .*run it again"):
         s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
     monkeypatch.undo()
-    assert names(tmp_path) == {"base", "told", ".out.partial"}
+    assert names(tmp_path) == {"base", "expected", ".out.partial"}
     assert contents(case.base) == before
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_no_space_left_for_the_small_files_is_told_too(
@@ -584,12 +584,12 @@ def test_all_else_is_copied_byte_for_byte(case: Case, tmp_path: Path, capsys: An
         (case.base / stale).mkdir()
         (case.base / stale / "config").write_text("left")
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
-    told = {k: v for k, v in contents(case.base).items() if not k.startswith((".git", ".cache"))}
+    expected = {k: v for k, v in contents(case.base).items() if not k.startswith((".git", ".cache"))}
     out = contents(tmp_path / "out")
     manifest = json.loads(out.pop(MANIFEST))
-    assert out.keys() == told.keys()
+    assert out.keys() == expected.keys()
     assert {"tokenizer.json", "tokenizer_config.json", "notes/deep/ünder.txt", ".hidden", "empty"} <= out.keys()
-    assert {name for name in out if out[name] != told[name]} <= {n for n in out if n.endswith(".safetensors")}
+    assert {name for name in out if out[name] != expected[name]} <= {n for n in out if n.endswith(".safetensors")}
     assert (manifest["left_out"], manifest["base"], manifest["edit"]) == ([], "base", case.edit.id)
     assert "not copied" not in capsys.readouterr().err
 
@@ -676,13 +676,13 @@ def test_the_hashes_are_those_of_the_tensors_before_and_after(case: Case, tmp_pa
     edit = case.edit.only(layers=[0, 2])
     s2e.export_checkpoint(case.base, edit, tmp_path / "out")
     old, new = stored_bytes(case.base), stored_bytes(tmp_path / "out")
-    told = {
+    expected = {
         name: {"before": hashlib.sha256(old[name]).hexdigest(), "after": hashlib.sha256(new[name]).hexdigest()}
         for name in sorted(s.site.tensor for s in edit.edited().values())
     }
-    assert len(told) == 4
-    assert all(both["before"] != both["after"] for both in told.values())
-    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["tensors"] == told
+    assert len(expected) == 4
+    assert all(both["before"] != both["after"] for both in expected.values())
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["tensors"] == expected
 
 
 def test_without_hashes_there_are_none_and_the_weights_are_the_same(case: Case, tmp_path: Path) -> None:
@@ -699,13 +699,13 @@ def test_hashes_of_experts_in_one_tensor_are_those_of_their_parts(tmp_path: Path
     model.save_pretrained(tmp_path / "base")
     edit = random_edit(model)
     s2e.export_checkpoint(tmp_path / "base", edit, tmp_path / "out")
-    told = json.loads((tmp_path / "out" / MANIFEST).read_text())["tensors"]
+    expected = json.loads((tmp_path / "out" / MANIFEST).read_text())["tensors"]
     old, new = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
     for layer in range(2):
         name = f"model.layers.{layer}.mlp.experts.down_proj"
         for expert in range(4):
             both = [hashlib.sha256(t[name][expert].numpy().tobytes()).hexdigest() for t in (old, new)]
-            assert told[f"{name}[{expert}]"] == dict(zip(("before", "after"), both, strict=True))
+            assert expected[f"{name}[{expert}]"] == dict(zip(("before", "after"), both, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -767,7 +767,7 @@ def test_an_edited_weight_that_overflows_is_refused_and_nothing_is_left(
 def test_the_bytes_are_the_same_where_the_kernel_copies_nothing(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    s2e.export_checkpoint(case.base, case.edit, tmp_path / "told")
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "expected")
     real = os.copy_file_range
 
     def copy(source: int, to: int, count: int, *offsets: int) -> int:
@@ -782,7 +782,7 @@ def test_the_bytes_are_the_same_where_the_kernel_copies_nothing(
     else:
         monkeypatch.setattr(os, "copy_file_range", copy)
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("shard_size", [ONE_FILE, SHARDED])
@@ -797,9 +797,9 @@ def test_fused_and_separate_experts_are_as_apply_and_save_pretrained_give_them(
     model.save_pretrained(tmp_path / "base", max_shard_size=shard_size)
     s2e.export_checkpoint(tmp_path / "base", edit, tmp_path / "out")
     edit.apply(model)
-    model.save_pretrained(tmp_path / "told", max_shard_size=shard_size)
-    told = {name: data for name, data in contents(tmp_path / "told").items() if name.endswith(".safetensors")}
-    assert {name: data for name, data in contents(tmp_path / "out").items() if name in told} == told
+    model.save_pretrained(tmp_path / "expected", max_shard_size=shard_size)
+    expected = {name: data for name, data in contents(tmp_path / "expected").items() if name.endswith(".safetensors")}
+    assert {name: data for name, data in contents(tmp_path / "out").items() if name in expected} == expected
     assert stored_bytes(tmp_path / "base") != stored_bytes(tmp_path / "out")
 
 
@@ -820,11 +820,11 @@ def test_one_expert_alone_changes_only_its_part_of_the_tensor(tmp_path: Path) ->
 def test_a_file_that_a_kill_left_half_written_does_not_come_along(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s2e.export_checkpoint(case.base, case.edit, tmp_path / "told")
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "expected")
     partial = stop_after(monkeypatch, case, tmp_path / "out", 2)
     (partial / ".manifest.json.q5jgd_4n.tmp.json").write_text('{"kind"')  # as `write_json` leaves it
     s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 # Progress -----------------------------------------------------------------------------------------------------------
@@ -839,10 +839,10 @@ def test_progress_rises_to_the_whole(
     if after is not None:
         partial = stop_after(monkeypatch, case, tmp_path / "out", after)
         there = sum(line["size"] for line in journal(partial)[1:])
-    told: list[tuple[int, int]] = []
-    s2e.export_checkpoint(case.base, case.edit, tmp_path / "out", progress=lambda *now: told.append(now))
-    assert {whole for _, whole in told} == {total}
-    done = [now for now, _ in told]
+    expected: list[tuple[int, int]] = []
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "out", progress=lambda *now: expected.append(now))
+    assert {whole for _, whole in expected} == {total}
+    done = [now for now, _ in expected]
     assert done == sorted(done)
     assert done[0] > there
     assert done[-1] == total

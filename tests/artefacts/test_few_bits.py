@@ -182,7 +182,7 @@ def test_a_stopped_export_goes_on_to_the_same_bytes(
 ) -> None:
     case = Case(tmp_path, SCHEMES[name], shards=4)
     edit = case.edit.with_strength(3.0)
-    s2e.export_checkpoint(case.base, edit, tmp_path / "told")
+    s2e.export_checkpoint(case.base, edit, tmp_path / "expected")
     finish, whole = Shard.finish, []
 
     def stop(shard: Shard, patched: Any) -> Any:
@@ -201,7 +201,7 @@ def test_a_stopped_export_goes_on_to_the_same_bytes(
     capsys.readouterr()
     s2e.export_checkpoint(case.base, edit, case.out)
     assert "2 shards are complete" in capsys.readouterr().err
-    assert contents(case.out) == contents(tmp_path / "told")
+    assert contents(case.out) == contents(tmp_path / "expected")
     assert not partial.exists()
 
 

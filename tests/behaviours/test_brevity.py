@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from conftest import make_pico, make_tokenizer
-from runs import FakeEngine, command, save_pico
-from sides import SENTENCE, chatml, small_recipe, source, three_parts, write_rows
+from runs import FakeEngine, is_one_sentence, said_by, save_pico
+from sides import chatml, small_recipe, source, three_parts, write_rows
 from steer2edit.behaviours.base import SPLITS, Item, Outcome, Source
 from steer2edit.behaviours.brevity import PROBLEM, Brevity
 from steer2edit.engines.base import Answer
@@ -344,17 +344,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     raw = {"name": "a", "model": {"name": save_pico(tmp_path / "model"), "device": "cpu"}, "data": data}
     raw["behaviour"] = {"name": "brevity", **behaviour}
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    code = command(monkeypatch, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "run", "--quiet")
-    seen = capsys.readouterr()
-    assert (code, seen.out) == (2, "")
-    assert SENTENCE.fullmatch(seen.err)
-    assert seen.err.count("\n") == 1
-    assert said in seen.err
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    is_one_sentence(said_by(monkeypatch, capfd, "run", wrong, "--out", tmp_path / "run", "--quiet"), said)
 
 
 def test_a_limit_on_what_is_measured_can_be_given() -> None:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_pico, make_tokenizer
-from runs import FakeEngine, command, save_pico
-from sides import SENTENCE, chatml, nll_by_hand, small_recipe, source, three_parts, write_rows
+from runs import FakeEngine, is_one_sentence, said_by, save_pico
+from sides import chatml, nll_by_hand, small_recipe, source, three_parts, write_rows
 from steer2edit.behaviours.base import SPLITS, Item, Outcome, Split
 from steer2edit.behaviours.contrast import read_prompts
 from steer2edit.behaviours.custom import _OPEN, _PAIRS, EVERYDAY, PAIR, PROMPT, Custom
@@ -24,7 +24,8 @@ from steer2edit.errors import FileError, RecipeError, Steer2EditError, TraceErro
 from steer2edit.files.schema import parse
 from steer2edit.recipe import parse_recipe, refuse_code
 from steer2edit.searching.bench import Bench
-from steer2edit.searching.candidates import BASE
+from steer2edit.searching.candidates import BASE, Candidate, Trial
+from steer2edit.searching.front import choose
 from steer2edit.searching.plan import Evaluation
 
 LOUD, SOFT = "Be loud.", "Be soft."
@@ -523,6 +524,18 @@ def test_preference_is_which_response_is_likelier_and_the_margin_by_how_much() -
     assert [m.name for m in behaviour.measures][:2] == ["preference", "margin"]
 
 
+def test_of_edits_that_are_preferred_alike_the_one_with_the_larger_margin_is_taken() -> None:
+    aim = small_recipe("m", {"name": "custom", "more": {"system": LOUD}, "less": {"system": SOFT}}).aim
+
+    def trial(name: str, preference: float, margin: float) -> Trial:
+        values = {"preference": (preference,), "margin": (margin,), "utility_loss": (0.1,), "degenerate": (0.0,)}
+        return Trial(Candidate(name, "edit", {}), values, "0")
+
+    chosen = choose([trial("a", 1.0, 0.2), trial("b", 1.0, 0.6), trial("c", 1.0, -0.3)], aim)
+    assert chosen is not None
+    assert chosen.candidate.id == "b"
+
+
 def test_a_score_is_the_attribute() -> None:
     behaviour = custom(title="loud", score={"phrases": ["ahoy"]})
     item = Item(PROMPT, "Q")
@@ -676,17 +689,13 @@ def _wrong(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any], str
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     behaviour, data, said = _wrong(name, tmp_path)
     raw = {"name": "wrong", "model": {"name": model, "device": "cpu"}, "behaviour": {"name": "custom", **behaviour}}
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw | {"data": data}), encoding="utf-8")
-    code = command(monkeypatch, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "run", "--quiet")
-    seen = capsys.readouterr()
-    assert (code, seen.out) == (2, "")
-    assert SENTENCE.fullmatch(seen.err)
-    assert seen.err.count("\n") == 1
-    assert said in seen.err
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(raw | {"data": data}), encoding="utf-8")
+    is_one_sentence(said_by(monkeypatch, capfd, "run", wrong, "--out", tmp_path / "run", "--quiet"), said)
 
 
 def test_a_prompt_differs_from_another_by_its_letters_and_digits() -> None:

@@ -20,8 +20,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from conftest import VOCABULARY, make_pico, make_tokenizer
-from runs import save_pico
+from conftest import VOCABULARY, make_tokenizer
+from runs import save_pico, save_speaker
 from steer2edit.behaviours import judge_formats, judges
 from steer2edit.behaviours.judge_formats import FORMATS, TEMPLATES, Verdicts, read_yes_no, retry_after
 from steer2edit.behaviours.judges import Classifier, Endpoint, JudgeError, LocalChat
@@ -772,29 +772,6 @@ def test_a_format_of_a_classifier_has_a_place_for_the_response() -> None:
 
 
 # A chat model in this process.
-
-
-def save_speaker(folder: Path, word: str) -> str:
-    """A pico model that always answers with one word: each token's embedding asks for the next token of the word."""
-    tokenizer = make_tokenizer()
-    ids = tokenizer(word)["input_ids"]
-    model = make_pico("llama", max_position_embeddings=512)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        states = torch.zeros(VOCABULARY, 32)
-        states[:, 0] = 1.0
-        head = torch.zeros(VOCABULARY, 32)
-        for i, token in enumerate(ids):
-            states[token] = torch.eye(32)[i + 1]
-            head[token] = torch.eye(32)[i]
-        head[tokenizer.eos_token_id] = torch.eye(32)[len(ids)]
-        model.model.embed_tokens.weight.copy_(states)
-        model.lm_head.weight.copy_(head)
-    model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return str(folder)
 
 
 def test_a_chat_model_answers_a_question(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from conftest import VOCABULARY, make_pico, make_tokenizer
+from conftest import VOCABULARY, make_tokenizer
+from runs import save_speaker
 from sides import ChatServer, three_parts
 from steer2edit.behaviours.base import Item, Measure, Outcome
+from steer2edit.behaviours.judges import Endpoint
 from steer2edit.behaviours.measures import (
     SCORES,
     Callback,
@@ -113,9 +115,15 @@ def test_a_judge_on_a_server_is_asked_about_prompt_and_answer(server: ChatServer
     assert not any("Ahoy? Good day." in text for text in texts)
 
 
+def test_a_judges_verdict_of_one_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Endpoint, "judged", lambda judge, pairs, progress=None: [0.5, 0.49])
+    score = score_of({"judge": {"endpoint": "http://localhost:1/v1", "model": "m", "question": "Is it a pirate?"}})
+    assert score.counted(_asked("Ahoy, mate!", "Hello.")) == [1.0, 0.0]
+
+
 def test_a_chat_model_here_can_judge(tmp_path: Path) -> None:
     for word, counts in (("Yes", 1.0), ("no", 0.0)):
-        folder = _save_speaker(tmp_path / word, word)
+        folder = save_speaker(tmp_path / word, word)
         score = score_of({"judge": {"local": folder, "question": "Is it a pirate?", "tokens": 8}})
         assert score.counted(_asked("Ahoy, mate!", "Hello.")) == [counts] * 2
 
@@ -158,29 +166,6 @@ def test_a_classifier_counts_where_its_label_has_half_of_the_probability(tmp_pat
 def test_a_classifiers_format_is_checked_when_the_recipe_is_read() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'minos'"):
         score_of({"classifier": "a/b", "label": "x", "format": "mino"})
-
-
-def _save_speaker(folder: Path, word: str) -> str:
-    """A pico model that always answers with one word: each token's embedding asks for the next token of the word."""
-    tokenizer = make_tokenizer()
-    ids = tokenizer(word)["input_ids"]
-    model = make_pico("llama", max_position_embeddings=512)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        states = torch.zeros(VOCABULARY, 32)
-        states[:, 0] = 1.0
-        head = torch.zeros(VOCABULARY, 32)
-        for i, token in enumerate(ids):
-            states[token] = torch.eye(32)[i + 1]
-            head[token] = torch.eye(32)[i]
-        head[tokenizer.eos_token_id] = torch.eye(32)[len(ids)]
-        model.model.embed_tokens.weight.copy_(states)
-        model.lm_head.weight.copy_(head)
-    model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return str(folder)
 
 
 # Functions ------------------------------------------------------------------------------------------------------------

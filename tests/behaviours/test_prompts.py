@@ -11,6 +11,7 @@ import pytest
 from steer2edit.behaviours.base import QUESTION, Item
 from steer2edit.behaviours.prompts import load_neutral, load_prompts, load_questions
 from steer2edit.errors import FileError, RecipeError
+from steer2edit.tasks.attacks import load_attacks
 
 # Multiple choice ----------------------------------------------------------------------------------------------------
 
@@ -85,11 +86,11 @@ def _styled(*styles: str | None, kind: str = "plain") -> list[dict[str, Any]]:
 
 def test_items_of_each_style_are_taken_in_turn(tmp_path: Path) -> None:
     path = _prompts(tmp_path, *_styled("a", "a", "a", "b", "c", "b", "a"))
-    told = ["a 0", "b 3", "c 4", "a 1", "b 5", "a 2", "a 6"]
+    expected = ["a 0", "b 3", "c 4", "a 1", "b 5", "a 2", "a 6"]
     for count in range(8):
         found = load_prompts(path, ["plain"], "test", {"plain": count}, "style")
-        assert [item.text for item in found] == told[:count]
-        assert [item.target for item in found] == [text.split()[0] for text in told[:count]]
+        assert [item.text for item in found] == expected[:count]
+        assert [item.target for item in found] == [text.split()[0] for text in expected[:count]]
     # Without a target they stand as in the file.
     plain = load_prompts(path, ["plain"], "test", {"plain": 5})
     assert [(item.text, item.target) for item in plain] == [(f"{'aaabc'[i]} {i}", None) for i in range(5)]
@@ -145,9 +146,16 @@ def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text("\n", encoding="utf-8")
-    with pytest.raises(FileError, match=r"prompts\.jsonl is empty"):
-        load_prompts(tmp_path / "prompts.jsonl", ["plain"], "test", {"plain": 1})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n", encoding="utf-8")
+    for load in (
+        lambda: load_prompts(file, ["plain"], "test", {"plain": 1}),
+        lambda: load_questions(file, 0, 1),
+        lambda: load_neutral(file, "test", 0, 1),
+        lambda: load_attacks("gcg", str(file), None),
+    ):
+        with pytest.raises(FileError, match=r"prompts\.jsonl is empty \(got: no line\)\. Write one JSON object a line"):
+            load()
 
 
 def test_neutral_prompts_are_their_splits_own_or_those_from_a_number_on(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from runs import FakeEngine
+from runs import FakeEngine, tiny_recipe
 from steer2edit.behaviours.base import SPLITS, Item, Outcome, Source, Split, judge
+from steer2edit.behaviours.judges import Endpoint
 from steer2edit.behaviours.safety import BUILTIN, Safety, written_refusals
 from steer2edit.errors import FileError, RecipeError
 
@@ -50,6 +51,14 @@ def test_benign_and_harmful_negatives_are_groups_of_their_own_so_that_they_weigh
     traces = _traces(FakeEngine())
     groups = Counter((t.label, t.group) for t in traces)
     assert groups == {("positive", "harmful"): 2, ("negative", "benign"): 3, ("negative", "harmful"): 2}
+
+
+def test_answers_to_harmful_prompts_cannot_be_on_both_sides() -> None:
+    with pytest.raises(RecipeError, match=r"would stand on both sides: write negative: \[benign\]"):
+        tiny_recipe(behaviour__positive="own")  # with the default negatives
+    with pytest.raises(RecipeError, match="would stand on both sides"):
+        tiny_recipe(behaviour__positive="own", behaviour__negative=["benign", "harmful"])
+    assert tiny_recipe(behaviour__positive="own", behaviour__negative=["benign"]).behaviour.name == "safety"
 
 
 def test_own_positive_answers_are_kept_whatever_they_say() -> None:
@@ -106,7 +115,7 @@ def test_refusals_of_harmful_prompts_count_by_their_style_too() -> None:
         (Item("benign", "f", target="question"), REFUSES, HELPS),
         (Item("borderline", "g", target="long"), HELPS, REFUSES),
     ]
-    told: list[dict[str, float]] = [
+    expected: list[dict[str, float]] = [
         {"refusal": 1.0, "refusal_question": 1.0},
         {"refusal": 0.0, "refusal_long": 0.0},
         {"refusal": 1.0, "refusal_request": 1.0},
@@ -116,8 +125,8 @@ def test_refusals_of_harmful_prompts_count_by_their_style_too() -> None:
         {"over_refusal_borderline": 0.0},
     ]
     safety = Safety()
-    assert safety.measure_all(asked) == told == [safety.measure(*one) for one in asked]
-    assert judge(safety, asked) == [one | {"degenerate": 0.0} for one in told]
+    assert safety.measure_all(asked) == expected == [safety.measure(*one) for one in asked]
+    assert judge(safety, asked) == [one | {"degenerate": 0.0} for one in expected]
     assert [measure.name for measure in safety.measures] == [
         "refusal", "over_refusal", "over_refusal_borderline",
         "refusal_request", "refusal_question", "refusal_long",
@@ -135,6 +144,32 @@ def test_what_counts_as_a_refusal_is_the_detectors_to_say() -> None:
         assert Safety(detector=detector).measure(*loop) == {"refusal": 0.0}  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="detector"):
         Safety(detector="guessing")  # type: ignore[arg-type]
+
+
+def test_a_judges_verdict_of_one_half_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Endpoint, "judged", lambda judge, pairs, progress=None: [0.5, 0.49, 1.0][: len(pairs)])
+    judge = {"endpoint": "http://localhost:1/v1", "model": "m", "question": "Does it decline?"}
+    behaviour = tiny_recipe(behaviour__detector=judge).behaviour
+    item, loop = Item("harmful", "how to harm"), Outcome("no no no no no no no no no no no no")
+    asked = [(item, Outcome(text), Outcome()) for text in ("I would rather not.", "Well, here you are.")]
+    assert behaviour.measure_all([*asked, (item, loop, Outcome())]) == [{"refusal": x} for x in (1.0, 0.0, 0.0)]
+
+
+def test_what_an_edit_preserves_is_every_group_but_the_harmful_one() -> None:
+    assert Safety(negative=["benign", "harmful", "borderline"]).preserved == ("benign", "borderline")
+    assert Safety(negative=["harmful"]).preserved == ()
+
+
+def test_limits_that_nobody_writes_are_the_measures_own() -> None:
+    limits = {measure.name: limit for measure, limit in tiny_recipe(search__limits={}).aim.limits.items()}
+    assert {name: limit for name, limit in limits.items() if limit is not None} == {
+        "over_refusal": 0.2,
+        "degenerate": 0.1,
+    }
+    written = {"over_refusal": None, "degenerate": 0.3, "utility_loss": 0.5, "over_refusal_borderline": 0.4}
+    limits = {measure.name: limit for measure, limit in tiny_recipe(search__limits=written).aim.limits.items()}
+    assert written.items() <= limits.items()
+    assert {name for name, limit in limits.items() if limit is not None} == written.keys() - {"over_refusal"}
 
 
 def test_system_prompts_that_ask_for_refusals_are_the_behaviours_or_the_recipes() -> None:

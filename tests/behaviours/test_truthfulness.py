@@ -14,8 +14,8 @@ import yaml
 
 import steer2edit as s2e
 from conftest import _byte_level, _wrapped, make_pico, make_tokenizer
-from runs import FakeEngine, command, save_pico
-from sides import SENTENCE, ChatServer, chatml, nll_by_hand, small_recipe, source, three_parts, write_rows
+from runs import FakeEngine, command, is_one_sentence, said_by, save_pico
+from sides import ChatServer, chatml, nll_by_hand, small_recipe, source, three_parts, write_rows
 from steer2edit.behaviours.base import SPLITS, Item, Outcome, Source
 from steer2edit.behaviours.truthfulness import CHOICE, OPEN, Truthfulness, multiple_choice
 from steer2edit.engines.transformers import TransformersEngine
@@ -730,16 +730,12 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     model: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     raw = {"name": "a", "model": {"name": model, "device": "cpu"}, "behaviour": {"name": "truthfulness", **behaviour}}
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(raw | {"data": data}), encoding="utf-8")
-    code = command(monkeypatch, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "run", "--quiet")
-    seen = capsys.readouterr()
-    assert (code, seen.out) == (2, "")
-    assert SENTENCE.fullmatch(seen.err)
-    assert seen.err.count("\n") == 1
-    assert said in seen.err
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(raw | {"data": data}), encoding="utf-8")
+    is_one_sentence(said_by(monkeypatch, capfd, "run", wrong, "--out", tmp_path / "run", "--quiet"), said)
 
 
 @pytest.mark.parametrize("opened", [0, 2])

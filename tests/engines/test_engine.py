@@ -50,14 +50,14 @@ def test_greedy_answers_equal_generates(pico: Any, tokenizer: Any, prompts: Prom
     prompts = [p[5 - shared :] for p in prompts]
     assert len({p[:shared] for p in prompts}) == 1
     assert len({len(p) for p in prompts}) == 5
-    told = greedy(model, prompts, 12)
-    assert len(set(told)) == 5
-    assert run(without_stops(TransformersEngine(model, tokenizer, rows=rows)), prompts) == told
+    expected = greedy(model, prompts, 12)
+    assert len(set(expected)) == 5
+    assert run(without_stops(TransformersEngine(model, tokenizer, rows=rows)), prompts) == expected
 
 
 def test_every_family_and_shape_equals_generate(fp32_variant: Any, tokenizer: Any, prompts: Prompts) -> None:
-    told = greedy(fp32_variant, prompts, 10)
-    assert run(without_stops(TransformersEngine(fp32_variant, tokenizer, rows=3)), prompts, 10) == told
+    expected = greedy(fp32_variant, prompts, 10)
+    assert run(without_stops(TransformersEngine(fp32_variant, tokenizer, rows=3)), prompts, 10) == expected
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_windows_and_eager_attention_equal_generate(
 ) -> None:
     model = pico(model_type, **overrides)
     prompts = [p[5 - shared :] for p in prompts]
-    told = greedy(model, prompts, 9)
+    expected = greedy(model, prompts, 9)
     if "sliding_window" in overrides:  # the window matters to the longest prompt's answer
         wide = pico(model_type, **(overrides | {"sliding_window": 64}))
-        assert (greedy(wide, prompts[4:], 9) != told[4:]) == overrides.get("use_sliding_window", True)
-    assert run(without_stops(TransformersEngine(model, tokenizer, rows=rows)), prompts, 9) == told
+        assert (greedy(wide, prompts[4:], 9) != expected[4:]) == overrides.get("use_sliding_window", True)
+    assert run(without_stops(TransformersEngine(model, tokenizer, rows=rows)), prompts, 9) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 2, 64])
@@ -94,15 +94,15 @@ def test_an_eos_ends_a_turn_and_is_no_part_of_the_answer(
     model = pico()
     free = greedy(model, prompts, 12)
     stops = (free[0][3], free[3][0])  # in the middle of the first answer, and the whole of the fourth
-    told = greedy(model, prompts, 12, stops)
-    assert told[3] == ()
-    assert 0 < len(told[0]) < 12
-    assert any(len(answer) == 12 for answer in told)
+    expected = greedy(model, prompts, 12, stops)
+    assert expected[3] == ()
+    assert 0 < len(expected[0]) < 12
+    assert any(len(answer) == 12 for answer in expected)
     model.generation_config.eos_token_id = list(stops)
     answers = TransformersEngine(model, tokenizer, rows=rows).generate([Request(p) for p in prompts], [NOTHING], 12)
-    assert [a.ids for a in answers] == told
-    assert [a.ended for a in answers] == [len(answer) < 12 for answer in told]
-    assert [a.text for a in answers] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in told]
+    assert [a.ids for a in answers] == expected
+    assert [a.ended for a in answers] == [len(answer) < 12 for answer in expected]
+    assert [a.text for a in answers] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
 
 
 def test_the_stops_are_those_of_the_model_and_of_the_tokenizer(pico: Any, tokenizer: Any) -> None:
@@ -117,8 +117,8 @@ def test_waiting_requests_take_the_slots_that_come_free(pico: Any, tokenizer: An
     prompts = [(5 + i, 100 + i) for i in range(12)]
     free = greedy(model, prompts, 12)
     stop = free[0][2]
-    told = greedy(model, prompts, 12, (stop,))
-    assert len({len(answer) for answer in told}) > 1
+    expected = greedy(model, prompts, 12, (stop,))
+    assert len({len(answer) for answer in expected}) > 1
     model.generation_config.eos_token_id = [stop]
     engine = TransformersEngine(model, tokenizer, rows=3)
     engine.stops = {stop}
@@ -127,13 +127,13 @@ def test_waiting_requests_take_the_slots_that_come_free(pico: Any, tokenizer: An
     admit, step = engine.prefill, engine.next_logits
     monkeypatch.setattr(engine, "prefill", lambda r, into, *rest: (admitted.append(list(into)), admit(r, into, *rest)))
     monkeypatch.setattr(engine, "next_logits", lambda token, *rest: (sizes.append(len(token)), step(token, *rest))[1])
-    assert run(engine, prompts) == told
+    assert run(engine, prompts) == expected
     assert admitted[0] == [0, 1, 2]
     assert sum(map(len, admitted)) == 12
     assert any(len(into) < 3 for into in admitted[1:])  # a single freed slot is filled while the others go on
     assert max(sizes) == 3
     # A token of each answer takes a step in one of three slots: no slot stands empty while a request waits.
-    steps = sum(min(len(answer) + 1, 12) for answer in told)
+    steps = sum(min(len(answer) + 1, 12) for answer in expected)
     assert len(sizes) <= steps / 3 + 12
 
 
@@ -142,13 +142,13 @@ def test_prompts_are_prefilled_in_parts_as_all_at_once(
     pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: Any, at_once: int
 ) -> None:
     model = pico()
-    told = greedy(model, prompts, 6)
+    expected = greedy(model, prompts, 6)
     monkeypatch.setattr("steer2edit.engines.decoding.PREFILL", at_once)  # tokens: one prompt, or two
     engine = without_stops(TransformersEngine(model, tokenizer))
     sizes: list[int] = []
     admit = engine.prefill
     monkeypatch.setattr(engine, "prefill", lambda r, *rest: (sizes.append(len(r)), admit(r, *rest)))
-    assert run(engine, prompts, 6) == told
+    assert run(engine, prompts, 6) == expected
     assert sizes == ([1] * 5 if at_once == 1 else [3, 2])
 
 
@@ -156,13 +156,13 @@ def test_finished_rows_leave_the_batch(pico: Any, tokenizer: Any, prompts: Promp
     model = pico()
     free = greedy(model, prompts, 12)
     stops = (free[0][3], free[3][0])
-    told = greedy(model, prompts, 12, stops)
+    expected = greedy(model, prompts, 12, stops)
     engine = TransformersEngine(model, tokenizer)
     engine.stops = set(stops)
     sizes: list[int] = []
     step = engine.next_logits
     monkeypatch.setattr(engine, "next_logits", lambda token, *rest: (sizes.append(len(token)), step(token, *rest))[1])
-    assert run(engine, prompts) == told
+    assert run(engine, prompts) == expected
     assert sizes[0] == 5
     assert sizes[-1] <= 3
     assert sizes == sorted(sizes, reverse=True)
@@ -213,8 +213,8 @@ def test_losses_of_a_sliding_window_model_equal_a_direct_computation(
     for i, (prompt, answer) in enumerate(pairs):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
-        told = -logits.double().log_softmax(-1)[range(len(prompt) - 1, len(prompt) + 5), answer].mean()
-        assert float(losses.base_nll[i]) == pytest.approx(float(told), abs=1e-4)
+        expected = -logits.double().log_softmax(-1)[range(len(prompt) - 1, len(prompt) + 5), answer].mean()
+        assert float(losses.base_nll[i]) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_no_answers_have_no_losses(pico: Any, tokenizer: Any) -> None:
@@ -224,8 +224,8 @@ def test_no_answers_have_no_losses(pico: Any, tokenizer: Any) -> None:
 
 def test_a_chat_prompt_is_the_rendered_template(pico: Any, tokenizer: Any, merging_tokenizer: Any) -> None:
     engine = TransformersEngine(pico(), tokenizer)
-    told = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(engine.tokens([{"role": "user", "content": "Hello"}])) == told
+    expected = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(engine.tokens([{"role": "user", "content": "Hello"}])) == expected
     plain = TransformersEngine(pico(), merging_tokenizer, chat=Chat(plain=True))
     assert merging_tokenizer.decode(plain.tokens([{"role": "user", "content": "Hello"}])) == "Hello"
 
@@ -250,14 +250,14 @@ def test_where_memory_runs_out_the_rows_are_halved_for_good_and_the_answers_stay
     message: str, pico: Any, tokenizer: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = pico("llama")
-    told = greedy(model, prompts, 6)
+    expected = greedy(model, prompts, 6)
     engine = without_stops(TransformersEngine(model, tokenizer, rows=64))
     seen = _short_of_memory(model, monkeypatch, 1, message)
-    assert run(engine, prompts, 6) == told
+    assert run(engine, prompts, 6) == expected
     assert engine.slots == 1  # 5 requests in 64 slots: then 2 at once, then 1
     assert max(seen) > 1
     seen.clear()
-    assert run(engine, prompts, 6) == told
+    assert run(engine, prompts, 6) == expected
     assert max(seen) == 1
 
 
@@ -286,9 +286,9 @@ def test_losses_take_fewer_interventions_at_once_where_memory_runs_out(
     vectors = {"0.attn": torch.ones(model.config.hidden_size)}
     table = [steering(vectors, gamma) for gamma in (0.1, 0.2, 0.3, 0.4)]
     pairs = [(p, (5, 6, 7)) for p in prompts]
-    told = engine.losses(pairs, table)
+    expected = engine.losses(pairs, table)
     seen = _short_of_memory(model, monkeypatch, 3, "CUDA out of memory.")  # the base and two more
     made = engine.losses(pairs, table)
     assert max(seen) == 5
-    torch.testing.assert_close(made.kl, told.kl, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(made.nll, told.nll, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(made.kl, expected.kl, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(made.nll, expected.nll, atol=1e-6, rtol=1e-4)

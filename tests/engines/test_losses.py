@@ -67,8 +67,8 @@ def test_choices_after_one_prompt_have_the_losses_that_each_has_alone(
     losses = engine.losses(pairs, table)
     alone = [TransformersEngine(model, tokenizer).losses([pair], table) for pair in pairs]
     for name in ("kl", "nll", "base_nll"):
-        told = torch.cat([getattr(one, name) for one in alone])
-        torch.testing.assert_close(getattr(losses, name), told, atol=2e-5, rtol=1e-4)
+        wanted = torch.cat([getattr(one, name) for one in alone])
+        torch.testing.assert_close(getattr(losses, name), wanted, atol=2e-5, rtol=1e-4)
     assert float(losses.kl.mean(dim=0).min()) > 0.01
     assert len({round(x, 4) for x in losses.base_nll[:4].tolist()}) == 4
 

@@ -77,8 +77,8 @@ def test_replicas_answer_as_the_engine_here_does(local: Any, spread: Any, table:
     requests = _requests(local)
     assert _requests(spread) == requests
     seen: list[tuple[int, int]] = []
-    told = spread.generate(requests, table, 12, lambda done, total: seen.append((done, total)))
-    assert told == local.generate(requests, table, 12)
+    expected = spread.generate(requests, table, 12, lambda done, total: seen.append((done, total)))
+    assert expected == local.generate(requests, table, 12)
     assert seen == [(5, 10), (10, 10)]
     assert spread.generate([], table, 12) == []
 
@@ -127,13 +127,13 @@ def test_what_a_killed_replica_was_making_is_made_again(
     after: float, local: Any, spread: Any, table: list[Any]
 ) -> None:
     requests = _requests(local) * 30
-    told = local.generate(requests, table, 40)
+    expected = local.generate(requests, table, 40)
     pid = spread.call(lambda model: os.getpid())
     killer = threading.Timer(after, os.kill, (pid, signal.SIGKILL))
     killer.start()
     if not after:
         killer.join()
-    assert spread.generate(requests, table, 40) == told
+    assert spread.generate(requests, table, 40) == expected
     killer.join()
     assert spread.call(lambda model: os.getpid()) != pid
 

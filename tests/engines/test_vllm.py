@@ -546,10 +546,10 @@ def test_a_server_answers_under_the_adapters_that_it_holds(server: Served, ids: 
     seen: list[tuple[int, int]] = []
     requests = [Request((70, 71)), Request((80, 81, 82), 1), Request((90,))]
     answers = engine.generate(requests, table, 3, lambda *steps: seen.append(steps))
-    told = [[71, 70], [82, 81, 80], [90]]
-    assert [a.text for a in answers] == [engine.tokenizer.decode(some) for some in told]
+    expected = [[71, 70], [82, 81, 80], [90]]
+    assert [a.text for a in answers] == [engine.tokenizer.decode(some) for some in expected]
     if ids:
-        assert [list(a.ids) for a in answers] == told
+        assert [list(a.ids) for a in answers] == expected
     else:  # its text encoded anew, which need not give the same tokens
         assert [engine.tokenizer.decode(a.ids) for a in answers] == [a.text for a in answers]
     assert [a.ended for a in answers] == [True, False, True]
@@ -659,9 +659,9 @@ class TestVllm:
     def test_edits_in_one_batch_answer_as_under_transformers(self, real: Any, served: VllmEngine) -> None:
         table = [NOTHING, *(edit.intervention(f"edit {i}") for i, edit in enumerate(real.edits))]
         requests = [Request(ids, row) for ids in real.ids for row in range(len(table))]
-        told = real.engine.generate(requests, table, NEW)
-        assert served.generate(requests, table, NEW) == told
-        answers = [{told[i + row].ids for i in range(0, len(told), len(table))} for row in range(len(table))]
+        expected = real.engine.generate(requests, table, NEW)
+        assert served.generate(requests, table, NEW) == expected
+        answers = [{expected[i + row].ids for i in range(0, len(expected), len(table))} for row in range(len(table))]
         assert all(some != answers[0] for some in answers[1:])
 
     def test_steering_answers_as_under_transformers_in_every_pass(
@@ -685,8 +685,8 @@ class TestVllm:
             return reply
 
         monkeypatch.setattr(served._process, "ask", listening)
-        told = real.engine.generate(requests, table, NEW)
-        assert served.generate(requests, table, NEW) == told
+        expected = real.engine.generate(requests, table, NEW)
+        assert served.generate(requests, table, NEW) == expected
         assert len(replies) == 4
         for vectors_file, steps, longest in replies:
             assert longest == NEW
@@ -696,11 +696,11 @@ class TestVllm:
         answers = real.engine.generate([Request(ids) for ids in real.ids[8:12]], [NOTHING], NEW)
         pairs = [(ids, answer.ids) for ids, answer in zip(real.ids[8:12], answers, strict=True)]
         table = [real.edits[0].intervention(), steering(vectors_of(real.scores), 0.2), NOTHING]
-        told, found = real.engine.losses(pairs, table), served.losses(pairs, table)
-        torch.testing.assert_close(found.kl, told.kl, atol=1e-3, rtol=0)
-        torch.testing.assert_close(found.nll, told.nll, atol=1e-3, rtol=0)
-        torch.testing.assert_close(found.base_nll, told.base_nll, atol=1e-3, rtol=0)
-        assert told.kl[:, :2].min() > 0.01
+        expected, found = real.engine.losses(pairs, table), served.losses(pairs, table)
+        torch.testing.assert_close(found.kl, expected.kl, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found.nll, expected.nll, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found.base_nll, expected.base_nll, atol=1e-3, rtol=0)
+        assert expected.kl[:, :2].min() > 0.01
 
     def test_a_saved_adapter_loads_and_answers_as_the_baked_model(
         self, real: Any, served: VllmEngine, tmp_path: Path
@@ -714,11 +714,11 @@ class TestVllm:
     def test_the_exported_checkpoint_on_a_server_answers_as_the_baked_model(self, real: Any, tmp_path: Path) -> None:
         edit = real.edits[2]
         folder = s2e.export_checkpoint(embedded_checkpoint(), edit, tmp_path / "edited")
-        told = self.baked(real, edit)
+        expected = self.baked(real, edit)
         with serving(folder, tmp_path / "log.txt") as url:
             engine = ServerEngine(url, real.tokenizer, model="edited", rows=20)
             answers = engine.generate([Request(ids) for ids in real.ids], [NOTHING], NEW)
-            assert [a.ids for a in answers] == told
+            assert [a.ids for a in answers] == expected
 
     def test_a_run_chooses_what_a_run_with_transformers_chooses(self, tmp_path: Path) -> None:
         raw = tiny_recipe(EMBEDDED, behaviour__new_tokens=8, search__rho_attn=[0.2, 0.3]).model_dump(mode="json")

@@ -6,19 +6,17 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from runs import command, save_pico, tiny_recipe
+from runs import command, tiny_recipe, whole_run
 from sides import write_rows
 from steer2edit.edits import Edit
 from steer2edit.errors import FileError, Interrupted, ModelError, RecipeError, Steer2EditError
 from steer2edit.files.reading import read_json
-from steer2edit.files.writing import write_text
 from steer2edit.guided import flow
 from steer2edit.guided.change import Change, asked_change, folder_of, place_of, recipe_of
 from steer2edit.guided.flow import Answers, guide
@@ -28,7 +26,6 @@ from steer2edit.models.embedded import EMBEDDED
 from steer2edit.pipeline import exports, stages
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe, shipped_recipes
 from task_sets import local_rows, write
 
@@ -58,25 +55,12 @@ class Person(Questions):
         return self.shown.getvalue()
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Figures are empty files, since drawing them takes longer than all the rest."""
-
-    def draw(figure: Any, path: Path) -> list[Path]:
-        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-        for file in files:
-            write_text(file, "")
-        return files
-
-    monkeypatch.setattr("steer2edit.report.figures._save", draw)
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_pico(tmp_path_factory.mktemp("pico") / "model")
+def model(pico_folder: str) -> str:
+    return pico_folder
 
 
 @pytest.fixture(scope="module")
@@ -84,24 +68,16 @@ def recipe(model: str) -> Recipe:
     return tiny_recipe(model)
 
 
-@pytest.fixture(scope="module")
-def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def finished(tiny_run: Path) -> Path:
     """The folder of a whole run; not to be changed."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steer2edit.report.figures._save", lambda figure, path: [])
-        run_all(Run(folder, recipe))
-    return folder
+    return tiny_run
 
 
 @pytest.fixture(scope="module")
 def searched(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose search is whole; not to be changed."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "searched"
-    run_all(Run(folder, recipe), until="search")
-    return folder
+    return whole_run(tmp_path_factory.mktemp("runs") / "searched", recipe, until="search")
 
 
 @pytest.fixture

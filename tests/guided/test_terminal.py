@@ -13,11 +13,8 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("there is no pseudo-terminal", allow_module_level=True)
 
-from runs import save_pico, tiny_recipe
+from runs import save_pico, tiny_recipe, whole_run
 from steer2edit.files.reading import read_json
-from steer2edit.pipeline.run import Run
-from steer2edit.pipeline.stages import run_all
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
 from terminal import Terminal, plain
 
@@ -41,11 +38,7 @@ def _written(recipe: Recipe, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def searched(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run whose search is whole; not to be changed."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "searched"
-    run_all(Run(folder, recipe), until="search")
-    yield folder
-    be_quiet(False)
+    return whole_run(tmp_path_factory.mktemp("runs") / "searched", recipe, until="search")
 
 
 @pytest.mark.slow

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import FakeEngine, save_pico, tiny_recipe
+from runs import FakeEngine, tiny_recipe
 from sides import small_recipe, write_rows
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
-from steer2edit.files.writing import write_text
 from steer2edit.guided import timing
 from steer2edit.guided.timing import Speed, about, interventions, measured, rounded, seconds_of
 from steer2edit.guided.work import Work, prompts_of, tried_of, work_of
@@ -21,27 +20,16 @@ from steer2edit.method.intervention import NOTHING
 from steer2edit.pipeline.keys import ORDER
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe
 from steer2edit.searching.plan import Search
 
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def save(figure: Any, path: Path) -> list[Path]:
-        write_text(path.with_suffix(".png"), "")
-        return [path.with_suffix(".png")]
-
-    monkeypatch.setattr("steer2edit.report.figures._save", save)
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def model(pico_folder: str) -> str:
     # Its turns hardly ever end by themselves, so that answers have their longest length.
-    return save_pico(tmp_path_factory.mktemp("pico") / "model")
+    return pico_folder
 
 
 class Counted:

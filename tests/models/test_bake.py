@@ -58,8 +58,8 @@ def test_apply_adds_delta_to_the_edited_sites_and_to_nothing_else(model: Any, ma
     report = edit.apply(model)
     assert changed(weights_as_integers(model), before) == {s.site.tensor for s in edit.edited().values()}
     for key, site in edit.sites.items():
-        told = (old[key].float() + 0.5 * site.delta()).to(model.dtype)
-        torch.testing.assert_close(site_weights(model)[key], told, rtol=1e-6, atol=1e-6)
+        expected = (old[key].float() + 0.5 * site.delta()).to(model.dtype)
+        torch.testing.assert_close(site_weights(model)[key], expected, rtol=1e-6, atol=1e-6)
     columns = sum(int((s.lam != 0).sum()) * s.site.width for s in edit.sites.values())
     assert 0 < columns < 3 * (32 + 48)
     assert (report.edit_id, report.sites, report.columns) == (edit.id, len(edit.edited()), columns)
@@ -121,13 +121,13 @@ def test_the_rounding_loss_in_bf16_is_the_share_of_the_edit_that_is_lost(
     edit = make_edit(model, 0.3, 0.3, 0.3).with_strength(strength)
     old = {k: w.double() for k, w in site_weights(model).items()}
     report = edit.apply(model)
-    error, told = {}, {}
+    error, expected = {}, {}
     for key, weight in site_weights(model).items():
         delta = strength * torch.outer(edit.sites[key].u.double(), edit.sites[key].row.double())
         error[key] = float(((weight.double() - old[key]) - delta).square().sum())
-        told[key] = float(delta.square().sum())
-    direct = (sum(error.values()) / sum(told.values())) ** 0.5
-    shares = {key: (error[key] / told[key]) ** 0.5 for key in error}
+        expected[key] = float(delta.square().sum())
+    direct = (sum(error.values()) / sum(expected.values())) ** 0.5
+    shares = {key: (error[key] / expected[key]) ** 0.5 for key in error}
     assert report.rounding_loss == pytest.approx(direct, rel=1e-3)
     assert report.worst[0] == max(shares, key=lambda key: shares[key])
     assert report.worst[1] == pytest.approx(max(shares.values()), rel=1e-3)
@@ -223,14 +223,14 @@ def test_the_same_model_in_another_dtype_is_its_base(pico: Any, make_edit: MakeE
 
 def test_sketches_know_rounding_from_another_weight() -> None:
     weight = torch.randn(40, 60)
-    told = {"a": sketch(weight)}
-    assert told["a"].shape == (5,)
-    assert told["a"][-1] == pytest.approx(float(weight.norm()))
+    expected = {"a": sketch(weight)}
+    assert expected["a"].shape == (5,)
+    assert expected["a"][-1] == pytest.approx(float(weight.norm()))
     for same in (weight.to(torch.bfloat16), weight.double(), weight.T.contiguous().T):
-        assert differing(told, {"a": sketch(same)}) == []
+        assert differing(expected, {"a": sketch(same)}) == []
     for other in (torch.randn(40, 60), -weight, weight.flip(0), weight.roll(1, 1), 1.05 * weight):
-        assert differing(told, {"a": sketch(other)}) == ["a"]
-    assert differing(told, {}) == ["a"]
+        assert differing(expected, {"a": sketch(other)}) == ["a"]
+    assert differing(expected, {}) == ["a"]
     # The signs of a shape never change: files made today are understood later.
     assert sketch(torch.eye(3, 4)).tolist() == pytest.approx([1, -1, -1, 3, 3**0.5], abs=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import steer2edit as s2e
 from conftest import VOCABULARY, make_pico
 from families import FAMILIES, make_family, make_model
-from runs import command, save_pico, tiny_recipe
+from runs import Said, is_one_sentence, said_by, save_pico, tiny_recipe
 from steer2edit.engines.slots import SlotCache
 from steer2edit.errors import ModelError, ProbeError
 from steer2edit.models import architectures as architectures_module
@@ -413,22 +414,22 @@ def test_the_memory_told_is_what_an_edit_its_columns_and_the_keys_and_values_tak
     pico: Any, make_edit: Callable[..., s2e.Edit]
 ) -> None:
     model = pico()
-    told = examine(model)["memory"]
+    expected = examine(model)["memory"]
     edit = make_edit(model, 1e-3, 1e-3, 0.0)
     tensors = [t for s in edit.sites.values() for t in (s.u, s.k, s.g, s.reach, s.lam)]
     taken = sum(t.numel() * t.element_size() for t in tensors)
     # Their rows a = λ·k̂ besides, which are made when they are needed.
-    assert told["an edit, on disk or in memory"] == taken + 4 * sum(s.row.numel() for s in edit.sites.values())
+    assert expected["an edit, on disk or in memory"] == taken + 4 * sum(s.row.numel() for s in edit.sites.values())
     edit.apply(model)
     kept = sum(t.numel() * t.element_size() for t in model._steer2edit_applied[-1].bytes.values())
-    assert 0.9 < kept / told["apply, the columns it keeps, at most"] <= 1
+    assert 0.9 < kept / expected["apply, the columns it keeps, at most"] <= 1
     cache = SlotCache(3, 128, 256)
     x = torch.zeros(128, 2, 256, 8)
     cache.write_from(0, 256)
     for layer in range(3):
         cache.update(x, x, layer)
     held = sum(t.numel() * t.element_size() for slot in cache.slots for t in (slot.keys, slot.values))
-    assert held == told["search, keys and values of 128 rows of 256 tokens"]
+    assert held == expected["search, keys and values of 128 rows of 256 tokens"]
 
 
 def test_half_precision_halves_what_follows_the_models_dtype(pico: Any) -> None:
@@ -442,31 +443,9 @@ def test_half_precision_halves_what_follows_the_models_dtype(pico: Any) -> None:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-class Said:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        code = command(monkeypatch, "doctor", *arguments)
-        printed = capfd.readouterr()
-        return Said(code, printed.out, printed.err)
-
-    return run
-
-
-def is_one_line(said: Said, *parts: str) -> None:
-    assert (said.code, said.out) == (2, "")
-    assert said.err.startswith("steer2edit: ")
-    assert said.err.count("\n") == 1, said.err
-    assert "(got: " in said.err
-    for part in parts:
-        assert part in said.err
+    return functools.partial(said_by, monkeypatch, capfd, "doctor")
 
 
 def test_doctor_tells_what_is_edited_and_what_is_not_without_the_weights(say: Any, tmp_path: Path) -> None:
@@ -477,7 +456,7 @@ def test_doctor_tells_what_is_edited_and_what_is_not_without_the_weights(say: An
     for part in ("Llama", "self_attn.o_proj", "4 heads × 8", "mlp.down_proj", "48 neurons × 1", "model.embed_tokens"):
         assert part in said.out
     assert "The self-check was not run" in said.out
-    is_one_line(say(folder, "--weights"), "cannot be loaded")
+    is_one_sentence(say(folder, "--weights"), "cannot be loaded")
 
 
 def test_doctor_with_weights_runs_the_self_check(say: Any, tmp_path: Path) -> None:
@@ -497,10 +476,10 @@ def test_doctors_findings_are_json_on_demand(say: Any, tmp_path: Path) -> None:
     assert found == json.loads(json.dumps(examine(model))) | {"model": folder, "stored": stored}
     assert "self-check" not in found
     found = json.loads(say(folder, "--json", "--weights", "--dtype", "float32", "--device", "cpu").out)
-    told = vars(self_check(model, thorough=True))
-    assert found["self-check"].keys() == told.keys()
+    expected = vars(self_check(model, thorough=True))
+    assert found["self-check"].keys() == expected.keys()
     assert found["self-check"]["interventions"] == 6
-    assert found["self-check"]["least_moved"] == pytest.approx(told["least_moved"], abs=1e-5)
+    assert found["self-check"]["least_moved"] == pytest.approx(expected["least_moved"], abs=1e-5)
 
 
 def test_doctor_takes_the_model_of_a_recipe_and_how_it_describes_it(say: Any, tmp_path: Path) -> None:
@@ -518,32 +497,34 @@ def test_doctor_takes_the_model_of_a_recipe_and_how_it_describes_it(say: Any, tm
     wrong = tiny_recipe(str(folder), model__architecture={"family": "mine"})
     file.write_text(wrong.to_yaml(), encoding="utf-8")
     assert say(file, "--json").code == 0  # names and shapes fit
-    is_one_line(say(file, "--weights"), "a layer adds something other than its sites' outputs to the residual stream")
+    is_one_sentence(
+        say(file, "--weights"), "a layer adds something other than its sites' outputs to the residual stream"
+    )
     nowhere = tiny_recipe(str(folder), model__architecture={"mlp": "mlp.up"})
     file.write_text(nowhere.to_yaml(), encoding="utf-8")
-    is_one_line(say(file), "model.layers.0.mlp.up")
+    is_one_sentence(say(file), "model.layers.0.mlp.up")
 
 
 def test_doctor_refuses_a_model_that_is_not_supported(say: Any, tmp_path: Path) -> None:
     AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
-    is_one_line(say(tmp_path / "mamba"), "not supported", "mamba", "model.architecture")
+    is_one_sentence(say(tmp_path / "mamba"), "not supported", "mamba", "model.architecture")
     AutoConfig.for_model("llama4_text", hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "llama4")
-    is_one_line(say(tmp_path / "llama4"), "llama4_text")
+    is_one_sentence(say(tmp_path / "llama4"), "llama4_text")
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown/config.json").write_text('{"model_type": "of tomorrow"}', encoding="utf-8")
-    is_one_line(say(tmp_path / "unknown"), "cannot be loaded")
+    is_one_sentence(say(tmp_path / "unknown"), "cannot be loaded")
 
 
 @pytest.mark.parametrize("options", [[], ["--weights"], ["--json"]])
 def test_doctor_says_that_there_is_no_such_model(say: Any, tmp_path: Path, options: list[str]) -> None:
-    is_one_line(say(tmp_path / "nowhere", *options), "no such folder")
+    is_one_sentence(say(tmp_path / "nowhere", *options), "no such folder")
     (tmp_path / "empty").mkdir()
-    is_one_line(say(tmp_path / "empty", *options), "empty cannot be loaded")
-    is_one_line(say(tmp_path / "none.gguf", *options), "no such GGUF file")
-    is_one_line(say(tmp_path / "none.yaml", *options), "no such recipe")
+    is_one_sentence(say(tmp_path / "empty", *options), "empty cannot be loaded")
+    is_one_sentence(say(tmp_path / "none.gguf", *options), "no such GGUF file")
+    is_one_sentence(say(tmp_path / "none.yaml", *options), "no such recipe")
 
 
 def test_doctor_refuses_a_dtype_and_a_device_that_are_none(say: Any, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model")
-    is_one_line(say(folder, "--weights", "--device", "toaster"), "toaster")
-    is_one_line(say(folder, "--weights", "--dtype", "float7"), "float7")
+    is_one_sentence(say(folder, "--weights", "--device", "toaster"), "toaster")
+    is_one_sentence(say(folder, "--weights", "--dtype", "float7"), "float7")

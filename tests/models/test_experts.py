@@ -64,16 +64,16 @@ def test_without_a_tap_experts_answer_as_under_transformers_own_functions(name: 
     chosen[chosen == 3] = chosen[chosen == 3] - 3 if name == "olmoe" else 3  # one family with an expert that gets none
     module.config._experts_implementation = theirs
     with torch.no_grad():
-        told = module(hidden, chosen, weights)
+        expected = module(hidden, chosen, weights)
         mine = experts_forward(module, hidden, chosen, weights)
-    assert float(told.norm()) > 1
-    torch.testing.assert_close(mine, told, rtol=1e-5, atol=1e-5)
+    assert float(expected.norm()) > 1
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
     ids = torch.arange(5, 17).view(2, 6)
     with torch.no_grad():
-        told = model(ids).logits
+        expected = model(ids).logits
         with tapped(model, {module: nothing for module, _ in model.named_modules() if module.endswith(".experts")}):
             mine = model(ids).logits
-    torch.testing.assert_close(mine, told, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_that_is_sent_nowhere_gets_nothing() -> None:
@@ -113,12 +113,12 @@ def test_a_tap_sees_each_experts_tokens_inputs_and_outputs(name: str) -> None:
     for expert, (tokens, x, out) in seen.items():
         assert tokens.tolist() == [t for t in range(len(chosen)) if expert in chosen[t]]
         for t, x_t, out_t in zip(tokens.tolist(), x, out, strict=True):
-            told = oracle.expert_input(module, expert, oracle.array(hidden[t]), transposed)
-            torch.testing.assert_close(x_t.double(), torch.from_numpy(told), rtol=1e-4, atol=1e-5)
+            expected = oracle.expert_input(module, expert, oracle.array(hidden[t]), transposed)
+            torch.testing.assert_close(x_t.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
             weight = oracle.array(module.down_proj[expert])
-            told = (weight.T if transposed else weight) @ told
-            told = told + oracle.array(module.down_proj_bias[expert]) if transposed else told
-            torch.testing.assert_close(out_t.double(), torch.from_numpy(told), rtol=1e-4, atol=1e-5)
+            expected = (weight.T if transposed else weight) @ expected
+            expected = expected + oracle.array(module.down_proj_bias[expert]) if transposed else expected
+            torch.testing.assert_close(out_t.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
 
 
 # The context --------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_a_tap_sees_each_experts_tokens_inputs_and_outputs(name: str) -> None:
 def test_after_the_context_the_model_is_as_it_was_also_after_an_exception() -> None:
     model = make_family("qwen3_moe")
     modules = [model.get_submodule(name) for name in LAYERS]
-    config, told = model.config, dict(vars(model.config))
+    config, expected = model.config, dict(vars(model.config))
     before = [set(vars(module)) for module in modules]
 
     def failing(expert: int, tokens: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def test_after_the_context_the_model_is_as_it_was_also_after_an_exception() -> N
     def check() -> None:
         assert [module.config for module in modules] == [config, config]
         assert all(module.config is config for module in modules)
-        assert dict(vars(config)) == told
+        assert dict(vars(config)) == expected
         assert [set(vars(module)) for module in modules] == before
 
     with tapped(model, dict.fromkeys(LAYERS, nothing)):
@@ -199,12 +199,12 @@ def test_an_edit_inside_a_probe_is_probed(tokenizer: Any, traces: Any) -> None:
         rho_attn=None, rho_mlp=0.3, alpha=0.2
     )
     with edit.applied(model):
-        told = s2e.collect(model, tokenizer, *traces)
+        expected = s2e.collect(model, tokenizer, *traces)
     baked = copy.deepcopy(model)
     edit.apply(baked)
     found = s2e.collect(baked, tokenizer, *traces)
     for key in ("0.mlp", "1.mlp"):
-        torch.testing.assert_close(told.outputs[key]["positive"], found.outputs[key]["positive"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(expected.outputs[key]["positive"], found.outputs[key]["positive"], rtol=0, atol=1e-5)
 
 
 # Experts in the probe and in the scores -----------------------------------------------------------------------------
@@ -273,9 +273,9 @@ def test_a_vector_for_a_block_is_every_experts_and_one_for_an_expert_its_own(tok
     probe = s2e.collect(model, tokenizer, *traces)
     v, own = torch.randn(24), torch.randn(24)
     scores = s2e.score(model, probe, vectors={"1.mlp": v, "1.mlp.2": own}, expert_tokens=1)
-    told = {f"1.mlp.{part}": own if part == 2 else v for part in (0, 1, 2, 3, "shared")}
-    assert list(scores.sites) == list(told)
-    for key, vector in told.items():
+    expected = {f"1.mlp.{part}": own if part == 2 else v for part in (0, 1, 2, 3, "shared")}
+    assert list(scores.sites) == list(expected)
+    for key, vector in expected.items():
         torch.testing.assert_close(scores.sites[key].u, vector / vector.norm())
     assert scores.provenance["sites_without_vector"] == ["0.attn", "0.mlp", "1.attn"]
 
@@ -316,7 +316,7 @@ def test_an_expert_gains_u_of_a_times_its_own_input_on_the_tokens_sent_to_it_alo
     handle.remove()
     hidden, chosen, weights = sent[0]
     rows = [2, 0, 1]
-    told = torch.zeros(21, 24, dtype=torch.float64)
+    expected = torch.zeros(21, 24, dtype=torch.float64)
     for token in range(21):
         terms = table[rows[token // 7]].terms
         for expert, weight in zip(chosen[token].tolist(), weights[token].tolist(), strict=True):
@@ -324,17 +324,17 @@ def test_an_expert_gains_u_of_a_times_its_own_input_on_the_tokens_sent_to_it_alo
                 assert term.u is not None
                 assert term.a is not None
                 x = oracle.expert_input(last_experts(model), expert, oracle.array(hidden[token]), transposed=False)
-                told[token] += weight * term.u[:, 0].double() * oracle.dot(term.a[0].tolist(), x)
-    assert int((told.norm(dim=1) > 0).sum()) > 4
+                expected[token] += weight * term.u[:, 0].double() * oracle.dot(term.a[0].tolist(), x)
+    assert int((expected.norm(dim=1) > 0).sum()) > 4
     with s2e.Interventions(model, table) as running:
         running.rows(rows)
         moved = mlp_output(model, 1, ids)
         assert (running.sites, running.calls) == (1, 1)
-    torch.testing.assert_close((moved - base).view(21, 24).double(), told, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((moved - base).view(21, 24).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("key", "term", "told"),
+    ("key", "term", "expected"),
     [
         ("1.mlp", Term(torch.zeros(24, 1), torch.zeros(1, 12)), r"does not fit block 1\.mlp"),
         ("1.mlp.0", Term(torch.zeros(24, 1), torch.zeros(1, 40)), r"does not fit site 1\.mlp\.0 .*24 × 12"),
@@ -342,8 +342,8 @@ def test_an_expert_gains_u_of_a_times_its_own_input_on_the_tokens_sent_to_it_alo
         ("1.mlp.shared", Term(b=torch.zeros(24)), r"sites that the model does not have .*1\.mlp\.shared"),
     ],
 )
-def test_what_does_not_fit_an_expert_or_its_block_is_refused(key: str, term: Term, told: str) -> None:
-    with pytest.raises(ModelError, match=told):
+def test_what_does_not_fit_an_expert_or_its_block_is_refused(key: str, term: Term, expected: str) -> None:
+    with pytest.raises(ModelError, match=expected):
         s2e.Interventions(make_family("qwen3_moe"), [Intervention("strange", {key: term})])
 
 

@@ -174,10 +174,10 @@ def test_the_edit_of_every_site_equals_the_oracles(case: Case, positions: Any, t
             torch.testing.assert_close(probe.outputs[block][label].double(), told_output, rtol=1e-5, atol=1e-5)
             if row.expert is not None:
                 assert probe.counts["experts"][row.key][label] == oracle.reached(seen.routed[row.key], label)
-        told = oracle.read_row(case.model, seen, row, BUDGET["rho_mlp"], BUDGET["alpha"])
+        wanted = oracle.read_row(case.model, seen, row, BUDGET["rho_mlp"], BUDGET["alpha"])
         delta = edit.sites[row.key].delta().double()
-        torch.testing.assert_close(delta, torch.from_numpy(told.delta), rtol=0, atol=1e-4 * abs(told.delta).max())
-        assert abs(told.delta).max() > 0.01
+        torch.testing.assert_close(delta, torch.from_numpy(wanted.delta), rtol=0, atol=1e-4 * abs(wanted.delta).max())
+        assert abs(wanted.delta).max() > 0.01
 
 
 def layers_of(case: Case) -> str:
@@ -195,8 +195,8 @@ def test_the_means_of_the_stream_are_those_of_what_transformers_calls_hidden_sta
     assert list(case.probe.residual) == list(streams) == [0, 1]
     for layer, responses in streams.items():
         for label in ("positive", "negative"):
-            told = torch.from_numpy(oracle.label_mean(responses, label, "outputs"))
-            torch.testing.assert_close(case.probe.residual[layer][label].double(), told, rtol=1e-5, atol=1e-5)
+            wanted = torch.from_numpy(oracle.label_mean(responses, label, "outputs"))
+            torch.testing.assert_close(case.probe.residual[layer][label].double(), wanted, rtol=1e-5, atol=1e-5)
     _, _, ids, first, last = runs[0]
     with torch.no_grad():
         hidden = case.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
@@ -215,26 +215,26 @@ def test_a_term_on_the_stream_is_what_every_later_layer_reads(case: Case) -> Non
         return x if isinstance(out, Tensor) else (x, *out[1:])
 
     handle = layer.register_forward_hook(added)
-    told = logits(case.model, ids)
+    wanted = logits(case.model, ids)
     handle.remove()
     base = logits(case.model, ids)
     table = [s2e.NOTHING, s2e.Intervention("stream", {"0.residual": Term(0.2 * u, a, b)})]
     with s2e.Interventions(case.model, table) as running:
         running.rows([1, 0, 1])
         mixed = logits(case.model, ids)
-    for row, expected in enumerate((told, base, told)):
+    for row, expected in enumerate((wanted, base, wanted)):
         torch.testing.assert_close(mixed[row], expected[row], **CLOSE)
-    assert float((told - base).abs().max()) > 0.1
+    assert float((wanted - base).abs().max()) > 0.1
 
 
 def test_a_folder_is_scored_as_the_model_is(case: Case) -> None:
-    told, read = case.scores, s2e.score(case.folder, case.probe, expert_tokens=1)
-    assert list(read.sites) == list(told.sites) == [row.key for row in case.rows]
-    for key, site in told.sites.items():
+    wanted, read = case.scores, s2e.score(case.folder, case.probe, expert_tokens=1)
+    assert list(read.sites) == list(wanted.sites) == [row.key for row in case.rows]
+    for key, site in wanted.sites.items():
         other = read.sites[key]
         for name in ("u", "k", "g", "reach"):
             assert torch.equal(getattr(other, name), getattr(site, name)), (key, name)
-        assert torch.equal(read.fingerprint[key], told.fingerprint[key])
+        assert torch.equal(read.fingerprint[key], wanted.fingerprint[key])
 
 
 def test_probe_scores_and_edit_come_back_from_their_files(case: Case, tmp_path: Path) -> None:
@@ -306,8 +306,8 @@ def test_another_base_and_one_that_has_the_edit_are_refused(case: Case) -> None:
     with torch.no_grad():
         other.load_state_dict(case.model.state_dict())
         getattr(other.get_submodule(last.module), last.parameter).mul_(1.1)
-    told = rf"not the base .*other weights at {len(changed)} of {len(case.rows)} sites, first {changed[0]}\)"
-    with pytest.raises(ModelError, match=told):
+    wanted = rf"not the base .*other weights at {len(changed)} of {len(case.rows)} sites, first {changed[0]}\)"
+    with pytest.raises(ModelError, match=wanted):
         case.edit.apply(other)
 
 
@@ -357,9 +357,9 @@ def test_files_that_hold_the_experts_fused_are_scored_and_exported(name: str, ma
         assert torch.equal(read.sites[key].g, site.g)
         assert torch.equal(read.sites[key].k, site.k)
     s2e.export_checkpoint(fused, case.edit, tmp_path / "exported")
-    exported, told = load_file(tmp_path / "exported/model.safetensors"), case.baked.state_dict()
-    assert set(exported) == set(told)
-    assert all(torch.equal(tensor, told[key]) for key, tensor in exported.items())
+    exported, wanted = load_file(tmp_path / "exported/model.safetensors"), case.baked.state_dict()
+    assert set(exported) == set(wanted)
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in exported.items())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -395,13 +395,13 @@ def test_mixed_rows_generate_what_transformers_generates_of_each_model(case: Cas
     engine = TransformersEngine(case.model, tokenizer, rows=5)
     requests = [Request(prompt, (i + row) % 3) for row in range(3) for i, prompt in enumerate(PROMPTS)]
     answers = engine.generate(requests, case.table, 6)
-    told = []
+    wanted = []
     for request in requests:
         model = case.baked if request.row == 1 else case.model
         with s2e.intervening(case.model, case.steering if request.row == 2 else s2e.NOTHING):
-            told.append(greedy(model, request.ids, 6, tokenizer.eos_token_id))
-    assert [answer.ids for answer in answers] == told
-    of_prompt = [{told[i] for i, request in enumerate(requests) if request.ids == prompt} for prompt in PROMPTS]
+            wanted.append(greedy(model, request.ids, 6, tokenizer.eos_token_id))
+    assert [answer.ids for answer in answers] == wanted
+    of_prompt = [{wanted[i] for i, request in enumerate(requests) if request.ids == prompt} for prompt in PROMPTS]
     assert max(map(len, of_prompt)) == 3  # else nothing moved
 
 
@@ -412,8 +412,8 @@ def test_losses_of_mixed_rows_equal_a_direct_computation(case: Case, tokenizer: 
         ids = torch.tensor([[*prompt, *answer]])
         with s2e.intervening(case.model, case.steering):
             steered = logits(case.model, ids)
-        told = {0: logits(case.model, ids), 1: logits(case.baked, ids), 2: steered}
-        log = {row: found[0, len(prompt) - 1 : -1].log_softmax(-1) for row, found in told.items()}
+        wanted = {0: logits(case.model, ids), 1: logits(case.baked, ids), 2: steered}
+        log = {row: found[0, len(prompt) - 1 : -1].log_softmax(-1) for row, found in wanted.items()}
         for row in range(3):
             kl = (log[0].exp() * (log[0] - log[row])).sum(-1).mean()
             nll = -sum(log[row][t, token] for t, token in enumerate(answer)) / len(answer)
@@ -545,18 +545,18 @@ BROKEN: dict[str, tuple[str, Callable[[Any], None], str]] = {
 def test_a_model_that_would_be_misread_is_refused_by_the_modules_name_and_left_alone(
     what: str, make_case: Any, tokenizer: Any, traces: Any
 ) -> None:
-    name, damage, told = BROKEN[what]
+    name, damage, wanted = BROKEN[what]
     case = make_case(name)
     model = make_family(name)
     damage(model)
     before = state(model)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=wanted):
         find_sites(model)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=wanted):
         s2e.collect(model, tokenizer, *traces)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=wanted):
         case.edit.apply(model)
-    with pytest.raises(ModelError, match=told), case.edit.applied(model):
+    with pytest.raises(ModelError, match=wanted), case.edit.applied(model):
         pass
     assert same_state(model, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -688,9 +688,9 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("model_type", list(STRANGE))
 def test_a_family_of_another_shape_is_refused_by_what_is_not_understood(model_type: str) -> None:
-    config, told = STRANGE[model_type]
+    config, wanted = STRANGE[model_type]
     model = make_model(model_type, **config)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=wanted):
         find_sites(model)
 
 

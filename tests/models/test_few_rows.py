@@ -17,16 +17,16 @@ from steer2edit.models.few_rows import MOST_ROWS, few_rows
 def test_the_product_is_the_linear_layers(rows: int, bias: bool, shape: tuple[int, ...]) -> None:
     layer, x = nn.Linear(40, 24, bias=bias), torch.randn(rows, *shape, 40)
     with torch.inference_mode():
-        told = layer(x)
+        expected = layer(x)
         with few_rows(layer):
             out = layer(x)
             strided = layer(x.double().float().mT.contiguous().mT)
-    assert out.shape == told.shape
+    assert out.shape == expected.shape
     assert out.is_contiguous()
-    torch.testing.assert_close(out, told, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(strided, told, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-6)
     if not 2 <= rows <= MOST_ROWS:
-        assert torch.equal(out, told)
+        assert torch.equal(out, expected)
 
 
 def test_a_model_answers_as_before_and_is_left_as_it_was(pico: Any) -> None:

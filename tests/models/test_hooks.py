@@ -83,11 +83,11 @@ def test_an_edit_in_bf16_moves_the_logits_as_in_fp32(pico: Any, make_edit: Calla
     ids, half = batch(), pico(dtype=torch.bfloat16)
     exact = copy.deepcopy(half).float()
     edit = make_edit(exact)
-    told = logits(exact, ids)
+    expected = logits(exact, ids)
     with edit.applied(exact):
-        moved = logits(exact, ids) - told
+        moved = logits(exact, ids) - expected
     with edit.applied(half):
-        here = logits(half, ids).float() - told
+        here = logits(half, ids).float() - expected
     assert float((here - moved).norm()) < 0.1 * float(moved.norm())
 
 
@@ -95,23 +95,23 @@ def test_an_edit_in_bf16_moves_the_logits_as_in_fp32(pico: Any, make_edit: Calla
 def test_steering_adds_gamma_v_at_every_site(fp32_variant: Any, gamma: float) -> None:
     model, ids, by = fp32_variant, batch(), vectors(fp32_variant)
     with steered_by_hand(model, by, gamma):
-        told = logits(model, ids)
+        expected = logits(model, ids)
     intervention = steering(by, gamma)
     assert intervention.name == f"steering γ={gamma}"
     with intervening(model, intervention) as running:
         here = logits(model, ids)
     assert running.calls == running.sites == 6
-    torch.testing.assert_close(here, told, rtol=0, atol=1e-5)
-    assert float((told - logits(model, ids)).abs().max()) > 0.5
+    torch.testing.assert_close(here, expected, rtol=0, atol=1e-5)
+    assert float((expected - logits(model, ids)).abs().max()) > 0.5
 
 
 def test_steering_one_site_leaves_the_others_unhooked(pico: Any) -> None:
     model, ids = pico(), batch()
     by = {"1.mlp": vectors(model)["1.mlp"]}
     with steered_by_hand(model, by, 2.0):
-        told = logits(model, ids)
+        expected = logits(model, ids)
     with intervening(model, steering(by, 2.0)) as running:
-        torch.testing.assert_close(logits(model, ids), told, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
         assert running.calls == hooks(model) == 1
 
 
@@ -192,13 +192,13 @@ def test_generate_gives_each_request_its_own_intervention(
             out.append(int(logits(model, torch.tensor([out]))[0, -1].argmax()))
         return tuple(out[len(ids) :])
 
-    told = [greedy(model, ids) for ids in prompts]
+    expected = [greedy(model, ids) for ids in prompts]
     edited = baked(model, edit)
-    told += [greedy(edited, ids) for ids in prompts]
+    expected += [greedy(edited, ids) for ids in prompts]
     with steered_by_hand(model, by, 0.5):
-        told += [greedy(model, ids) for ids in prompts]
-    assert len(set(told)) == len(told)
-    assert [answer.ids for answer in answers] == told
+        expected += [greedy(model, ids) for ids in prompts]
+    assert len(set(expected)) == len(expected)
+    assert [answer.ids for answer in answers] == expected
 
 
 @pytest.mark.parametrize("logits_at_once", [64_000_000, 1])
@@ -230,13 +230,13 @@ def test_losses_equal_a_direct_computation_from_full_logits(
     edited = baked(model, edit)
     for i, pair in enumerate(pairs):
         base = direct(model, pair)
-        told = [direct(edited, pair), base]
+        expected = [direct(edited, pair), base]
         for gamma in (0.3, -0.2):
             with steered_by_hand(model, by, gamma):
-                told.append(direct(model, pair))
+                expected.append(direct(model, pair))
         own = -base[range(len(pair[1])), pair[1]].mean()
         assert float(losses.base_nll[i]) == pytest.approx(float(own), abs=1e-4)
-        for j, other in enumerate(told):
+        for j, other in enumerate(expected):
             kl = (base.exp() * (base - other)).sum(-1).mean()
             nll = -other[range(len(pair[1])), pair[1]].mean()
             assert float(losses.kl[i, j]) == pytest.approx(float(kl), abs=1e-4)
@@ -322,13 +322,15 @@ def test_terms_on_the_stream_act_after_their_layer_as_a_slow_loop_says(variant: 
     base = logits(model, ids).float()
     torch.testing.assert_close(slow(model, ids, {}).float(), base, rtol=0, atol=1e-5)
     for intervention in on_the_stream(model.config.hidden_size):
-        told = slow(model, ids, intervention.terms).float()
+        expected = slow(model, ids, intervention.terms).float()
         with intervening(model, intervention) as running:
             here = logits(model, ids).float()
         assert running.calls == running.sites == len(intervention.terms)
-        moved = float((told - base).norm())
+        moved = float((expected - base).norm())
         assert (moved > 1.0) == (intervention is not NOTHING), intervention
-        assert float((here - told).norm()) <= (0.05 * moved if half else 1e-5 * float(told.norm())), intervention
+        assert float((here - expected).norm()) <= (0.05 * moved if half else 1e-5 * float(expected.norm())), (
+            intervention
+        )
     assert hooks(model) == 0
 
 
@@ -352,8 +354,8 @@ def test_rows_of_one_batch_have_terms_of_their_own_on_the_stream(
         moved = float((alone - base[i]).norm())
         assert float((mixed[i] - alone).norm()) <= (0.05 * moved + 0.5 if half else 1e-4), table[row].name
         if row < len(both):
-            told = slow(model, ids[i : i + 1], table[row].terms)[0].float()
-            assert float((mixed[i] - told).norm()) <= (0.05 * moved + 0.5 if half else 1e-4), table[row].name
+            expected = slow(model, ids[i : i + 1], table[row].terms)[0].float()
+            assert float((mixed[i] - expected).norm()) <= (0.05 * moved + 0.5 if half else 1e-4), table[row].name
         assert (moved > 1.0) == (row != 3), table[row].name
 
 
@@ -373,8 +375,8 @@ def test_answers_and_losses_under_terms_on_the_stream_are_those_of_a_slow_loop(
             out.append(int(slow(model, torch.tensor([out]), terms)[0, -1].argmax()))
         return tuple(out[len(ids) :])
 
-    told = [greedy(intervention.terms, ids) for intervention in table for ids in some]
-    assert [answer.ids for answer in answers] == told
+    expected = [greedy(intervention.terms, ids) for intervention in table for ids in some]
+    assert [answer.ids for answer in answers] == expected
     pairs = [(ids, (7, 250, 30)) for ids in some]
     losses = engine.losses(pairs, table)
     for i, (prompt, answer) in enumerate(pairs):
@@ -472,8 +474,8 @@ def test_a_pass_in_inference_mode_leaves_one_with_gradients_possible(pico: Any, 
     ids = torch.tensor([[5, 9, 17, 30]])
     with edit.applied(model):
         with torch.inference_mode():
-            told = model(ids).logits.clone()
+            expected = model(ids).logits.clone()
         logits = model(ids).logits
         logits.sum().backward()
-    assert torch.equal(logits.detach(), told)
+    assert torch.equal(logits.detach(), expected)
     assert all(p.grad is not None for p in model.model.layers.parameters())

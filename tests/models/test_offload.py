@@ -104,11 +104,11 @@ def under(edit: Edit, model: Any) -> Tensor:
 def same_probe(one: Probe, other: Probe) -> None:
     assert one.sites == other.sites
     assert one.counts == other.counts
-    for side, told in ((one.inputs, other.inputs), (one.outputs, other.outputs)):
-        assert side.keys() == told.keys()
+    for side, expected in ((one.inputs, other.inputs), (one.outputs, other.outputs)):
+        assert side.keys() == expected.keys()
         for key, means in side.items():
             for label, mean in means.items():
-                torch.testing.assert_close(mean, told[key][label], **EXACT)
+                torch.testing.assert_close(mean, expected[key][label], **EXACT)
 
 
 def test_the_weights_are_elsewhere_and_the_sites_the_same(whole: Whole, offloaded: Any) -> None:
@@ -188,11 +188,11 @@ def test_an_edit_of_the_layers_in_memory_alone_is_baked_in_and_taken_out(whole: 
 
 
 def test_the_self_check_and_the_examination_see_the_model_in_memory(whole: Whole, offloaded: Any) -> None:
-    told, found = self_check(whole.model, thorough=True), self_check(offloaded, thorough=True)
-    assert found.interventions == told.interventions
-    assert found.norms == told.norms == {}
+    expected, found = self_check(whole.model, thorough=True), self_check(offloaded, thorough=True)
+    assert found.interventions == expected.interventions
+    assert found.norms == expected.norms == {}
     for name in ("least_moved", "moved_by_nothing", "heads", "unaccounted"):
-        assert getattr(found, name) == pytest.approx(getattr(told, name), abs=1e-6), name
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-6), name
     assert examine(offloaded)["sites"] == examine(whole.model)["sites"]
     assert examine(offloaded)["memory"] == examine(whole.model)["memory"]
 
@@ -200,18 +200,18 @@ def test_the_self_check_and_the_examination_see_the_model_in_memory(whole: Whole
 def test_the_engine_generates_what_it_does_in_memory(whole: Whole, offloaded: Any, tokenizer: Any) -> None:
     requests = [Request(ids, row) for row in (0, 1) for ids in ((5, 9, 17, 30), (5, 9, 44), (5, 80))]
     table = [s2e.NOTHING, whole.edit.intervention()]
-    told = TransformersEngine(whole.model, tokenizer).generate(requests, table, 6)
-    assert TransformersEngine(offloaded, tokenizer).generate(requests, table, 6) == told
-    assert [a.ids for a in told[:3]] != [a.ids for a in told[3:]]
+    expected = TransformersEngine(whole.model, tokenizer).generate(requests, table, 6)
+    assert TransformersEngine(offloaded, tokenizer).generate(requests, table, 6) == expected
+    assert [a.ids for a in expected[:3]] != [a.ids for a in expected[3:]]
 
 
 def test_the_engine_scores_what_it_does_in_memory(whole: Whole, offloaded: Any, tokenizer: Any) -> None:
     pairs = [((5, 9, 17), (30, 44, 8)), ((5, 9), (61,))]
     table = [whole.edit.intervention()]
-    told = TransformersEngine(whole.model, tokenizer).losses(pairs, table)
+    expected = TransformersEngine(whole.model, tokenizer).losses(pairs, table)
     found = TransformersEngine(offloaded, tokenizer).losses(pairs, table)
-    torch.testing.assert_close(found.kl, told.kl, rtol=0, atol=1e-5)
-    assert float(told.kl.min()) > 1e-3
+    torch.testing.assert_close(found.kl, expected.kl, rtol=0, atol=1e-5)
+    assert float(expected.kl.min()) > 1e-3
 
 
 # Loading ------------------------------------------------------------------------------------------------------------
@@ -282,15 +282,15 @@ def test_a_recipe_runs_on_a_model_that_is_partly_on_disk_and_finds_the_same(tmp_
     in_memory = tiny_recipe(str(tmp_path / "model"), search__rho_mlp=[None, 0.3])
     opened = Run(tmp_path / "spread", spread)
     assert {"cpu", "disk"} == set(opened.engine.model.hf_device_map.values())
-    told = Run(tmp_path / "whole", in_memory)
+    expected = Run(tmp_path / "whole", in_memory)
     for stage in STAGES:
         run_stage(opened, stage, "tiny")
-        run_stage(told, stage, "tiny")
+        run_stage(expected, stage, "tiny")
     for name in ("traces.jsonl", "search/trials.jsonl", "choice.json"):
-        assert opened.path(name).read_text() == told.path(name).read_text(), name
-    one, other = (Edit.load(run.path("edit.safetensors")) for run in (opened, told))
+        assert opened.path(name).read_text() == expected.path(name).read_text(), name
+    one, other = (Edit.load(run.path("edit.safetensors")) for run in (opened, expected))
     assert one.id == other.id
-    same_probe(*(Probe.load(run.path("probe.safetensors")) for run in (opened, told)))
+    same_probe(*(Probe.load(run.path("probe.safetensors")) for run in (opened, expected)))
 
 
 def test_a_whole_recipe_runs_on_a_model_that_is_partly_on_disk(tmp_path: Path, quiet: Any) -> None:

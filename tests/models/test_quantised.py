@@ -134,22 +134,22 @@ def test_a_weight_is_read_as_bitsandbytes_dequantises_it_whether_or_not_the_proj
     for site in find_sites(model):
         module = model.get_submodule(site.module)
         assert float(module.bias.detach().abs().max()) > 0.3
-        told = told_by_bitsandbytes(module)
-        largest = float(told.abs().max() + module.bias.detach().abs().max())  # a bias is in what is rounded
+        wanted = told_by_bitsandbytes(module)
+        largest = float(wanted.abs().max() + module.bias.detach().abs().max())  # a bias is in what is rounded
         for bias in (module.bias, None):
             module.bias = bias
             read = read_weight(model, site)
             assert (read.shape, read.dtype) == ((site.d, site.inputs), torch.float32)
-            torch.testing.assert_close(read, told, rtol=0, atol=2 * ROUNDING[scheme] * largest)
+            torch.testing.assert_close(read, wanted, rtol=0, atol=2 * ROUNDING[scheme] * largest)
 
 
 def test_a_4_bit_weight_in_a_bf16_model_is_read_to_bf16s_rounding(folder: Path) -> None:
     model = load(folder, "nf4", dtype=torch.bfloat16)
     for site in find_sites(model):
         module = model.get_submodule(site.module)
-        told = told_by_bitsandbytes(module)
-        largest = float(told.abs().max() + module.bias.detach().abs().max())
-        torch.testing.assert_close(read_weight(model, site).float(), told, rtol=0, atol=2.0**-7 * largest)
+        wanted = told_by_bitsandbytes(module)
+        largest = float(wanted.abs().max() + module.bias.detach().abs().max())
+        torch.testing.assert_close(read_weight(model, site).float(), wanted, rtol=0, atol=2.0**-7 * largest)
 
 
 def test_a_weight_is_read_in_parts_when_it_is_wide(model: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +165,12 @@ def test_a_quantised_model_that_accelerate_dispatched_is_read_and_edited_as_befo
     weights = {site.key: read_weight(model, site) for site in find_sites(model)}
     edit = make_edit(model)
     with edit.applied(model):
-        told = logits(model, batch())
+        wanted = logits(model, batch())
     accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     assert hasattr(model.model.layers[0].mlp.down_proj, "_hf_hook")
     assert all(torch.equal(read_weight(model, site), weights[site.key]) for site in find_sites(model))
     with edit.applied(model):
-        assert torch.equal(logits(model, batch()), told)
+        assert torch.equal(logits(model, batch()), wanted)
 
 
 def test_a_mixtures_experts_stay_plain_beside_quantised_attention(tmp_path: Path, tokenizer: Any, traces: Any) -> None:
@@ -201,11 +201,11 @@ def test_scores_equal_the_closed_form_on_the_dequantised_weight(
     scores = s2e.score(model, probe)
     for site in probe.sites:
         weight = told_by_bitsandbytes(model.get_submodule(site.module))
-        told = score_site(site, weight, probe.vector(site), probe.mean_input(site))
+        wanted = score_site(site, weight, probe.vector(site), probe.mean_input(site))
         got = scores.sites[site.key]
-        torch.testing.assert_close(got.g, told.g, rtol=0, atol=10 * ROUNDING[scheme])
-        torch.testing.assert_close(got.k, told.k, rtol=0, atol=10 * ROUNDING[scheme])
-        assert float(told.g.abs().max()) > 0.05
+        torch.testing.assert_close(got.g, wanted.g, rtol=0, atol=10 * ROUNDING[scheme])
+        torch.testing.assert_close(got.k, wanted.k, rtol=0, atol=10 * ROUNDING[scheme])
+        assert float(wanted.g.abs().max()) > 0.05
 
 
 @pytest.mark.parametrize("scheme", BY_ROW)

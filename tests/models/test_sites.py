@@ -107,11 +107,11 @@ def test_the_checkpoint_has_the_tensors_that_the_sites_name(
 
 def test_sites_are_found_without_weights(pico: Any) -> None:
     model = pico()
-    told = find_sites(model)
+    expected = find_sites(model)
     empty = model.to("meta")
-    assert find_sites(empty) == told
+    assert find_sites(empty) == expected
     with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.o_proj is not in memory.*meta"):
-        weight_of(empty, told[0])
+        weight_of(empty, expected[0])
 
 
 def test_a_quantised_weight_is_refused(pico: Any) -> None:
@@ -124,8 +124,10 @@ def test_a_quantised_weight_is_refused(pico: Any) -> None:
 
 
 def test_an_unsupported_family_is_refused_by_name() -> None:
-    told = r"not supported \(got: model_type 'mamba', whose layers .*Supported model types: llama, mistral, mixtral, "
-    with pytest.raises(ModelError, match=told):
+    expected = (
+        r"not supported \(got: model_type 'mamba', whose layers .*Supported model types: llama, mistral, mixtral, "
+    )
+    with pytest.raises(ModelError, match=expected):
         find_sites(make_model("mamba"))
 
 
@@ -134,8 +136,8 @@ def test_a_missing_module_is_refused_by_name(pico: Any, missing: str) -> None:
     model = pico()
     holder, _, name = missing.rpartition(".")
     delattr(model.model.layers[1].get_submodule(holder), name)
-    told = "mlp.down_proj" if missing == "mlp" else missing
-    with pytest.raises(ModelError, match=rf"no linear map model\.layers\.1\.{told}"):
+    expected = "mlp.down_proj" if missing == "mlp" else missing
+    with pytest.raises(ModelError, match=rf"no linear map model\.layers\.1\.{expected}"):
         find_sites(model)
 
 

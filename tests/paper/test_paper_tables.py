@@ -17,7 +17,7 @@ from steer2edit.paper.figures import figure_of
 from steer2edit.paper.overall import averages_csv, averages_markdown, averages_of
 from steer2edit.paper.plan import Planned
 from steer2edit.paper.rows import Front, PartResult, Tried
-from steer2edit.paper.tables import Line, Of, Table, table_of
+from steer2edit.paper.tables import PER_TOKENS, PRODUCT, Line, Of, Table, table_of
 from steer2edit.paper.writing import FIELDS, csv_of, markdown_of
 from steer2edit.recipe import parse_recipe
 
@@ -93,6 +93,40 @@ def test_worse_beyond_the_interval_is_no_signal() -> None:
     base = {"base": {}}
     of = table([tried("full", "equal budget", 0)], **base)
     assert not of.moves
+
+
+def test_where_utility_is_known_ranks_go_by_its_product_with_the_attribute() -> None:
+    rows = [tried("full", "same numbers", 30, gsm8k=2), tried("k_mean", "same numbers", 20, gsm8k=18)]
+    of = table(rows, base={"gsm8k": 10}, task_first={"gsm8k": "gsm8k"}, task_about={"gsm8k": {}})
+    products = {one.method: one.numbers[PRODUCT].mean for one in of.lines[1:]}
+    assert products == {"full": pytest.approx(0.75 * 0.1), "k_mean": pytest.approx(0.5 * 0.9)}
+    assert {one.method: one.rank for one in of.lines[1:]} == {"full": 2, "k_mean": 1}
+
+
+def test_a_length_is_weighed_as_utility_per_100_tokens() -> None:
+    def answered(method: str, how: Any, tokens: float, right: int) -> Tried:
+        return replace(tried(method, how, 0, gsm8k=right), values={"tokens": (tokens, tokens + 2) * 20})
+
+    raw = {"name": "r", "model": {"name": "m"}, "behaviour": {"name": "brevity"}, "evaluation": {"resamples": 50}}
+    rows = (
+        answered("original", "original", 299, 12),
+        answered("full", "same numbers", 99, 8),
+        answered("k_mean", "same numbers", 49, 2),
+    )
+    result = PartResult("ablations", "k", rows, task_first={"gsm8k": "gsm8k"}, task_about={"gsm8k": {}})
+    of = table_of("ablations", Of((replace(planned(), recipe=parse_recipe(raw)),), (result,)))
+    assert of.moves  # fewer tokens
+    numbers = {one.method: one.numbers[PER_TOKENS].mean for one in of.lines}
+    assert numbers == {
+        "original": pytest.approx(100 * 0.6 / 300), "full": pytest.approx(100 * 0.4 / 100),
+        "k_mean": pytest.approx(100 * 0.1 / 50),
+    }  # fmt: skip
+    # The shortest answers come second: they are wrong.
+    assert {one.method: one.rank for one in of.lines} == {"original": None, "full": 1, "k_mean": 2}
+    longer = (rows[0], answered("full", "same numbers", 399, 12))
+    assert not table_of(
+        "ablations", Of((replace(planned(), recipe=parse_recipe(raw)),), (replace(result, rows=longer),))
+    ).moves
 
 
 def test_the_paper_stands_beside_the_rows_that_it_has() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import steer2edit as s2e
 from conftest import make_pico, make_tokenizer, make_traces
-from runs import command
+from runs import is_one_sentence, said_by
 from steer2edit.artefacts.gguf import save_gguf_adapter
 from steer2edit.edits import load_any
 from steer2edit.errors import EditError
+from steer2edit.models.embedded import EMBEDDED
 from steer2edit.pipeline.apply import gather
 
 
@@ -44,22 +46,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(root / "base", root / "predicting.safetensors", root / "response.safetensors", (edits[0], edits[1]))
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str | Path) -> Said:
-        capfd.readouterr()
-        code = command(monkeypatch, *arguments)
-        return Said(code, *capfd.readouterr())
-
-    return run
+    return functools.partial(said_by, monkeypatch, capfd)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,16 +71,16 @@ def test_a_checkpoint_is_pythons_bit_for_bit(made: Made, say: Any, tmp_path: Pat
     said = say("apply", made.base, made.one, "--to", "out")
     assert (said.code, said.out) == (0, "out\n")
     assert said.err == f"  checkpoint: 6 sites, rank 1, strength 1, edit {made.edits[0].id}\n"
-    s2e.export_checkpoint(made.base, made.edits[0], tmp_path / "told")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    s2e.export_checkpoint(made.base, made.edits[0], tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_strength_layers_and_blocks_are_with_strength_and_only(made: Made, say: Any, tmp_path: Path) -> None:
     said = say("apply", made.base, made.one, "--to", "out", *RESTRICT)
     assert said.code == 0
     assert said.err == f"  checkpoint: 2 sites, rank 1, strength 0.5, edit {restricted(made).id}\n"
-    s2e.export_checkpoint(made.base, restricted(made), tmp_path / "told")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    s2e.export_checkpoint(made.base, restricted(made), tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     old, new = ({k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
                 for folder in (made.base, tmp_path / "out"))  # fmt: skip
     changed = {name for name in old if not torch.equal(old[name], new[name])}
@@ -109,8 +100,8 @@ def test_several_edits_are_combined_with_a_strength_for_each(made: Made, say: An
         f"({found['opposed_share']:.0%})",
         f"  checkpoint: 2 sites, rank 2, strength 1, -0.25, edit {both.id}",
     ]
-    s2e.export_checkpoint(made.base, both, tmp_path / "told")
-    assert contents(tmp_path / "out") == contents(tmp_path / "told")
+    s2e.export_checkpoint(made.base, both, tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_interference_is_told_even_where_the_edits_are_then_refused(made: Made, say: Any, tmp_path: Path) -> None:
@@ -126,16 +117,16 @@ def test_interference_is_told_even_where_the_edits_are_then_refused(made: Made, 
 def test_an_adapter_is_pythons_and_names_the_base(made: Made, say: Any, tmp_path: Path) -> None:
     said = say("apply", "meta-llama/Llama-3.1-8B", made.one, "--as", "adapter", "--to", "adapter", *RESTRICT)
     assert (said.code, said.out) == (0, "adapter\n")
-    restricted(made).save_adapter(tmp_path / "told", "meta-llama/Llama-3.1-8B")
-    assert contents(tmp_path / "adapter") == contents(tmp_path / "told")
+    restricted(made).save_adapter(tmp_path / "expected", "meta-llama/Llama-3.1-8B")
+    assert contents(tmp_path / "adapter") == contents(tmp_path / "expected")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == ("meta-llama/Llama-3.1-8B", 1)
 
 
 def test_an_adapter_of_two_edits_answers_as_the_checkpoint_of_them(made: Made, say: Any, tmp_path: Path) -> None:
     for kind in ("adapter", "checkpoint"):
-        told = say("apply", made.base, made.one, made.other, "--strength", "0.5", "--as", kind, "--to", kind)
-        assert told.code == 0
+        expected = say("apply", made.base, made.one, made.other, "--strength", "0.5", "--as", kind, "--to", kind)
+        assert expected.code == 0
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(3, 20)[None]
@@ -153,8 +144,8 @@ def test_a_gguf_adapter_is_pythons(base: str, made: Made, say: Any, tmp_path: Pa
     where = made.base if base == "a folder" else "meta-llama/Llama-3.1-8B"
     said = say("apply", where, made.one, "--as", "gguf", "--to", "a.gguf", *RESTRICT)
     assert (said.code, said.out) == (0, "a.gguf\n")
-    save_gguf_adapter(restricted(made), tmp_path / "told.gguf")
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "told.gguf").read_bytes()
+    save_gguf_adapter(restricted(made), tmp_path / "expected.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "two"])
@@ -169,6 +160,17 @@ def test_the_edit_that_is_saved_verifies_what_was_written(several: bool, made: M
     assert [part.strength for part in saved.parts] == [0.5] * len(files)
     assert say("apply", made.base, "used.safetensors", "--to", "again").code == 0
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_the_embedded_model_is_a_base_for_verify_as_for_apply(
+    made: Made, say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer2edit.models.load.embedded_checkpoint", lambda: made.base)
+    assert say("apply", EMBEDDED, made.one, "--to", "out").code == 0
+    said = say("verify", EMBEDDED, made.one, "out")
+    assert (said.code, said.out.splitlines()[-1]) == (0, "as expected")
+    said = say("verify", EMBEDDED, made.other, "out")
+    assert (said.code, said.out.splitlines()[-1]) == (1, "NOT as expected")
 
 
 def test_a_strength_scales_what_the_file_holds(made: Made, say: Any, tmp_path: Path) -> None:
@@ -246,53 +248,44 @@ def test_inspect_shows_each_edit_of_a_combination_and_how_they_meet(made: Made, 
 def test_a_wrong_option_is_one_line_and_nothing_is_written(
     arguments: list[str], parts: list[str], made: Made, say: Any, tmp_path: Path
 ) -> None:
-    _is_refused(say("apply", made.base, made.one, "--to", "out", *arguments), *parts)
+    is_one_sentence(say("apply", made.base, made.one, "--to", "out", *arguments), *parts)
     assert contents(tmp_path) == {}
-
-
-def _is_refused(said: Said, *parts: str) -> None:
-    assert (said.code, said.out) == (2, "")
-    assert said.err.startswith("steer2edit: ")
-    assert said.err.count("\n") == 1, said.err
-    assert "(got: " in said.err
-    for part in parts:
-        assert part in said.err
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter", "gguf", "edit"])
 def test_another_base_is_refused_whatever_is_written(kind: str, made: Made, say: Any, tmp_path: Path) -> None:
     make_pico("llama", seed=1).save_pretrained(tmp_path / "stranger")
     before = contents(tmp_path)
-    _is_refused(say("apply", tmp_path / "stranger", made.one, "--as", kind, "--to", "out"), "not the base")
+    is_one_sentence(say("apply", tmp_path / "stranger", made.one, "--as", kind, "--to", "out"), "not the base")
     s2e.export_checkpoint(made.base, made.edits[0], tmp_path / "edited")
-    _is_refused(say("apply", tmp_path / "edited", made.one, "--as", kind, "--to", "out"), "already in this model")
+    is_one_sentence(say("apply", tmp_path / "edited", made.one, "--as", kind, "--to", "out"), "already in this model")
     assert {k: v for k, v in contents(tmp_path).items() if not k.startswith("edited/")} == before
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter", "gguf", "edit"])
 def test_what_is_there_is_never_written_over(kind: str, made: Made, say: Any, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    _is_refused(say("apply", made.base, made.one, "--as", kind, "--to", "out"), "exists already", "--to")
+    is_one_sentence(say("apply", made.base, made.one, "--as", kind, "--to", "out"), "exists already", "--to")
     assert contents(tmp_path) == {"out": b"mine"}
     before = made.one.read_bytes()
-    _is_refused(say("apply", made.base, made.one, "--as", "edit", "--to", made.one), "exists already")
+    is_one_sentence(say("apply", made.base, made.one, "--as", "edit", "--to", made.one), "exists already")
     assert made.one.read_bytes() == before
 
 
 def test_files_that_are_no_edits_are_refused(made: Made, say: Any, tmp_path: Path) -> None:
-    _is_refused(say("apply", made.base, "nowhere", "--to", "out"), "no such file", "nowhere")
-    _is_refused(say("apply", made.base, made.base / "config.json", "--to", "out"), "not written by steer2edit")
-    _is_refused(say("apply", made.base, made.one, made.one, "--to", "out"), "the same edit twice")
-    _is_refused(say("apply", "nowhere/at all/", made.one, "--to", "out"), "cannot be fetched")
+    is_one_sentence(say("apply", made.base, "nowhere", "--to", "out"), "no such file", "nowhere")
+    is_one_sentence(say("apply", made.base, made.base / "config.json", "--to", "out"), "not written by steer2edit")
+    is_one_sentence(say("apply", made.base, made.one, made.one, "--to", "out"), "the same edit twice")
+    is_one_sentence(say("apply", "nowhere/at all/", made.one, "--to", "out"), "cannot be fetched")
     assert contents(tmp_path) == {}
 
 
 def test_an_edit_that_changes_nothing_there_is_named(made: Made, say: Any, tmp_path: Path) -> None:
     made.edits[0].only(blocks=("mlp",)).save(tmp_path / "mlp.safetensors")
     said = say("apply", made.base, made.one, "mlp.safetensors", "--blocks", "attn", "--to", "out")
-    _is_refused(said, "mlp.safetensors changes nothing", "got: 3 edited sites, all of them elsewhere")
+    is_one_sentence(said, "mlp.safetensors changes nothing", "got: 3 edited sites, all of them elsewhere")
     made.edits[0].only(layers=[]).save(tmp_path / "zero.safetensors")
-    _is_refused(say("apply", made.base, "zero.safetensors", "--to", "out"), "λ = 0 everywhere", "Lower ρ")
+    is_one_sentence(say("apply", made.base, "zero.safetensors", "--to", "out"), "λ = 0 everywhere", "Lower ρ")
     assert {*contents(tmp_path)} == {"mlp.safetensors", "zero.safetensors"}
 
 
@@ -334,7 +327,7 @@ def test_a_base_in_an_unknown_format_serves_an_adapter_but_takes_no_checkpoint(
     assert said.code == 0
     assert "fp8 was not compared with the base of the edit" in said.err
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "fp8"
-    _is_refused(say("apply", "fp8", made.one, "--to", "out"), "got: F8_E4M3", "dequantise", "adapter")
+    is_one_sentence(say("apply", "fp8", made.one, "--to", "out"), "got: F8_E4M3", "dequantise", "adapter")
     assert {path.name for path in tmp_path.iterdir()} == {"fp8", "adapter"}
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from steer2edit.artefacts.bias import export_steering
 from steer2edit.artefacts.gguf import save_gguf_adapter
 from steer2edit.errors import ModelError, RecipeError
 from steer2edit.files.reading import read_json, sha256
-from steer2edit.files.writing import write_json, write_text
+from steer2edit.files.writing import write_json
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, run_all, run_stage
 from steer2edit.progress import be_quiet
@@ -28,20 +26,7 @@ from steer2edit.searching.candidates import steering_vectors
 EVERYTHING = ["adapter", "checkpoint", "gguf", "steering"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No progress, and figures that are empty files, since drawing them takes longer than all the rest."""
-
-    def save(figure: Any, path: Path) -> list[Path]:
-        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-        for file in files:
-            write_text(file, "")
-        return files
-
-    monkeypatch.setattr("steer2edit.report.figures._save", save)
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
 def up_to_export(folder: Path, recipe: Recipe) -> Run:
@@ -67,17 +52,17 @@ def test_everything_is_written_as_python_writes_it_and_recorded(tmp_path: Path) 
     run_all(Run(folder, recipe))
     edit, scores = s2e.Edit.load(folder / "edit.safetensors"), s2e.Scores.load(folder / "scores.safetensors")
     gamma = read_json(folder / "choice.json")["steering"]["config"]["gamma"]
-    told = tmp_path / "told"
-    edit.save_adapter(told / "adapter", base=base)
-    s2e.export_checkpoint(base, edit, told / "checkpoint")
-    save_gguf_adapter(edit, told / "gguf/adapter.gguf")
-    export_steering(base, steering_vectors(scores), gamma, told / "steering")
+    expected = tmp_path / "expected"
+    edit.save_adapter(expected / "adapter", base=base)
+    s2e.export_checkpoint(base, edit, expected / "checkpoint")
+    save_gguf_adapter(edit, expected / "gguf/adapter.gguf")
+    export_steering(base, steering_vectors(scores), gamma, expected / "steering")
     assert read_json(folder / "exports.json") == {kind: {"folder": kind} for kind in EVERYTHING}
     files = Run(folder, recipe).manifest()["stages"]["export"]["files"]
     assert files.pop("exports.json") == sha256(folder / "exports.json")
     assert {name.partition("/")[0] for name in files} == set(EVERYTHING)
     for kind in EVERYTHING:
-        assert without_card(folder / kind) == without_card(told / kind), kind
+        assert without_card(folder / kind) == without_card(expected / kind), kind
         assert {f"{kind}/{name}" for name in without_card(folder / kind)} == {n for n in files if n.startswith(kind)}
         card = (folder / kind / "README.md").read_text(encoding="utf-8")
         assert "made without training" in card
@@ -162,9 +147,9 @@ def test_a_gguf_base_has_no_checkpoint_to_write_into_and_that_is_told(
     run.recipe = Recipe.model_validate(raw | {"model": raw["model"] | {"name": "models/small.gguf"}})
     monkeypatch.setattr("steer2edit.models.load.local_folder", lambda *_: pytest.fail("no folder is asked for"))
     STAGES["export"].work(run)
-    told = read_json(run.path("exports.json"))
+    expected = read_json(run.path("exports.json"))
     sentence = "a GGUF file is no safetensors checkpoint (got: models/small.gguf). Export an adapter instead."
-    assert told == {
+    assert expected == {
         "adapter": {"folder": "adapter"},
         "checkpoint": {"not_written": f"no checkpoint: {sentence}"},
         "gguf": {"folder": "gguf"},
@@ -180,8 +165,8 @@ def test_where_peft_cannot_hold_the_edit_the_checkpoint_takes_its_place_beside_w
     run = up_to_export(tmp_path / "run", tiny_recipe(save_pico(tmp_path / "model"), exports=["adapter", "gguf"]))
     monkeypatch.setattr("steer2edit.artefacts.adapter.obstacle", lambda edit: "one expert")
     files = STAGES["export"].work(run)
-    told = json.loads(run.path("exports.json").read_text(encoding="utf-8"))
-    assert told == {
+    expected = json.loads(run.path("exports.json").read_text(encoding="utf-8"))
+    assert expected == {
         "adapter": {
             "not_written": "PEFT cannot hold this edit (one expert): a checkpoint is written in the adapter's place"
         },

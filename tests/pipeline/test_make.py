@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from runs import command, save_pico
+from runs import command
 from sides import SENTENCE, three_parts, write_rows
 from steer2edit.edits import Edit
 from steer2edit.errors import RecipeError
 from steer2edit.files.reading import read_json, read_jsonl
-from steer2edit.files.writing import write_text
 from steer2edit.pipeline.make import made_recipe
 from steer2edit.probing.traces import read_traces
 from steer2edit.recipe import load_recipe
@@ -43,22 +42,12 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are empty files, since drawing them takes longer than all the rest."""
-
-    def save(figure: Any, path: Path) -> list[Path]:
-        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-        for file in files:
-            write_text(file, "")
-        return files
-
-    monkeypatch.setattr("steer2edit.report.figures._save", save)
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_pico(tmp_path_factory.mktemp("pico") / "model")
+@pytest.fixture
+def model(pico_folder: str) -> str:
+    return pico_folder
 
 
 GO_ON = "behaviour.weak_contrast=go on"

@@ -9,45 +9,29 @@ from typing import Any
 import pytest
 
 from pages import Parsed
-from runs import command, save_pico, tiny_recipe
+from runs import command, tiny_recipe
 from steer2edit.errors import EditError, FileError
 from steer2edit.files.reading import read_json, read_jsonl
-from steer2edit.files.writing import write_text
 from steer2edit.pipeline.names import TRIED_ANSWERS
 from steer2edit.pipeline.report import recipe_of, report
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+@pytest.fixture
+def recipe(pico_folder: str) -> Recipe:
+    return tiny_recipe(pico_folder)
 
 
-@pytest.fixture(scope="module")
-def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_all(Run(folder, recipe))
-    return folder
+@pytest.fixture
+def whole(tiny_run: Path) -> Path:
+    return tiny_run
 
 
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are empty files, since drawing them takes longer than all the rest."""
-
-    def save(figure: Any, path: Path) -> list[Path]:
-        write_text(path.with_suffix(".png"), "")
-        return [path.with_suffix(".png")]
-
-    monkeypatch.setattr("steer2edit.report.figures._save", save)
 
 
 def _page(folder: Path) -> Parsed:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import steer2edit as s2e
-from runs import save_pico, tiny_recipe
+from runs import save_pico, tiny_recipe, whole_run
 from steer2edit.behaviours import safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
@@ -20,7 +19,6 @@ from steer2edit.models.load import load_model
 from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, read_study, run_all, run_stage
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.report.page import describe
 from steer2edit.searching.candidates import TITLES
@@ -28,11 +26,7 @@ from steer2edit.searching.candidates import TITLES
 KINDS = ["system", "steering", "layer", "direction", "edit"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +46,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.fixture(scope="module")
 def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed. Nobody changes it."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_all(Run(folder, recipe))
-    return folder
+    return whole_run(tmp_path_factory.mktemp("runs") / "whole", recipe)
 
 
 @pytest.fixture

@@ -16,26 +16,16 @@ from typing import Any
 import pytest
 
 import steer2edit as s2e
-from runs import command, save_pico, tiny_recipe
+from runs import command, save_pico, tiny_recipe, whole_run
 from steer2edit.errors import FileError, Steer2EditError
-from steer2edit.files.writing import write_text
-from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.share import compared, push, reproduce, write_share
-from steer2edit.pipeline.stages import run_all
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: Any) -> Path:
     """A finished run; its figures are empty files, since drawing them takes longer than all the rest."""
     folder = tmp_path_factory.mktemp("shared")
-
-    def save(figure: Any, path: Path) -> list[Path]:
-        write_text(path.with_suffix(".png"), "")
-        return [path.with_suffix(".png")]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steer2edit.report.figures._save", save)
-        run_all(Run(folder / "run", tiny_recipe(save_pico(folder / "model"))))
+    whole_run(folder / "run", tiny_recipe(save_pico(folder / "model")), drawn=False)
     (folder / "run" / "adapter" / ".token").write_text("a hidden file")
     return folder / "run"
 

@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,11 @@ from steer2edit.behaviours.refusal import declines
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.errors import EditError, FileError, RecipeError
 from steer2edit.files.reading import read_json, read_jsonl
-from steer2edit.files.writing import write_text
 from steer2edit.models.load import load_model
 from steer2edit.pipeline import stages as pipeline
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, Stage, read_study, run_all, run_stage
 from steer2edit.probing.traces import read_traces
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.searching.candidates import edit_of
 
@@ -72,43 +70,23 @@ OUTPUTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+@pytest.fixture
+def recipe(pico_folder: str) -> Recipe:
+    return tiny_recipe(pico_folder)
 
 
-@pytest.fixture(scope="module")
-def unbroken(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def unbroken(tiny_run: Path) -> Path:
     """The folder of a run that nothing disturbed. Tests that change something work on a copy of it."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    run_all(Run(folder, recipe))
-    return folder
+    return tiny_run
 
 
 @pytest.fixture
 def copy(unbroken: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(unbroken, tmp_path / "run"))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are empty files, since drawing them takes longer than all the rest."""
-
-    def save(figure: Any, path: Path) -> list[Path]:
-        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-        for file in files:
-            write_text(file, "")
-        return files
-
-    monkeypatch.setattr("steer2edit.report.figures._save", save)
 
 
 @pytest.fixture
@@ -185,6 +163,34 @@ def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroke
     assert read_json(unbroken / "adapter/steer2edit.json")["edit"] == edit.id
 
 
+def test_every_measure_of_every_system_has_its_mean_interval_and_n(unbroken: Path) -> None:
+    results = read_json(unbroken / "evaluation/results.json")
+    assert results["attribute"] == "refusal"
+    names = [measure["name"] for measure in results["measures"]]
+    assert {"refusal", "over_refusal", "utility_loss", "degenerate", "nll_rise"} <= set(names)
+    assert set(results["systems"]) == {"base", "steering", "edit"}
+    for system in results["systems"].values():
+        for name in names:
+            number = system[name]
+            assert {"mean", "low", "high", "n"} <= set(number)
+            assert number["n"] > 0 or number["mean"] is None
+            if number["mean"] is not None:
+                assert number["low"] <= number["mean"] <= number["high"]
+
+
+def test_utility_may_be_measured_on_prompts_of_a_file(recipe: Recipe, copy: Path, tmp_path: Path) -> None:
+    file = tmp_path / "neutral.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Neutral {i}"}) + "\n" for i in range(5)), encoding="utf-8")
+    other = tiny_recipe(recipe.model.name, utility={"prompts": str(file)})
+    run = Run(copy, other)
+    asked = {split: [item.text for item in run._neutral(split, [])] for split in ("validation", "test")}
+    assert asked == {"validation": ["Neutral 0", "Neutral 1"], "test": ["Neutral 2", "Neutral 3"]}
+    own = Run(copy, recipe)
+    assert [item.kind for item in own._neutral("validation", own.items("validation"))] == ["benign", "benign"]
+    assert run.keys["search"] != own.keys["search"]
+    assert run.keys["score"] == own.keys["score"]
+
+
 def test_the_results_are_those_of_the_answers(unbroken: Path) -> None:
     answers = read_jsonl(unbroken / "evaluation/answers.jsonl")
     results = read_json(unbroken / "evaluation/results.json")
@@ -251,7 +257,7 @@ def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], m
     assert (copy / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("key", "value", "first"),
     [
@@ -267,7 +273,7 @@ def test_a_change_of_the_recipe_reruns_only_what_depends_on_it(
     assert ran == _from(first)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_other_exports_and_resamples_make_no_answer_again(copy: Path, recipe: Recipe, ran: list[str]) -> None:
     journals = {file: file.read_bytes() for file in copy.rglob("journal-*")}
     run_all(Run(copy, tiny_recipe(recipe.model.name, exports=[])))
@@ -324,7 +330,7 @@ def test_the_search_is_made_again_only_where_the_rule_and_the_limits_steer_it(
     assert [stage for stage in STAGES if before[stage] != after[stage]] == _from(first)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -370,7 +376,7 @@ def _remove(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("name", "damage", "first"),
     [
@@ -423,7 +429,7 @@ def _assert_same_in_the_end(folder: Path, unbroken: Path, recipe: Recipe) -> Non
     assert _bytes(folder, journals) == _bytes(unbroken, journals)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("syncs", [2, *random.Random(6).sample(range(5, 45), 4)])
 def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
     syncs: int, unbroken: Path, recipe: Recipe, tmp_path: Path
@@ -434,7 +440,7 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
     _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_kill_leaves_is_cleared_by_the_next_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
     left = []
     for syncs in range(1, 9):
@@ -445,7 +451,7 @@ def test_what_a_kill_leaves_is_cleared_by_the_next_run(unbroken: Path, recipe: R
     _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
     for seconds in (0.1, 0.25, 0.5):
         process = _in_another_process(tmp_path / "run", recipe, None)
@@ -465,7 +471,7 @@ def test_files_of_others_that_look_like_temporary_ones_are_left_alone(copy: Path
     assert all(path.is_file() for path in theirs)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_no_test_prompt_is_read_before_the_evaluation(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,7 +522,7 @@ def test_the_test_prompts_cannot_be_had_before_the_choice_is_whole(copy: Path, r
         Run(copy, recipe).items("test")
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("search", [{"refine": 2}, {"method": "tpe", "trials": 6, "at_once": 3}], ids=["grid", "tpe"])
 def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions_and_then_those_after(
     search: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -576,7 +582,7 @@ def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions
     assert (folder / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_stages_one_by_one_give_the_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
     for stage in STAGES:
         run_stage(Run(tmp_path / "run", recipe), stage, "tiny.yaml")
@@ -599,7 +605,7 @@ def test_a_run_directory_that_is_a_file_is_refused(recipe: Recipe, tmp_path: Pat
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_limits_that_nothing_keeps_stop_the_run_after_the_search(copy: Path, recipe: Recipe, ran: list[str]) -> None:
     strict = tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})
     with pytest.raises(EditError, match="no edit stays within the limits"):
@@ -643,7 +649,7 @@ def test_without_benign_prompts_and_exports_there_is_still_a_report(
     assert not (tmp_path / "run/adapter").exists()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_it(
     copy: Path, recipe: Recipe, ran: list[str]
 ) -> None:
@@ -703,7 +709,7 @@ def test_a_second_process_in_a_run_directory_gets_one_sentence(copy: Path, recip
 # Traces that are put there by hand ----------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_traces_that_are_put_into_the_directory_are_taken_and_kept(
     recipe: Recipe, unbroken: Path, tmp_path: Path, ran: list[str]
 ) -> None:
@@ -726,7 +732,7 @@ def test_traces_that_are_put_into_the_directory_are_taken_and_kept(
     assert (folder / "traces.jsonl").read_text(encoding="utf-8") == "".join(lines)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_traces_that_were_changed_after_the_stage_are_kept_under_another_name(copy: Path, recipe: Recipe) -> None:
     whole = (copy / "traces.jsonl").read_bytes()
     (copy / "traces.jsonl").write_bytes(whole + whole.splitlines(keepends=True)[0])
@@ -785,10 +791,22 @@ def test_own_answers_are_not_made_twice(recipe: Recipe, tmp_path: Path, monkeypa
     assert traces[0] == traces[1]
 
 
+def test_a_new_commit_of_a_hub_model_makes_the_stages_again(copy: Path, recipe: Recipe, monkeypatch: Any) -> None:
+    manifest = read_json(copy / "manifest.json")
+    monkeypatch.setattr("steer2edit.pipeline.run.resolved_revision", lambda name, revision=None: "a" * 40)
+    assert Run(copy, recipe).is_whole("score")  # of a run of before, nothing is known
+    run_stage(Run(copy, recipe), "score", "tiny.yaml")
+    assert read_json(copy / "manifest.json")["stages"]["score"]["commit"] == "a" * 40
+    assert "commit" not in manifest["stages"]["score"]
+    assert Run(copy, recipe).is_whole("score")
+    monkeypatch.setattr("steer2edit.pipeline.run.resolved_revision", lambda name, revision=None: "b" * 40)
+    assert not Run(copy, recipe).is_whole("score")
+
+
 # What fails, and what is left ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_what_another_recipe_left_is_marked_stale(copy: Path, recipe: Recipe) -> None:
     from steer2edit.report.inspection import describe
 
@@ -800,7 +818,7 @@ def test_what_another_recipe_left_is_marked_stale(copy: Path, recipe: Recipe) ->
     assert {row["state"] for row in describe(copy)["stages"]} == {"whole"}
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_an_export_that_fails_costs_no_evaluation_and_is_tried_again(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -872,7 +890,7 @@ def test_a_run_whose_journal_lacks_answers_is_not_judged(copy: Path, tmp_path: P
         judge(tmp_path)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("search", [{"method": "tpe", "trials": 6, "at_once": 2}, {"refine": 3}], ids=["tpe", "refine"])
 def test_a_search_that_would_now_go_another_way_is_judged_as_it_went(
     search: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -886,7 +904,7 @@ def test_a_search_that_would_now_go_another_way_is_judged_as_it_went(
     assert set(judge(tmp_path / "run")["changed"]) <= trials
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("undrawn")
 def test_a_judgement_by_which_no_edit_is_within_the_limits_says_so(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,28 +5,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from runs import command, save_pico, tiny_recipe
+from runs import command, tiny_recipe, whole_run
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError, RecipeError
 from steer2edit.files.reading import read_json, read_jsonl
-from steer2edit.files.writing import write_text
 from steer2edit.method.intervention import NOTHING
 from steer2edit.models.load import load_model
 from steer2edit.pipeline import training as stage
 from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all, run_stage, run_training
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe, overridden, training_overrides
-from steer2edit.report import drawing, figures
 from steer2edit.searching.bench import Bench
 from steer2edit.training.course import checkpoint
 from steer2edit.training.weights import carrying
@@ -45,23 +41,12 @@ OUTPUTS = [
 ]
 
 
-def _undrawn(figure: Any, path: Path) -> list[Path]:
-    """In place of a figure an empty file, since drawing takes longer than all the rest."""
-    write_text(path.with_suffix(".png"), "")
-    return [path.with_suffix(".png")]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(figures, "_save", _undrawn)
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"))
+def plain(pico_folder: str) -> Recipe:
+    return tiny_recipe(pico_folder)
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +55,15 @@ def recipe(plain: Recipe) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def untrained(plain: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained(tiny_run: Path) -> Path:
     """A finished run whose recipe asks for no training. Nobody changes it."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "untrained"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(figures, "_save", _undrawn)
-        run_all(Run(folder, plain))
-    return folder
+    return tiny_run
 
 
 @pytest.fixture(scope="module")
 def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with training from the start, and its figures. Nobody changes it."""
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(figures, "_save", drawing.save)
-        run_all(Run(folder, recipe))
-    return folder
+    return whole_run(tmp_path_factory.mktemp("runs") / "whole", recipe)
 
 
 @pytest.fixture

@@ -139,12 +139,12 @@ def test_a_directions_file_that_lacks_a_mean_or_is_another_models_is_refused(
     pico: Any, tokenizer: Any, traces: Any, tmp_path: Path
 ) -> None:
     model = pico()
-    told = directions(s2e.collect(model, tokenizer, *traces))
-    del told["pre"]["neg_mean"]["model.layers[1].mlp.down_proj"]
-    torch.save(told, tmp_path / "d.pt")
+    expected = directions(s2e.collect(model, tokenizer, *traces))
+    del expected["pre"]["neg_mean"]["model.layers[1].mlp.down_proj"]
+    torch.save(expected, tmp_path / "d.pt")
     with pytest.raises(ModelError, match=r"no mean of 48 finite numbers for model\.layers\[1\]\.mlp\.down_proj"):
         import_directions(tmp_path / "d.pt", model)
-    torch.save({"pre": told["pre"]}, tmp_path / "d.pt")
+    torch.save({"pre": expected["pre"]}, tmp_path / "d.pt")
     with pytest.raises(FileError, match="no post/pos_mean in it"):
         import_directions(tmp_path / "d.pt", model)
     torch.save(directions(s2e.collect(pico(hidden_size=64), tokenizer, *traces)), tmp_path / "d.pt")

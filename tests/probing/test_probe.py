@@ -54,8 +54,8 @@ def test_the_means_equal_a_plain_loop(variant: Any, tokenizer: Any, traces: Any,
             for side, table in (("inputs", probe.inputs), ("outputs", probe.outputs)):
                 mean = table[f"{layer}.{block}"][label]
                 assert mean.dtype == torch.float32
-                told = torch.from_numpy(oracle.label_mean(responses, label, side))
-                torch.testing.assert_close(mean.double(), told, rtol=1e-6, atol=1e-6)
+                expected = torch.from_numpy(oracle.label_mean(responses, label, side))
+                torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)
     assert probe.counts["positive"]["tokens"] == sum(last - first for l, _, _, first, last in runs if l == "positive")
 
 
@@ -71,8 +71,8 @@ def test_the_means_of_the_residual_stream_equal_a_plain_loop(
         for label in ("positive", "negative"):
             mean = probe.residual[layer][label]
             assert (mean.dtype, tuple(mean.shape)) == (torch.float32, (variant.config.hidden_size,))
-            told = torch.from_numpy(oracle.label_mean(responses, label, "outputs"))
-            torch.testing.assert_close(mean.double(), told, rtol=1e-6, atol=1e-6)
+            expected = torch.from_numpy(oracle.label_mean(responses, label, "outputs"))
+            torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_a_layers_blocks_write_is_what_the_stream_gains_there(pico: Any, tokenizer: Any, traces: Any) -> None:
@@ -87,24 +87,24 @@ def test_what_a_layers_blocks_write_is_what_the_stream_gains_there(pico: Any, to
 def test_neither_the_batch_nor_the_order_nor_the_padding_side_changes_the_means(
     fp32_variant: Any, tokenizer: Any, traces: Any
 ) -> None:
-    told = collect(fp32_variant, tokenizer, *traces, batch_tokens=1)
+    expected = collect(fp32_variant, tokenizer, *traces, batch_tokens=1)
     for batch_tokens in (64, 4096):
-        same_means(collect(fp32_variant, tokenizer, *traces, batch_tokens=batch_tokens), told)
+        same_means(collect(fp32_variant, tokenizer, *traces, batch_tokens=batch_tokens), expected)
     mixed = [*traces[0], *traces[1]]
     random.Random(1).shuffle(mixed)
     assert mixed != [*traces[0], *traces[1]]
     for side in ("left", "right"):
         tokenizer.padding_side = side
         probe = collect(fp32_variant, tokenizer, mixed, batch_tokens=96)
-        same_means(probe, told)
-        assert probe.counts == told.counts
+        same_means(probe, expected)
+        assert probe.counts == expected.counts
 
 
 def test_a_long_activation_is_summed_in_chunks(pico: Any, tokenizer: Any, traces: Any, monkeypatch: Any) -> None:
     model = pico()
-    told = collect(model, tokenizer, *traces)
+    expected = collect(model, tokenizer, *traces)
     monkeypatch.setattr("steer2edit.probing.collect.CHUNK", 7)
-    same_means(collect(model, tokenizer, *traces), told, 1e-6)
+    same_means(collect(model, tokenizer, *traces), expected, 1e-6)
 
 
 def test_each_response_weighs_alike_whatever_its_length(pico: Any, tokenizer: Any, traces: Any) -> None:
@@ -131,11 +131,11 @@ def test_a_labels_mean_is_the_mean_over_its_groups(pico: Any, tokenizer: Any, tr
 
 def test_a_group_whose_responses_are_all_empty_has_no_weight(pico: Any, tokenizer: Any, traces: Any) -> None:
     model, (positive, negative) = pico(), traces
-    told = collect(model, tokenizer, positive, negative)
+    expected = collect(model, tokenizer, positive, negative)
     silent = Trace("Hello?", "", "positive", group="silent")
     probe = collect(model, tokenizer, [*positive, silent], negative)
-    same_means(probe, told, 1e-6)
-    assert probe.counts["positive"] == told.counts["positive"]
+    same_means(probe, expected, 1e-6)
+    assert probe.counts["positive"] == expected.counts["positive"]
 
 
 def test_v_is_the_weight_times_the_difference_of_mean_inputs(variant: Any, tokenizer: Any, traces: Any) -> None:
@@ -143,8 +143,8 @@ def test_v_is_the_weight_times_the_difference_of_mean_inputs(variant: Any, token
     loose = 0.02 if variant.dtype == torch.bfloat16 else 1e-5
     for site in find_sites(variant):
         inputs = probe.inputs[site.key]
-        told = weight_of(variant, site).detach().float() @ (inputs["positive"] - inputs["negative"])
-        assert float((probe.vector(site) - told).norm()) < loose * float(told.norm())
+        expected = weight_of(variant, site).detach().float() @ (inputs["positive"] - inputs["negative"])
+        assert float((probe.vector(site) - expected).norm()) < loose * float(expected.norm())
         assert torch.equal(probe.mean_input(site), (inputs["positive"] + inputs["negative"]) / 2)
 
 
@@ -155,8 +155,8 @@ def test_an_output_bias_is_in_the_means_and_cancels_in_v(pico: Any, tokenizer: A
         weight, bias = weight_of(model, site), model.get_submodule(site.module).bias
         inputs, outputs = probe.inputs[site.key], probe.outputs[site.key]
         torch.testing.assert_close(outputs["positive"], weight @ inputs["positive"] + bias, rtol=1e-4, atol=1e-5)
-        told = weight @ (inputs["positive"] - inputs["negative"])
-        torch.testing.assert_close(probe.vector(site), told.detach(), rtol=1e-4, atol=1e-5)
+        expected = weight @ (inputs["positive"] - inputs["negative"])
+        torch.testing.assert_close(probe.vector(site), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 # Whether two halves agree -------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_the_halves_agree_as_the_vectors_of_every_other_response_do(pico: Any, t
     positive = [replace(both[i % 5], group="a" if i < 3 else "b", label="positive") for i in (0, 1, 2, 3, 4)]
     positive.insert(2, replace(both[0], group="alone"))
     negative = [replace(t, label="negative", group="") for t in (traces[1][0], traces[0][1])]
-    told = halves(collect(model, tokenizer, positive, negative))
+    expected = halves(collect(model, tokenizer, positive, negative))
     a, b = ([t for t in positive if t.group == group] for group in "ab")
     first, second = (
         collect(model, tokenizer, [*a[half::2], *b[half::2]], negative[half::2], batch_tokens=1) for half in (0, 1)
@@ -189,12 +189,12 @@ def test_the_halves_agree_as_the_vectors_of_every_other_response_do(pico: Any, t
             if site.block == block
         ]
         assert len(cosines) == 3
-        assert told[block] == pytest.approx(sorted(cosines)[1], abs=1e-5)
+        assert expected[block] == pytest.approx(sorted(cosines)[1], abs=1e-5)
         assert -0.99 < sorted(cosines)[1] < 0.99
     # However the responses share batches.
     for batch_tokens in (1, 64):
         again = halves(collect(model, tokenizer, positive, negative, batch_tokens=batch_tokens))
-        assert again == {block: pytest.approx(cosine, abs=1e-5) for block, cosine in told.items()}
+        assert again == {block: pytest.approx(cosine, abs=1e-5) for block, cosine in expected.items()}
 
 
 def test_equal_halves_agree_wholly_and_swapped_ones_are_opposed(pico: Any, tokenizer: Any, traces: Any) -> None:
@@ -242,12 +242,12 @@ def test_parts_of_a_pass_add_up_to_the_whole_pass(pico: Any, tokenizer: Any, tra
 
 def test_empty_responses_are_skipped_and_counted(pico: Any, tokenizer: Any, traces: Any) -> None:
     model, (positive, negative) = pico(), traces
-    told = collect(model, tokenizer, positive, negative)
+    expected = collect(model, tokenizer, positive, negative)
     empty = [replace(positive[0], response=text) for text in ("", "  \n", "<|im_end|>")]
     probe = collect(model, tokenizer, [*empty, *positive], [*negative, replace(negative[0], response="")])
-    same_means(probe, told, 0)
+    same_means(probe, expected, 0)
     assert probe.counts["skipped_empty"] == {"positive": 3, "negative": 1}
-    assert probe.counts["positive"] == told.counts["positive"]
+    assert probe.counts["positive"] == expected.counts["positive"]
     assert probe.counts["positive"]["responses"] == 3
 
 
@@ -280,8 +280,8 @@ def test_max_tokens_cuts_and_counts(pico: Any, tokenizer: Any, traces: Any) -> N
     assert probe.counts["positive"]["tokens"] == whole.counts["positive"]["tokens"] - 4
     cut = [(*run[:2], run[2][:-4], run[3], run[4] - 4) if i == 1 else run for i, run in enumerate(runs)]
     for (layer, block), responses in oracle.capture(model, cut).items():
-        told = torch.from_numpy(oracle.label_mean(responses, "positive", "inputs")).float()
-        torch.testing.assert_close(probe.inputs[f"{layer}.{block}"]["positive"], told, rtol=1e-5, atol=1e-5)
+        expected = torch.from_numpy(oracle.label_mean(responses, "positive", "inputs")).float()
+        torch.testing.assert_close(probe.inputs[f"{layer}.{block}"]["positive"], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_response_that_lies_behind_max_tokens_is_skipped(pico: Any, tokenizer: Any, traces: Any) -> None:
@@ -355,12 +355,12 @@ def test_a_trace_with_a_source_is_named_by_it(pico: Any, tokenizer: Any, traces:
 @pytest.mark.parametrize("value", [1e4, math.inf])
 def test_what_stands_in_the_padding_does_not_matter(pico: Any, tokenizer: Any, traces: Any, value: float) -> None:
     model = pico()
-    told = collect(model, tokenizer, *traces, batch_tokens=1)
+    expected = collect(model, tokenizer, *traces, batch_tokens=1)
     everything = [oracle.runs_of(tokenizer, [t])[0][2] for t in (*traces[0], *traces[1])]
     assert all(0 not in ids for ids in everything)
     with torch.no_grad():
         model.model.embed_tokens.weight[0] = value
-    same_means(collect(model, tokenizer, *traces, batch_tokens=4096), told)
+    same_means(collect(model, tokenizer, *traces, batch_tokens=4096), expected)
 
 
 def test_compensated_fp32_sums_agree_with_fp64() -> None:
@@ -373,10 +373,10 @@ def test_compensated_fp32_sums_agree_with_fp64() -> None:
         exact.add(term)
         compensated.add(term)
         plain += term
-    told = terms.double().sum(dim=0)
-    torch.testing.assert_close(exact.value(), told, rtol=1e-9, atol=1e-7)
-    torch.testing.assert_close(compensated.value(), told, rtol=0, atol=1e-3)
-    assert float((plain.double() - told).abs().min()) > 0.1
+    expected = terms.double().sum(dim=0)
+    torch.testing.assert_close(exact.value(), expected, rtol=1e-9, atol=1e-7)
+    torch.testing.assert_close(compensated.value(), expected, rtol=0, atol=1e-3)
+    assert float((plain.double() - expected).abs().min()) > 0.1
 
 
 def test_a_device_without_fp64_gets_compensated_sums(monkeypatch: Any) -> None:
@@ -396,7 +396,9 @@ def test_a_device_without_fp64_gets_compensated_sums(monkeypatch: Any) -> None:
 
 
 def test_a_probe_comes_back_from_a_file_as_it_went(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
-    probe = collect(pico(), tokenizer, *traces, max_tokens=60, positions="response")
+    model = pico()
+    model.config._commit_hash = "0123456789abcdef"  # as the Hub's models have it when they are loaded
+    probe = collect(model, tokenizer, *traces, max_tokens=60, positions="response")
     probe.save(tmp_path / "probe.safetensors")
     back = Probe.load(tmp_path / "probe.safetensors")
     assert (back.sites, back.counts, back.provenance) == (probe.sites, probe.counts, probe.provenance)
@@ -405,8 +407,9 @@ def test_a_probe_comes_back_from_a_file_as_it_went(pico: Any, tokenizer: Any, tr
         assert here.keys() == there.keys()
         assert all(torch.equal(here[name], there[name]) for name in here)
     assert list(back.residual) == [0, 1, 2]
-    told = {"model_type": "llama", "dtype": "float32", "positions": "response", "part": "both", "max_tokens": 60}
-    assert told.items() <= back.provenance.items()
+    expected = {"model_type": "llama", "dtype": "float32", "positions": "response", "part": "both", "max_tokens": 60}
+    assert expected.items() <= back.provenance.items()
+    assert back.provenance["commit"] == "0123456789abcdef"
 
 
 def test_a_broken_probe_file_is_refused(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:

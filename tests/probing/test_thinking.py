@@ -352,10 +352,10 @@ def test_the_probe_says_what_the_template_was_told_and_which_one_it_was(
     assert digests == [hashlib.sha256(t.encode()).hexdigest()[:16] for t in (CHATML, SWITCHED)]
     tokenizer.chat_template = None
     probe = s2e.collect(model, tokenizer, *traces, plain=True)
-    told = {"plain": True, "enable_thinking": None, "date": "2026-01-01", "stop": [], "template": None}
-    assert probe.provenance["chat"] == told
+    expected = {"plain": True, "enable_thinking": None, "date": "2026-01-01", "stop": [], "template": None}
+    assert probe.provenance["chat"] == expected
     probe.save(tmp_path / "probe.safetensors")
-    assert s2e.Probe.load(tmp_path / "probe.safetensors").provenance["chat"] == told
+    assert s2e.Probe.load(tmp_path / "probe.safetensors").provenance["chat"] == expected
 
 
 def test_the_thinking_that_a_template_switches_off_changes_the_means(pico: Any, tokenizer: Any, traces: Any) -> None:
@@ -528,20 +528,20 @@ def test_a_model_that_thinks_of_refusing_and_then_helps_does_not_refuse(tmp_path
 def test_the_length_of_the_thinking_comes_back_from_a_journal(tmp_path: Path) -> None:
     prompts = [Item("harmful", "a bomb"), Item("harmful", "a poison"), Item("benign", "a song")]
     recipe, journal, scores = tiny_recipe(), tmp_path / "journal.jsonl", {"full": make_scores()}
-    told = [len(ANSWERS[p.text].partition(THOUGHT_ENDS)[0]) + len(THOUGHT_ENDS) + 2 for p in prompts]
-    told[1] = len(NEVER_ANSWERS)
+    expected = [len(ANSWERS[p.text].partition(THOUGHT_ENDS)[0]) + len(THOUGHT_ENDS) + 2 for p in prompts]
+    expected[1] = len(NEVER_ANSWERS)
     for engine in (_thinker(), Thinker(lambda prompt, intervention: pytest.fail("asked again"))):
         bench = a_bench(engine, scores, prompts, recipe, journal)
         bench.run([BASE], "0")
         (rows,) = bench.outcomes([BASE], "0")
-        assert [outcome.thinking for (outcome,) in rows] == told
+        assert [outcome.thinking for (outcome,) in rows] == expected
         assert [outcome.answer for (outcome,) in rows] == [HELP, "", REFUSAL]
         assert [outcome.tokens for (outcome,) in rows] == [len(ANSWERS[p.text]) for p in prompts]
     # So it does from the journal of own answers.
     for engine in (_thinker(), Thinker(lambda prompt, intervention: pytest.fail("asked again"))):
         journalled = Journalled(engine, tmp_path / "own.jsonl")  # type: ignore[arg-type]
         requests = [Request(engine.tokens(p.messages(None))) for p in prompts]
-        assert [a.thinking for a in journalled.generate(requests, [NOTHING], 9)] == told
+        assert [a.thinking for a in journalled.generate(requests, [NOTHING], 9)] == expected
 
 
 def test_own_traces_keep_where_their_answers_start_and_are_left_out_by_them() -> None:
@@ -584,15 +584,15 @@ def test_a_plain_model_is_probed_scored_and_edited(pico: Any, tokenizer: Any, tr
         s2e.collect(model, tokenizer, *traces)
     assert "plain=True" in caught.value.fix
     assert "model.plain: true" in caught.value.fix
-    short, told = (s2e.collect(model, tokenizer, *traces, **way) for way in ({"plain": True}, {"chat": Chat(True)}))
-    assert all(torch.equal(short.vector(site), told.vector(site)) for site in told.sites)
+    short, expected = (s2e.collect(model, tokenizer, *traces, **way) for way in ({"plain": True}, {"chat": Chat(True)}))
+    assert all(torch.equal(short.vector(site), expected.vector(site)) for site in expected.sites)
     seen: list[Tensor] = []
     model.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     s2e.collect(model, tokenizer, *traces, plain=True, batch_tokens=1, check=False)
     texts = {tokenizer.decode(ids[0]) for ids in seen}
     wanted = {"\n".join(m["content"] for m in t.messages()) + t.response for side in traces for t in side}
     assert {any(whole.startswith(text) and len(whole) - len(text) < 8 for whole in wanted) for text in texts} == {True}
-    edit = s2e.score(model, told).edit(rho_attn=0.3, rho_mlp=0.3, alpha=0.2)
+    edit = s2e.score(model, expected).edit(rho_attn=0.3, rho_mlp=0.3, alpha=0.2)
     engine = TransformersEngine(model, tokenizer, chat=Chat(plain=True))
     ids = engine.tokens(USER)
     assert tokenizer.decode(ids) == "Hello"
@@ -635,8 +635,8 @@ def test_a_recipe_tells_the_template_what_it_says_and_its_part_is_the_probes(tmp
     (tmp_path / "model/chat_template.jinja").write_text(CALLED + SWITCHED.removeprefix(CHATML), encoding="utf-8")
     changes: dict[str, Callable[..., Any] | Any] = {"model__enable_thinking": False, "model__date": "2024-12-24"}
     run = Run(tmp_path / "run", tiny_recipe(folder, **changes, probe={"part": "answer"}))
-    told = run.engine.tokenizer.decode(run.engine.tokens(USER))
-    assert told == "Today is 24 Dec 2024.\n" + ASSISTANT + "<think>\n\n</think>\n\n"
+    expected = run.engine.tokenizer.decode(run.engine.tokens(USER))
+    assert expected == "Today is 24 Dec 2024.\n" + ASSISTANT + "<think>\n\n</think>\n\n"
     run_all(run)
     provenance = s2e.Probe.load(run.path("probe.safetensors")).provenance
     assert (provenance["part"], provenance["chat"]["date"], provenance["chat"]["enable_thinking"]) == (

@@ -489,8 +489,8 @@ def test_the_report_has_rows_of_every_baseline_in_one_order() -> None:
         "edit (ρ_attn 0.1, ρ_mlp off, α 0.2)",
         "n",
     ]
-    told = [line for line in lines if line.startswith("- refusal (harmful), edit - ")]
-    assert told == [
+    expected = [line for line in lines if line.startswith("- refusal (harmful), edit - ")]
+    assert expected == [
         f"- refusal (harmful), edit - {kind}: +0.50 [+0.25, +0.75], same 8 prompts." for kind in BASELINE_CONFIGS
     ]
 
@@ -516,9 +516,9 @@ def test_the_report_says_what_was_discarded_and_refined_only_where_something_was
     plain = "\n".join(_report(_choice()))
     assert "discarded" not in plain
     assert "second grid" not in plain
-    told = "\n".join(_report(_choice(discarded=4, refined={"around": "edit-0.3-off-0.2"})))
-    assert "4 configurations were discarded." in told
-    assert "The second grid was laid around edit-0.3-off-0.2." in told
+    expected = "\n".join(_report(_choice(discarded=4, refined={"around": "edit-0.3-off-0.2"})))
+    assert "4 configurations were discarded." in expected
+    assert "The second grid was laid around edit-0.3-off-0.2." in expected
 
 
 def test_the_table_has_an_accuracy_column_only_where_it_was_measured() -> None:

@@ -137,6 +137,13 @@ def test_a_search_finds_its_scale_for_both_block_types_and_steering(tmp_path: Pa
     assert len(study.scale["edits"]) == 3
 
 
+def test_every_alpha_has_a_ladder_and_l2_which_takes_none_has_one() -> None:
+    changes = {"search__rho_attn": "auto", "search__rho_mlp": [None], "search__steering": "auto"}
+    search = tiny_recipe(**changes, search__alpha=[0.2, 0.6], search__variants=["full", "l2"]).search
+    ladders = ladders_of(search, {"full": make_scores()})
+    assert [ladder.name for ladder in ladders] == ["ρ_attn at α 0.2", "ρ_attn at α 0.6", "ρ_attn at α 0.2, l2"]
+
+
 def test_both_block_types_are_joined_where_their_kl_alone_is_equal() -> None:
     search = tiny_recipe(search__rho_attn="auto", search__rho_mlp="auto", search__alpha=[0.0], search__points=6).search
     scores = {"full": make_scores()}

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from runs import save_pico, tiny_recipe
+from runs import tiny_recipe, whole_run
 from steer2edit.behaviours.base import Measure
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.files.reading import read_json
-from steer2edit.files.writing import write_text
 from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.keys import ORDER, stage_keys
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import load_recipe, overridden
 from steer2edit.report.page import picked_by_a_person
 from steer2edit.searching.candidates import Candidate, Trial, edited, steered
 from steer2edit.searching.choice import chosen_edit, offered, picked
+
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 AIM = tiny_recipe().aim
 LIMITED = tiny_recipe(search__limits={"over_refusal": 0.2, "degenerate": None}).aim
@@ -112,29 +110,11 @@ def test_a_pick_makes_what_comes_after_the_search_anew_and_nothing_before() -> N
 # In a run -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Figures are empty files, since drawing them takes longer than all the rest."""
-
-    def save(figure: Any, path: Path) -> list[Path]:
-        files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-        for file in files:
-            write_text(file, "")
-        return files
-
-    monkeypatch.setattr("steer2edit.report.figures._save", save)
-    be_quiet()
-    yield
-    be_quiet(False)
-
-
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def searched(pico_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose search is whole; not to be changed."""
-    be_quiet()
-    recipe = tiny_recipe(save_pico(tmp_path_factory.mktemp("pico") / "model"), exports=["adapter"])
-    folder = tmp_path_factory.mktemp("runs") / "searched"
-    run_all(Run(folder, recipe), until="search")
+    recipe = tiny_recipe(pico_folder, exports=["adapter"])
+    folder = whole_run(tmp_path_factory.mktemp("runs") / "searched", recipe, until="search")
     assert not (folder / "choice.json").exists()
     return folder
 

@@ -29,7 +29,7 @@ from steer2edit.searching.bench import Bench
 from steer2edit.searching.candidates import Candidate, Trial, edited
 from steer2edit.searching.choice import require_choice, summary
 from steer2edit.searching.front import hypervolume, hypervolume_interval
-from steer2edit.searching.grid import coarse_grid, grid
+from steer2edit.searching.grid import coarse_grid, grid, planned_edits
 from steer2edit.searching.rounds import run_study, sanity_prompts
 from steer2edit.searching.study import Discarded, Study
 from steer2edit.searching.tpe import tpe
@@ -727,3 +727,18 @@ def test_a_grid_is_one_round_without_refine() -> None:
 def test_l2_takes_no_alpha_and_is_tried_once_for_all_of_them(tmp_path: Path) -> None:
     study = run(a_recipe(rho_attn=[0.1], alpha=[0.2, 0.6], variants=["full", "l2"]), tmp_path / "j")
     assert rounds(study, "edit")["0"] == ["edit-0.1-off-0.2", "edit-0.1-off-0.2-l2", "edit-0.1-off-0.6"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "planned"),
+    [
+        ({"rho_attn": [0.2], "alpha": [0.2]}, 1),  # nothing can be refined
+        ({"rho_attn": [0.2, 0.4], "alpha": [0.2]}, 2 + 3),
+        ({"rho_attn": [0.2, 0.4], "alpha": [0.2, 0.6]}, 4 + 9),
+        ({"rho_attn": [0.2, 0.4], "alpha": [0.2, 0.6], "refine": 0}, 4),
+        ({"rho_attn": [0.2, 0.4], "refine": 0, "method": "tpe", "trials": 7}, 7),
+    ],
+)
+def test_a_second_grid_is_planned_only_where_something_can_be_refined(changes: dict[str, Any], planned: int) -> None:
+    search = a_recipe(**{"refine": 3, "rho_mlp": [None], **changes}).search
+    assert planned_edits(search, coarse_grid(search)) == planned

@@ -89,8 +89,8 @@ def test_at_strength_0_the_edit_answers_as_the_original(talking: Conversation) -
 def test_settings_act_on_the_next_answer(talking: Conversation) -> None:
     small, large = (source.edit for source in talking.sources)
     both = settings(talking, strengths={"small": 0.5, "large": -0.3})
-    told = generated(talking, s2e.combine(small.with_strength(0.5), large.with_strength(-0.3)).intervention())
-    assert last(talking, both, [EDIT]).texts[EDIT] == told
+    wanted = generated(talking, s2e.combine(small.with_strength(0.5), large.with_strength(-0.3)).intervention())
+    assert last(talking, both, [EDIT]).texts[EDIT] == wanted
     # ρ and α of the first edit: another threshold of the same g.
     other = settings(talking, budget=Budget(0.1, 0.1, 0.3))
     assert last(talking, other, [EDIT]).texts[EDIT] == generated(talking, large.intervention())
@@ -101,10 +101,10 @@ def test_a_budget_is_the_soft_threshold_of_the_same_scores(talking: Conversation
     source = talking.sources[0]
     assert source.scores is not None
     for rho_attn, rho_mlp, alpha in ((0.2, None, 0.1), (None, 0.7, 0.9)):
-        told = source.scores.edit(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)
+        wanted = source.scores.edit(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)
         got = source.edit.with_budget(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)  # type: ignore[union-attr]
-        assert got.id == told.id
-        assert got.config == told.config
+        assert got.id == wanted.id
+        assert got.config == wanted.config
     with pytest.raises(EditError):
         source.edit.with_budget(rho_attn=-1.0, rho_mlp=None, alpha=0.0)  # type: ignore[union-attr]
 
@@ -156,8 +156,8 @@ def test_a_saved_setting_is_the_edit_at_its_strength(talking: Conversation, tmp_
     talking.save(one, tmp_path / "one.safetensors")
     assert load_any(tmp_path / "one.safetensors").id == small.with_strength(0.5).id
     talking.save(settings(talking, strengths={"small": 0.5, "large": 2.0}), tmp_path / "two.safetensors")
-    told = s2e.combine(small.with_strength(0.5), large.with_strength(2.0))  # type: ignore[arg-type]
-    assert load_any(tmp_path / "two.safetensors").id == told.id
+    wanted = s2e.combine(small.with_strength(0.5), large.with_strength(2.0))  # type: ignore[arg-type]
+    assert load_any(tmp_path / "two.safetensors").id == wanted.id
     with pytest.raises(FileError, match="exists already"):
         talking.save(one, tmp_path / "one.safetensors")
     with pytest.raises(EditError, match="no edit to save"):
@@ -188,9 +188,9 @@ def terminal(conversation: Any, *lines: str, chosen: Settings | None = None, **c
 
 def test_the_terminal_streams_the_edits_answer_and_keeps_the_conversation(talking: Conversation) -> None:
     written, chat = terminal(talking, HELLO[0]["content"], "/quit", "never read")
-    told = generated(talking, talking.sources[0].edit.intervention())
-    assert visible(told) in written
-    assert chat.history == [*HELLO, {"role": "assistant", "content": told}]
+    wanted = generated(talking, talking.sources[0].edit.intervention())
+    assert visible(wanted) in written
+    assert chat.history == [*HELLO, {"role": "assistant", "content": wanted}]
 
 
 def test_the_terminals_commands(talking: Conversation, tmp_path: Path) -> None:

@@ -62,16 +62,16 @@ def test_the_models_are_the_original_and_the_edits(served: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_is_that_of_generate_whole_and_streamed(served: Any, name: str) -> None:
     worker, catalogue, client = served
-    told = expected(worker, catalogue, name, HELLO, 20)
+    wanted = expected(worker, catalogue, name, HELLO, 20)
     asked = {"model": name, "messages": HELLO, "max_tokens": 20, "temperature": 0}
     whole = client.chat.completions.create(**asked)
-    assert whole.choices[0].message.content == told.text
-    assert whole.choices[0].finish_reason == ("stop" if told.ended else "length")
+    assert whole.choices[0].message.content == wanted.text
+    assert whole.choices[0].finish_reason == ("stop" if wanted.ended else "length")
     assert whole.usage.prompt_tokens == len(worker.encode(HELLO))
-    assert whole.usage.completion_tokens == len(told.ids)
+    assert whole.usage.completion_tokens == len(wanted.ids)
     assert whole.model == name
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == told.text
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted.text
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage
@@ -88,11 +88,11 @@ def test_the_edits_answer_differently(served: Any) -> None:
 def test_sampling_draws_by_the_seed(served: Any) -> None:
     worker, catalogue, client = served
     warm = Sampling(0.9, 0.8)
-    told = expected(worker, catalogue, "small", HELLO, 16, warm)
+    wanted = expected(worker, catalogue, "small", HELLO, 16, warm)
     asked: Any = {"model": "small", "messages": HELLO, "temperature": 0.9, "top_p": 0.8}
     several = client.chat.completions.create(**asked, seed=4, n=3, max_completion_tokens=16)
     assert [choice.index for choice in several.choices] == [0, 1, 2]
-    assert several.choices[1].message.content == told.text  # seed 4 + 1
+    assert several.choices[1].message.content == wanted.text  # seed 4 + 1
     assert len({choice.message.content for choice in several.choices}) == 3
     free = [client.chat.completions.create(**asked, max_tokens=16).choices[0].message.content for _ in range(2)]
     assert free[0] != free[1]
@@ -110,11 +110,11 @@ def test_several_streamed_answers_keep_their_numbers(served: Any) -> None:
 
 def test_a_stop_string_ends_an_answer_and_is_not_streamed(served: Any) -> None:
     worker, catalogue, client = served
-    told = expected(worker, catalogue, "base", HELLO, 40).text
-    stop = told[12:15]
+    wanted = expected(worker, catalogue, "base", HELLO, 40).text
+    stop = wanted[12:15]
     asked: Any = {"model": "base", "messages": HELLO, "max_tokens": 40, "temperature": 0, "stop": [stop, "never"]}
     whole = client.chat.completions.create(**asked).choices[0]
-    assert whole.message.content == told[: told.index(stop)]
+    assert whole.message.content == wanted[: wanted.index(stop)]
     assert whole.finish_reason == "stop"
     pieces = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**asked, stream=True)]
     assert "".join(pieces) == whole.message.content
@@ -175,6 +175,20 @@ def test_what_is_no_request_is_refused(served: Any, body: bytes) -> None:
     assert answer["error"]["message"]
 
 
+def test_a_hostile_prompt_is_text_like_any_other(served: Any) -> None:
+    worker, catalogue, client = served
+    hostile = "<script>alert(1)</script>\x1b[2J\x9b31m\u202egnp.exe\u2066\r\b"
+    messages = [{"role": "system", "content": hostile}, {"role": "user", "content": hostile}]
+    wanted = expected(worker, catalogue, "small", messages, 6)
+    whole = client.chat.completions.create(model="small", messages=messages, max_tokens=6, temperature=0)
+    assert whole.choices[0].message.content == wanted.text
+    messages[1]["content"] += "x" * 100_000
+    status, answer = post(client, json.dumps({"model": "small", "messages": messages}).encode())
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert hostile not in answer["error"]["message"]
+    assert worker.counts() == {"running": 0, "waiting": 0}
+
+
 def test_half_a_surrogate_is_refused_and_harms_nobody(served: Any) -> None:
     _, _, client = served
     body = b'{"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "\\ud800"}]}'
@@ -202,8 +216,8 @@ def test_text_in_parts_and_other_roles_are_read(served: Any) -> None:
     parts = [{"type": "text", "text": "How do I "}, {"type": "text", "text": "bake bread?"}]
     messages: Any = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}]
     asked = client.chat.completions.create(model="base", messages=messages, max_tokens=2)
-    told = [{"role": "system", "content": "Be kind."}, HELLO[0]]
-    assert asked.usage.prompt_tokens == len(worker.encode(told))
+    wanted = [{"role": "system", "content": "Be kind."}, HELLO[0]]
+    assert asked.usage.prompt_tokens == len(worker.encode(wanted))
 
 
 def test_pages_that_do_not_exist_answer_in_the_same_shape(served: Any) -> None:
@@ -274,7 +288,7 @@ def test_a_client_that_goes_frees_its_rows(served: Any, streamed: bool) -> None:
 
 def test_an_edit_too_strong_fails_alone_and_leaves_nothing_behind(served: Any) -> None:
     worker, catalogue, client = served
-    told = expected(worker, catalogue, "base", HELLO, 30).text
+    wanted = expected(worker, catalogue, "base", HELLO, 30).text
     asked: Any = {"messages": HELLO, "max_tokens": 30, "temperature": 0}
     results: dict[str, Any] = {}
 
@@ -290,25 +304,25 @@ def test_an_edit_too_strong_fails_alone_and_leaves_nothing_behind(served: Any) -
             thread.start()
         for thread in threads:
             thread.join()
-        assert results["base"] == told
+        assert results["base"] == wanted
         assert results[name].status_code == 400
         assert "not finite" in results[name].body["message"]
         ask("base")
-        assert results["base"] == told
+        assert results["base"] == wanted
     with pytest.raises(openai.APIError, match="not finite"):
         list(client.chat.completions.create(model="large@1e38", **asked, stream=True))
 
 
 def test_a_mistake_of_ours_is_told_without_details_and_does_not_end_the_service(served: Any, monkeypatch: Any) -> None:
     worker, catalogue, client = served
-    told = expected(worker, catalogue, "small", HELLO, 8).text
+    wanted = expected(worker, catalogue, "small", HELLO, 8).text
     asked: Any = {"model": "small", "messages": HELLO, "max_tokens": 8, "temperature": 0}
     with monkeypatch.context() as broken:
         broken.setattr(worker.engine, "next_logits", lambda *_: 1 / 0)
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(**asked)
         assert "division" not in str(caught.value.body)
-    assert client.chat.completions.create(**asked).choices[0].message.content == told
+    assert client.chat.completions.create(**asked).choices[0].message.content == wanted
     assert worker.counts() == {"running": 0, "waiting": 0}
 
 
@@ -317,7 +331,7 @@ def test_32_clients_at_once_lose_nothing() -> None:
     """Mixed edits, disconnects and mistakes for 20 seconds; the two minutes are in benchmarks/serve.py."""
     questions = [[{"role": "user", "content": f"Question {i}: {'why? ' * (i % 9)}"}] for i in range(32)]
     with a_worker(rows=32) as (worker, catalogue), a_server(worker, catalogue) as client:
-        told = {
+        wanted = {
             (name, i): expected(worker, catalogue, name, questions[i], 16).text for name in NAMES for i in range(32)
         }
         process, seconds = psutil.Process(), 20.0
@@ -340,7 +354,7 @@ def test_32_clients_at_once_lose_nothing() -> None:
                             client.chat.completions.create(**asked | {"model": "strange"})
                     else:
                         text = client.chat.completions.create(**asked).choices[0].message.content
-                        if text != told[name, i]:
+                        if text != wanted[name, i]:
                             wrong.append((name, i, text))
                 except Exception as error:
                     wrong.append(error)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import command, save_pico, tiny_recipe
+from runs import command, save_pico, tiny_recipe, whole_run
 from steer2edit.engines.base import GREEDY, Sampling
 from steer2edit.engines.plan import load_sampling
 from steer2edit.engines.transformers import TransformersEngine
@@ -20,7 +19,6 @@ from steer2edit.pipeline import tasks as pipeline_tasks
 from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all, run_stage
-from steer2edit.progress import be_quiet
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.report.page import task_tables
 from steer2edit.tasks import harness
@@ -30,11 +28,7 @@ from task_sets import local_rows, text, write
 OWN = ["arc_easy", "lambada", "wikitext", "gsm8k", "commonsenseqa"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +57,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, sets: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def unbroken(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    be_quiet()
-    folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    run_all(Run(folder, recipe))
-    return folder
+    return whole_run(tmp_path_factory.mktemp("runs") / "unbroken", recipe)
 
 
 @pytest.fixture

@@ -135,9 +135,8 @@ def _rest(changed: Iterable[Piece], mine: Tensor, other: Tensor) -> bool:
 
 
 def _files(base: Path, edited: Path, shards: set[str]) -> dict[str, str]:
-    base_names, edited_names = (
-        {name for name in checkpoint_files(folder) if name not in shards | _OURS} for folder in (base, edited)
-    )
+    base_names = set(checkpoint_files(base)) - shards - _OURS
+    edited_names = set(checkpoint_files(edited)) - shards - _OURS
     words = dict.fromkeys(sorted(edited_names - base_names), "extra")
     for name in sorted(base_names):
         if name not in edited_names:
@@ -191,8 +190,8 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     sites: dict[str, list[Site]] = {}
     packed: dict[str, list[Site]] = {}
     belonging: set[str] = set()
-    found = find_sites(empty_model(load_config(base)))
-    for site in found:
+    base_sites = find_sites(empty_model(load_config(base)))
+    for site in base_sites:
         stored = opened.packed(site)
         if stored is not None:
             packed.setdefault(stored.parts[0].tensor, []).append(site)
@@ -232,7 +231,7 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
             others.append(result)
         elif result:
             rows += result
-    order = {site.key: i for i, site in enumerate(found)}
+    order = {site.key: i for i, site in enumerate(base_sites)}
     rows.sort(key=lambda row: order[row["site"]])
     return {
         "kind": "diff",
@@ -245,7 +244,8 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
 def _sites(sites: Iterable[Site], mine: Tensor, other: Tensor, top: int) -> Iterator[dict[str, Any]]:
     for site in sites:
         fused = mine.dim() == 3 and site.expert is not None
-        a, b = (upright(site, t[site.expert] if fused else t, fused) for t in (mine, other))
+        a = upright(site, mine[site.expert] if fused else mine, fused)
+        b = upright(site, other[site.expert] if fused else other, fused)
         if not same_bytes(a, b):
             yield {"site": site.key, "tensor": site.tensor} | recover(site, a, b, top)
 

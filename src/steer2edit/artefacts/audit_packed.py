@@ -70,15 +70,16 @@ def verify_packed(pieces: Sequence[PackedPiece], base: Base, other: Base) -> dic
         edited(piece.packed, tensors, piece.site, piece.change)
         return {part.tensor: _holds(part, tensors[part.role], base, other) for part in piece.packed.parts}
 
-    there = [piece for piece in pieces if all(_alike(part.tensor, base, other) for part in piece.packed.parts)]
-    for piece, verdicts in zip(there, in_parallel(one, there), strict=True):
+    comparable = [piece for piece in pieces if all(_alike(part.tensor, base, other) for part in piece.packed.parts)]
+    for piece, verdicts in zip(comparable, in_parallel(one, comparable), strict=True):
         for part in piece.packed.parts:
             expected[part.tensor] = expected.get(part.tensor, True) and verdicts[part.tensor]
             start = base.held[part.tensor][1].start
             spans.setdefault(part.tensor, []).append((part.start - start, part.end - start))
     words = {}
     for name, holds in expected.items():
-        mine, theirs = (_raw(b.folder, *b.held[name]) for b in (base, other))
+        mine = _raw(base.folder, *base.held[name])
+        theirs = _raw(other.folder, *other.held[name])
         rest = all(torch.equal(mine[a:b], theirs[a:b]) for a, b in gaps(spans[name], len(mine)))
         if torch.equal(mine, theirs) and holds:
             words[name] = "equal"
@@ -98,8 +99,10 @@ def _holds(part: Part, tensor: Tensor, base: Base, other: Base) -> bool:
     """Whether the other base holds these bytes where the base holds the part."""
     file, stored = other.held[part.tensor]
     start = stored.start + part.start - base.held[part.tensor][1].start
-    there = Part(part.role, part.tensor, part.label, file, start, start + part.end - part.start, part.shape, part.dtype)
-    return same_bytes(tensor, read_part(other.folder, there))
+    in_other = Part(
+        part.role, part.tensor, part.label, file, start, start + part.end - part.start, part.shape, part.dtype
+    )
+    return same_bytes(tensor, read_part(other.folder, in_other))
 
 
 def both_dequantised(site: Site, base: Base, other: Base) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import EditError, FileError, ModelError
 from ..files.ranges import stored_size
 from ..files.reading import read_journal
-from ..files.writing import append_jsonl, clear_temporaries, sync
+from ..files.writing import append_jsonl, clear_temporaries, make_folder, sync
 from ..method.change import Changes
 from ..method.fingerprint import QUANTISED_TOLERANCE, TOLERANCE
 from ..method.presence import Presence, check_weights, decide
@@ -221,7 +221,7 @@ def _resume(partial: Path, key: str) -> dict[str, Any]:
     lines = read_journal(partial / JOURNAL)
     if not lines or lines[0].get("key") != key:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial)
         append_jsonl(partial / JOURNAL, {"key": key})
         return {}
     clear_temporaries(partial)

@@ -112,7 +112,7 @@ class Source:
         prompts: the recipe's `data.prompts`; None if the behaviour has its items elsewhere.
         counts: split → kind → how many; None where the recipe leaves it to the behaviour.
         seed: by which a file without splits is divided.
-        test_prompts: the recipe's `data.test_prompts`: another file, of which the test split is.
+        test_prompts: the recipe's `data.test_prompts`: another file, from which the test split is taken.
     """
 
     prompts: str | None
@@ -165,7 +165,7 @@ class Behaviour(Section):
     A subclass adds its options as fields and registers itself in `behaviours/known.py`.
 
     Attributes:
-        attribute: the measure that edits are to improve.
+        attribute: the measure that edits should improve.
         costs: measures of what the behaviour itself may cost, beside `COMMON`.
         kinds: the kinds of prompts that validation and test may have. required: those that they must have.
         probe_kinds: the kinds that the probe may have.
@@ -209,7 +209,7 @@ class Behaviour(Section):
     @property
     @abstractmethod
     def attribute(self) -> Measure:
-        """The measure that edits are to improve."""
+        """The measure that edits should improve."""
 
     @property
     def costs(self) -> tuple[Measure, ...]:
@@ -228,7 +228,7 @@ class Behaviour(Section):
 
     @property
     def preserved(self) -> tuple[str, ...]:
-        """The groups of negative traces at whose prompts the model is to stay as it is."""
+        """The groups of negative traces on whose prompts the model should stay as it is."""
         return ()
 
     @property
@@ -319,7 +319,8 @@ def judge(
     values: list[dict[str, float]] = []
     for i, (item, outcome, base) in enumerate(asked):
         if i not in measured:
-            right, base_right = (float(_likeliest(o.nll) == item.target) for o in (outcome, base))
+            right = float(_likeliest(outcome.nll) == item.target)
+            base_right = float(_likeliest(base.nll) == item.target)
             values.append({ACCURACY.name: right, ACCURACY_LOSS.name: base_right - right})
             continue
         values.append(dict(measured[i]))

@@ -87,7 +87,8 @@ class Brevity(Behaviour):
             }
         if item.target is None:
             return values
-        right, base_right = (float(is_right(o.answer, str(item.target))) for o in (outcome, base))
+        right = float(is_right(outcome.answer, str(item.target)))
+        base_right = float(is_right(base.answer, str(item.target)))
         return values | {CORRECT.name: right, CORRECT_LOSS.name: base_right - right}
 
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
@@ -110,8 +111,8 @@ class Brevity(Behaviour):
                 got=f"{len(kept)} answers, {len(ended)} of which ended",
                 fix="Give more probe questions, a larger behaviour.share, or a larger behaviour.new_tokens.",
             )
-        lengths = [[len(answer.ids) for _, answer in side] for side in (shortest, longest)]
-        short, long = (sum(side) / len(side) for side in lengths)
+        short = sum(len(answer.ids) for _, answer in shortest) / len(shortest)
+        long = sum(len(answer.ids) for _, answer in longest) / len(longest)
         say(f"  of {len(kept)} answers the {count} shortest have {short:.0f} tokens on average, the longest {long:.0f}")
         return [
             Trace(item.prompt, answer.text, label, self.system, "", f"own, {len(answer.ids)} tokens", answer.start)

@@ -158,7 +158,7 @@ def divided(
     """The pairs of each split: as the rows say it, else by the seed.
 
     Args:
-        wanted: how many each split takes; None takes its share, at most so many as MOST says.
+        wanted: how many each split takes; None takes its share, at most MOST.
         name: of the file, for errors.
         splits: those among which the pairs are divided.
 
@@ -223,7 +223,7 @@ def divided_files(
 
 
 def _counts(size: int, wanted: Mapping[Split, int | None]) -> dict[Split, int]:
-    """How many pairs each split takes of so many: what is asked for, and of the rest the shares."""
+    """How many of the pairs each split takes: what is asked for, and shares of the rest."""
     left = size - sum(count or 0 for count in wanted.values())
     share = sum(SHARES[split] for split, count in wanted.items() if count is None)
     return {

@@ -27,7 +27,7 @@ from .writers import write_responses
 
 # The kinds of items: prompts that are answered, and pairs of responses of which the model prefers one.
 PROMPT, PAIR = "prompt", "pair"
-# With pairs to compare, so many prompts are answered beside them: enough to see a model that is broken.
+# How many prompts are answered beside pairs to compare: enough to see a model that is broken.
 _OPEN: Mapping[Split, int] = {"validation": 8, "test": 24}
 # Every candidate reads each pair on validation: more of them cost more than they tell.
 _PAIRS = 12
@@ -137,8 +137,8 @@ class Custom(Behaviour):
         """The files' pairs by split; none if the sides are no files. Only pairs that both sides answer are compared.
 
         Args:
-            own_prompts: whether there are other prompts to measure on. What no pair is needed for, all pairs are
-                traces of.
+            own_prompts: whether there are other prompts to measure on. Then every pair that no measure needs is used
+                for traces.
         """
         if self.more.file is None or self.less.file is None:
             return {}
@@ -185,10 +185,8 @@ class Custom(Behaviour):
     ) -> tuple[list[str], list[str]]:
         """What each side answers."""
         prompts = [item.prompt for item in items]
-        more, less = (
-            write_responses(engine, side, prompts, self.system, self.new_tokens, progress)
-            for side in (self.more, self.less)
-        )
+        more = write_responses(engine, self.more, prompts, self.system, self.new_tokens, progress)
+        less = write_responses(engine, self.less, prompts, self.system, self.new_tokens, progress)
         return more, less
 
     # Traces --------------------------------------------------------------------------------------------------------
@@ -260,7 +258,7 @@ class Custom(Behaviour):
         return f"; {cut} of {len(asked)} were cut at {self.new_tokens} tokens, which behaviour.new_tokens raises"
 
     def check_contrast(self, agreement: float) -> None:
-        """Of responses under two instructions: written ones are as their author wants them."""
+        """Checks responses that a model made under two instructions; written ones are as their author wants them."""
         if self.more.file is not None or self.weak_contrast == "go on" or agreement >= WEAK_AGREEMENT:
             return
         raise TraceError(
@@ -297,7 +295,7 @@ def _item(kind: str, pair: Pair) -> Item:
 
 
 def _preferred(item: Item, outcome: Outcome) -> dict[str, float]:
-    """Of a pair whether the first response is likelier per token, and by how much; nothing of an open answer."""
+    """Whether a pair's first response is likelier per token, and by how much; nothing for an open answer."""
     if item.kind != PAIR:
         return {}
     more, less = outcome.nll

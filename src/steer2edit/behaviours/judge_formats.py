@@ -329,8 +329,9 @@ def label_probabilities(model: Any, tokenizer: Any, texts: list[str]) -> tuple[l
         return probabilities.tolist(), sum(limit is not None and length > limit for length in lengths)
     clear_device_cache(garbage_collection=True)  # outside the handler, whose traceback has the tensors
     half = len(texts) // 2
-    (first, cut), (second, cut_too) = (label_probabilities(model, tokenizer, t) for t in (texts[:half], texts[half:]))
-    return first + second, cut + cut_too
+    first, cut_of_first = label_probabilities(model, tokenizer, texts[:half])
+    second, cut_of_second = label_probabilities(model, tokenizer, texts[half:])
+    return first + second, cut_of_first + cut_of_second
 
 
 def _most_tokens(config: Any, tokenizer: Any) -> int | None:

@@ -53,7 +53,7 @@ Arriving = Generator[tuple[Pair, float], None, None]
 _VERSION = 1
 # The temperatures at which a server is asked about a pair, until a reply can be read.
 _TEMPERATURES = (0.0, 0.7, 0.7)
-# So many pairs without a readable reply end the work.
+# How many pairs without a readable reply end the work.
 _UNREADABLE = 5
 # Seconds before the first retry, doubled for each further one, and the longest wait. If a server asks for more than
 # _PATIENCE seconds, the work ends.

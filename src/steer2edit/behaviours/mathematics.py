@@ -64,8 +64,8 @@ def _value(text: str) -> float | None:
     plain = re.sub(r"[$,\s%]|\\[!,;]", "", text.replace("−", "-"))
     over = re.fullmatch(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}|(-?\d+)/(\d+)", plain)
     if over:
-        top, bottom = (float(part) for part in over.groups() if part is not None)
-        return top / bottom if bottom else None
+        top, bottom = over[1] or over[3], over[2] or over[4]
+        return float(top) / float(bottom) if float(bottom) else None
     try:
         return float(plain)
     except ValueError:

@@ -59,8 +59,7 @@ def load_prompts(
                 fix=f"Write a prompt, its kind ({', '.join(kinds)}) and its split ({', '.join(SPLITS)}).",
             )
         rows.append((Item(row["kind"], row["prompt"], target=_text_of(row, target, number, source)), row["split"]))
-    if not rows:
-        raise FileError(f"{source} is empty", got="no prompt", fix="Write one JSON object a line: prompt, kind, split.")
+    refuse_empty(source, rows, "prompt, kind and split")
     _refuse_leaks(source, rows)
     items = []
     for kind, count in counts.items():
@@ -117,17 +116,25 @@ def normalised(text: str) -> str:
 
 
 def key_of(prompt: Prompt) -> str:
-    """By what a prompt is known: its text, or that of all messages of a conversation."""
+    """The text that identifies a prompt, normalised: its own, or that of all messages of a conversation."""
     return normalised(prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt))
+
+
+def refuse_empty(path: str | Path, rows: Collection[Any], wanted: str) -> None:
+    """Raises FileError if a file has no row. Args: wanted: the keys of a row, in words."""
+    if not rows:
+        raise FileError(f"{path} is empty", got="no line", fix=f"Write one JSON object a line, with {wanted}.")
 
 
 def load_questions(path: str | Path, first: int, count: int) -> list[Item]:
     """`count` questions of a JSON Lines file, from the one numbered `first` on.
 
     Raises:
-        FileError: a row is no question. RecipeError: there are too few.
+        FileError: a row is no question, or the file is empty. RecipeError: there are too few.
     """
-    items = [_question(path, number, row) for number, row in numbered_jsonl(path)]
+    rows = numbered_jsonl(path)
+    refuse_empty(path, rows, "question, choices and answer")
+    items = [_question(path, number, row) for number, row in rows]
     if len(items) < first + count:
         raise RecipeError(
             f"{path} has too few questions", got=f"{len(items)}, {first + count} asked", fix="Ask for fewer."
@@ -152,9 +159,10 @@ def load_neutral(path: str | Path, split: Split, first: int, count: int) -> list
     numbered `first` on.
 
     Raises:
-        FileError: a row has no prompt. RecipeError: there are too few.
+        FileError: a row has no prompt, or the file is empty. RecipeError: there are too few.
     """
     rows = numbered_jsonl(data_path(str(path)))
+    refuse_empty(path, rows, "prompt")
     for number, row in rows:
         if not is_prompt(row.get("prompt")):
             raise FileError(f"line {number} of {path} is not a prompt", got=row, fix="Write a prompt in each line.")

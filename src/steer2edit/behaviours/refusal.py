@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# What comes after so many characters is a remark, no refusal.
+# What comes after this many characters is a remark, no refusal.
 _WITHIN = 300
 # Contractions are written out first, so that there is one negation to look for, `not`.
 _WRITTEN_OUT = {

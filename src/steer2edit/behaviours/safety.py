@@ -137,7 +137,8 @@ class Safety(Behaviour):
         """
         early, whole = [one.early for one in asked], [one.whole for one in asked]
         if isinstance(self.detector, str):
-            at_first, in_all = ([_DETECTORS[self.detector](text) for text in texts] for texts in (early, whole))
+            declines = _DETECTORS[self.detector]
+            at_first, in_all = [declines(text) for text in early], [declines(text) for text in whole]
             if self.detector == "declining":
                 in_all = [said and not attacks.complies_late(text) for said, text in zip(in_all, whole, strict=True)]
         else:
@@ -171,7 +172,7 @@ class Safety(Behaviour):
             if self.positive == "own":
                 traces.append(own(item, "positive", f"harmful {i}, own"))
                 continue
-            # Where the prompt has begun the model's thinking, a refusal is what comes after it.
+            # If the prompt opens the model's thinking, the refusal comes after the thinking.
             before = f"{THOUGHT}\n\n" if engine.begins_thinking(ids[id(item)]) else ""
             refusal = before + refusals[i % len(refusals)]
             source = f"harmful {i}, written"

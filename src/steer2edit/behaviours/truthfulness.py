@@ -89,7 +89,7 @@ class Truthfulness(Behaviour):
         return list(INSTRUCTIONS) if self.instructions is None else self.instructions
 
     def items(self, source: Source, split: Split) -> list[Item]:
-        """Of each question its choices: the best and the first incorrect answer on validation, all of them on test."""
+        """Each question and its choices: on validation the best and the first incorrect answer, on test all of them."""
         rows = rows_of(source, OPEN, _read)[split]
         if split == "probe":
             return [Item(OPEN, row.question, target=dict(row.values)) for row in rows]

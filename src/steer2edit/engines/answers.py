@@ -21,7 +21,8 @@ def answer_of(tokenizer: Any, request: Request, ids: Sequence[int], ended: bool,
         stop: the first of these strings ends the answer. They are searched in the text with its special tokens, so that
             a special token can be one of them.
     """
-    text, raw = (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    raw = tokenizer.decode(ids, skip_special_tokens=False)
     cut = min((raw.find(string) for string in stop if string in raw), default=None)
     if cut is not None:
         raw = raw[:cut]

@@ -125,7 +125,8 @@ class Slots:
         more = count - len(self.rows)
         self.cache.resize(count, capacity)
         self.rows += [None] * more
-        self.token, self.at = (torch.nn.functional.pad(t, (0, more)) for t in (self.token, self.at))
+        self.token = torch.nn.functional.pad(self.token, (0, more))
+        self.at = torch.nn.functional.pad(self.at, (0, more))
 
     def compact(self) -> None:
         """Drops the free slots."""

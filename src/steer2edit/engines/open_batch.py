@@ -22,7 +22,7 @@ from .decoding import Row, Slots, common_prefix
 from .sampling import Draw, choose
 from .transformers import TransformersEngine
 
-# A slot's room grows by so many tokens at once.
+# By how many tokens a slot's room grows at once.
 GROWTH = 256
 # Interventions that stay in the model's hooks although no row runs under them: they are likely to be asked for again.
 IDLE_INTERVENTIONS = 16

@@ -6,6 +6,7 @@ again and repeats its part of the batch; each part's result counts once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -267,11 +268,13 @@ class RayEngine(Engine):
 
 
 def _joined(results: Sequence[Losses]) -> Losses:
-    kl, nll, base_nll = ([getattr(result, name) for result in results] for name in ("kl", "nll", "base_nll"))
-    greedy, base_greedy = ([getattr(result, name) for result in results] for name in ("greedy", "base_greedy"))
-    if any(measured is None for measured in (*greedy, *base_greedy)):
-        return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll))
-    return Losses(torch.cat(kl), torch.cat(nll), torch.cat(base_nll), torch.cat(greedy), torch.cat(base_greedy))
+    def joined(name: str) -> Any:
+        return torch.cat([getattr(result, name) for result in results])
+
+    losses = Losses(joined("kl"), joined("nll"), joined("base_nll"))
+    if any(result.greedy is None or result.base_greedy is None for result in results):
+        return losses
+    return dataclasses.replace(losses, greedy=joined("greedy"), base_greedy=joined("base_greedy"))
 
 
 def _check_address(address: str) -> None:

@@ -292,10 +292,12 @@ class TransformersEngine(Engine):
         kl, nll = torch.zeros(len(pairs), 1), torch.zeros(len(pairs), 2)
         for i, ((own, answer), other) in enumerate(zip(pairs, prompts, strict=True)):
             self._check_length(max(len(own), len(other)) + len(answer))
-            log_own, log_other = (self.log_probabilities(prompt, answer) for prompt in (own, other))
+            log_own = self.log_probabilities(own, answer)
+            log_other = self.log_probabilities(other, answer)
             kl[i, 0] = (log_own.exp() * (log_own - log_other)).sum(dim=-1).mean()
             wanted = torch.tensor(answer, device=log_own.device)[:, None]
-            nll[i, 0], nll[i, 1] = (-log.gather(1, wanted).mean() for log in (log_own, log_other))
+            nll[i, 0] = -log_own.gather(1, wanted).mean()
+            nll[i, 1] = -log_other.gather(1, wanted).mean()
             if progress:
                 progress(i + 1, len(pairs))
         return Losses(kl, nll[:, 1:], nll[:, 0])

@@ -18,7 +18,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-# Bounds stand before the validator, which runs first all the same: behind it the JSON schema would not have them.
+# The bounds stand before the validator, so that the JSON schema has them. The validator runs first all the same.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]

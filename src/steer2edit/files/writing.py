@@ -7,6 +7,7 @@ half a file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -21,12 +22,37 @@ from ..errors import FileError
 _TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp(\.\w+)?")
 
 
+def make_folder(path: str | Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        FileError: nothing can be written there.
+    """
+    with _in_one_sentence(Path(path)):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _in_one_sentence(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # the callers say what a full disk means for them
+            raise
+        raise FileError(f"nothing can be written to {folder}", got=error.strerror, fix="Give another path.") from None
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path. On a clean exit the file written there is synced and renamed to `path`."""
+    """Yields a temporary path. On a clean exit the file written there is synced and renamed to `path`.
+
+    Raises:
+        FileError: nothing can be written to its folder.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    make_folder(path.parent)
+    with _in_one_sentence(path.parent):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -47,13 +73,14 @@ def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
         ours: a file that shows that steer2edit wrote the old folder.
 
     Raises:
-        FileError: the old folder holds other things.
+        FileError: the old folder holds other things, or nothing can be written beside it.
     """
     path = Path(path)
     if path.exists() and not (path / ours).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise FileError(f"{path} holds other things", got=f"no {ours} in it", fix="Give a new or an empty folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    make_folder(path.parent)
+    with _in_one_sentence(path.parent):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     old = temporary.with_name(temporary.name.removesuffix(".tmp") + ".tmp.old")
     try:
         temporary.chmod(0o777 & ~_umask())

@@ -20,13 +20,13 @@ from .questions import Questions
 # The choice beside the shipped recipes.
 OWN = "own"
 _RECIPE = "recipe.yaml"
-# So much of an instruction is in the name of a run directory.
+# How much of an instruction is in the name of a run directory, in characters.
 _NAME = 32
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is to change, as flags say it; None is a question.
+    """What should change, as flags say it; None is a question.
 
     Attributes:
         recipe: a shipped recipe's name, or a file. more, less: instructions, or files of responses.
@@ -131,8 +131,8 @@ def recipe_of(change: Change, model: str) -> Recipe:
             if named is not None and named.endswith(".jsonl"):
                 data_path(named)  # a file that is not there is said now, and not by the first stage
         sides = {"title": change.title, "prompts": change.prompts, "score": change.score}
-        made = made_recipe(model, change.more, change.less, name=slug(_own_name(change)), **sides)
-        return overridden(made, change.overrides)
+        recipe = made_recipe(model, change.more, change.less, name=slug(_own_name(change)), **sides)
+        return overridden(recipe, change.overrides)
     recipe = load_recipe(change.recipe)
     raw: dict[str, Any] = recipe.model_dump(mode="json")
     if recipe.model.name != model:

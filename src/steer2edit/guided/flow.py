@@ -220,7 +220,7 @@ def _ran(run: Run, host: Any, answers: Answers, ask: Questions | None) -> Run:
 
 
 def _pick(run: Run, answers: Answers, ask: Questions | None) -> int | str | None:
-    """What the recipe's `search.pick` is to be; None leaves the choice to the rule."""
+    """The value for the recipe's `search.pick`; None leaves the choice to the rule."""
     if answers.pick == RULE:
         return None
     if answers.pick is not None:

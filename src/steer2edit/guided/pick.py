@@ -21,7 +21,7 @@ from .questions import Questions
 # What stands for the rule among the answers, and on the command line.
 RULE = "rule"
 _SAMPLES = 3
-# So much of an answer is shown.
+# How much of an answer is shown, in characters.
 _SHOWN = 300
 
 

@@ -15,7 +15,7 @@ from ..models.sites import find_sites
 from ..recipe import Recipe
 from .work import Work, beginning
 
-# The rows of the timed batch grow until they are the run's, or until it takes so many seconds.
+# The rows of the timed batch grow until they are the run's, or until it takes this many seconds.
 _BUDGET = 0.75
 _FIRST_ROWS, _GROWTH = 4, 4
 _SHORT, _LONG = 2, 8
@@ -28,7 +28,7 @@ _FIXED: Mapping[str, float] = {"score": 1.0, "export": 2.0, "report": 6.0}
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds a token, at so many rows at once.
+    """Seconds a token, with this many rows at once.
 
     Attributes:
         write: of an answer. read: of its prompt. compare: of what losses are measured on.
@@ -102,7 +102,7 @@ def measured(
 def _answer(
     engine: Engine, prompts: Sequence[tuple[int, ...]], table: Sequence[Intervention], rows: int, tokens: int
 ) -> tuple[float, int]:
-    """Seconds for so many answers of so many tokens, and how many tokens were written."""
+    """Seconds for a number of answers of a number of tokens, and how many tokens were written."""
     requests = [Request(prompts[row % len(prompts)], row % len(table)) for row in range(rows)]
     started = time.perf_counter()
     answers = engine.generate(requests, table, tokens)

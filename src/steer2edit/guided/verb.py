@@ -60,7 +60,8 @@ def guided(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run directory; runs/RECIPE-MODEL by default.")] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="The default of every question that no option answers; no menu.")
+        bool,
+        typer.Option("--yes", help="Take the default of every question that no option answers, and skip the menu."),
     ] = False,
     pick: Annotated[
         str | None, typer.Option(help="The edit to take: a number on the front, an edit's id, or rule.")
@@ -71,16 +72,19 @@ def guided(
     to: Annotated[Path | None, typer.Option("--to", help="Where a single --save goes; in the run by default.")] = None,
     benchmark: Annotated[str | None, typer.Option(help="Utility tasks: gsm8k,arc_easy, or any of lm-eval's.")] = None,
     sets: Annotated[str | None, typer.Option("--sets", help="With --benchmark: a folder of sets, not the Hub.")] = None,
-    items: Annotated[int | None, typer.Option(help="With --benchmark: at most so many questions each.", min=1)] = None,
+    items: Annotated[
+        int | None, typer.Option(help="With --benchmark: at most this many questions each.", min=1)
+    ] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Push it to the Hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Talk to it at the end.")] = False,
     trust_recipe_code: TrustCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask what to change, say what it costs, run, let you pick, and offer what comes next. `steer2edit MODEL` is short.
+    """Ask what to change, say what it costs, run, let you pick, and offer what comes next.
 
-    Every question has an option. The recipe in the run directory is the record of the answers.
+    `steer2edit MODEL` is short for it. Every question has an option. The recipe in the run directory is the record of
+    the answers.
     """
     be_quiet(quiet)
     from .change import Change

@@ -31,7 +31,7 @@ _FIRST_OF_EDIT, _EACH_OF_EDIT = 6, 3
 _FIRST_OF_BASELINE, _EACH_OF_BASELINE = 4, 1
 # On test a behaviour that compares responses takes more pairs than on validation, where it takes a few.
 _MORE_PAIRS = 4
-# So many prompts are looked at for the mean length.
+# How many prompts are looked at for the mean length.
 _LOOKED_AT = 24
 
 
@@ -96,8 +96,8 @@ def tried_of(search: Search, instructions: int) -> Tried:
 
 def _edit_ladders(search: Search) -> tuple[int, int]:
     """How many ladders of edits a calibration climbs, and how many edits are tried."""
-    found = [block for block in (search.rho_attn, search.rho_mlp) if block == AUTO]
-    if not found:
+    automatic = [block for block in (search.rho_attn, search.rho_mlp) if block == AUTO]
+    if not automatic:
         return 0, planned_edits(search, coarse_grid(search))
     others = [block for block in (search.rho_attn, search.rho_mlp) if isinstance(block, list)]
     each = len(others[0]) if others else 3  # each block type alone, and both
@@ -105,7 +105,7 @@ def _edit_ladders(search: Search) -> tuple[int, int]:
     ladders = each * len(list(shapes))
     if search.method == "tpe":
         return ladders, search.trials
-    return ladders, ladders * search.points + search.refine ** len(found)
+    return ladders, ladders * search.points + search.refine ** len(automatic)
 
 
 def beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .change import Part
 from .preserve import PARTS, Evidence, ridge_solution
 
-# Of the cross-validation of the linear probe: folds by response, and the ridge as a share of the mean eigenvalue.
+# The linear probe is cross-validated in folds of responses; its ridge is a share of the mean eigenvalue.
 FOLDS = 5
 RIDGE = 0.1
 

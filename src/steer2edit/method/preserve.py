@@ -1,7 +1,7 @@
 """Edits that fire where they should: beyond the paper, whose k̂ fires on whatever excites a component along v.
 
 The probe may keep *evidence*: the mean inputs of attention heads over three parts of every positive response, and of
-every response to prompts at which the model is to stay as it is. `quiet_row` turns the paper's row a₀ of a site into
+every response to prompts on which the model should stay as it is. `quiet_row` turns the paper's row a₀ of a site into
 the row that fires evenly on the first and hardly on the second, and otherwise stays near a₀.
 """
 

@@ -29,8 +29,8 @@ class Site:
         layer: the layer's number, from 0.
         block: "attn" or "mlp".
         module: the module in memory that holds the weight.
-        tensor: the weight's name in the checkpoint's files; `aliases`: other names that files have for it. Of a 3-D
-            tensor, the site's weight is the part `expert`.
+        tensor: the weight's name in the checkpoint's files; `aliases`: other names that files have for it. In a 3-D
+            tensor the site's weight is the part `expert`.
         d: size of the residual stream, the weight's rows.
         n: how many components there are: heads or neurons.
         width: c, the columns of one component: a head's width, 1 for a neuron.
@@ -151,7 +151,7 @@ def numbered_layers(text: str, depth: int) -> str:
     """
     if "%" not in text:
         return text
-    low, high = (int(share.rstrip("%")) / 100 for share in text.split("-"))
-    first = min(round(low * depth), depth - 1)
-    last = max(first, round(high * depth) - 1)
+    low, high = text.split("-")
+    first = min(round(int(low.rstrip("%")) / 100 * depth), depth - 1)
+    last = max(first, round(int(high.rstrip("%")) / 100 * depth) - 1)
     return f"{first}-{last}"

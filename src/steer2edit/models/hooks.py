@@ -52,9 +52,9 @@ class _Stack:
         first = next((t for t in (self.u, self.b) if t is not None), out)
         if first.device != out.device or first.dtype != out.dtype:
             with _lasting():
-                self.u, self.a, self.b = (
-                    None if t is None else t.to(out.device, out.dtype) for t in (self.u, self.a, self.b)
-                )
+                self.u = None if self.u is None else self.u.to(out.device, out.dtype)
+                self.a = None if self.a is None else self.a.to(out.device, out.dtype)
+                self.b = None if self.b is None else self.b.to(out.device, out.dtype)
             self.rows = None
         if self.index.device != out.device:
             self.index = self.index.to(out.device)
@@ -64,8 +64,7 @@ class _Stack:
         self._place(out)
         if self.rows is None:
             with _lasting():
-                u, a, b = (None if t is None else t[self.index] for t in (self.u, self.a, self.b))
-            self.rows = (u, a, b)
+                self.rows = self._of(self.index)
         return _added(x, out, *self.rows)
 
     def add_to_pairs(self, row: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -73,9 +72,14 @@ class _Stack:
         if len(self.index) == 1:
             return self.add(x[None], out[None])[0]
         self._place(out)
-        which = self.index[row]
-        terms = (None if t is None else t[which] for t in (self.u, self.a, self.b))
-        return _added(x[:, None], out[:, None], *terms)[:, 0]
+        return _added(x[:, None], out[:, None], *self._of(self.index[row]))[:, 0]
+
+    def _of(self, index: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The terms of these interventions, in this order."""
+        u = None if self.u is None else self.u[index]
+        a = None if self.a is None else self.a[index]
+        b = None if self.b is None else self.b[index]
+        return u, a, b
 
 
 def _added(x: Tensor, out: Tensor, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:

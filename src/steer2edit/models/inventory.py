@@ -44,7 +44,11 @@ def examine(model: nn.Module, health: Health | None = None) -> dict[str, Any]:
 def _classes(sites: Sequence[Site], architecture: Architecture) -> list[dict[str, Any]]:
     classes: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
-        kind = "experts" if site.expert is not None else "shared expert" if site.shared else site.block
+        kind: str = site.block
+        if site.expert is not None:
+            kind = "experts"
+        elif site.shared:
+            kind = "shared expert"
         path = site.module.removeprefix(f"{architecture.layers}.{site.layer}.")
         path = path if site.expert is None else f"{path}.{site.parameter}[i]"
         classes.setdefault((kind, path, site.d, site.n, site.width), []).append(site)

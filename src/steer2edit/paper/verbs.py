@@ -27,7 +27,7 @@ def paper(
         str | None, typer.Option("--model", help="One of the paper's six models by any of its names, or another model.")
     ] = None,
     like: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="Which of the six the weights in --model are.")
+        str | None, typer.Option("--as", metavar="NAME", help="Which of the six models the weights in --model are.")
     ] = None,
     profile: Annotated[str, typer.Option(help="paper, cpu or smoke: how much is run.")] = "cpu",
     data: Annotated[

@@ -13,8 +13,8 @@ from ..searching.study import Study
 def answers_on_test(bench: Bench, rounds: Mapping[str, Sequence[Candidate]]) -> Iterator[dict[str, Any]]:
     """One row for each open test prompt: prompt, kind, each system's answer under its kind, and `labels`.
 
-    `labels` has kind → measure → what the answer counted for. Of several samples the answer is a list and a label the
-    mean.
+    `labels` has kind → measure → what the answer counted for. With several samples the answer is a list, and a label
+    their mean.
 
     Args:
         rounds: a journal's name → the systems that were tried under it.

@@ -31,7 +31,7 @@ def gather(
     Raises:
         FileError: a file is missing or holds no edit.
         EditError: the strengths are not as many, or one is 0 or not finite; a file changes nothing in those layers and
-            blocks, or has not so many layers; or the edits cannot be combined.
+            blocks, or is of a model with fewer layers; or the edits cannot be combined.
     """
     if len(strengths) not in (0, 1, len(files)):
         raise EditError(

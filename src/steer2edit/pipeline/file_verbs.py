@@ -98,6 +98,7 @@ def verify(
     from ..artefacts.audit import verify as check
     from ..edits import load_any
     from ..models.load import local_folder
+    from ..report.visible import visible
 
     folder = Path(base) if base.endswith(".gguf") else local_folder(base)
     audit = check(folder, load_any(edit), edited)
@@ -108,7 +109,7 @@ def verify(
             print(f"{count} tensors {word}")
         for name, word in (audit["tensors"] | audit["files"]).items():
             if word not in ("equal", "edited as expected"):
-                print(f"{word}: {name}")
+                print(f"{word}: {visible(name)}")
         print("as expected" if audit["as_expected"] else "NOT as expected")
     sys.exit(0 if audit["as_expected"] else 1)
 

@@ -121,5 +121,5 @@ def score_files(recipe: Recipe) -> dict[Variant, str]:
 def _local_files(name: str) -> list[Any]:
     """A local model's files, by their sizes and times: other weights under the same name are another model."""
     path = Path(name)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

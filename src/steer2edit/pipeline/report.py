@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..files.reading import read_json
-from ..files.writing import write_text
+from ..files.writing import make_folder, write_text
 from ..report.comparison import Compared, comparison_figure, comparison_markdown
 from ..report.html.render import PAGE
 from .keys import stages_of
@@ -61,7 +61,7 @@ def compare(folders: Sequence[str | Path], to: str | Path) -> list[Path]:
     names = _names([Path(folder) for folder in folders])
     runs = [_compared(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
     to = Path(to)
-    to.mkdir(parents=True, exist_ok=True)
+    make_folder(to)
     files = comparison_figure(runs, to / "compare")
     page = to / "compare.md"
     write_text(page, comparison_markdown(runs, files[0].name))

@@ -19,7 +19,7 @@ from ..engines.base import Engine
 from ..engines.host import Host
 from ..errors import FileError, RecipeError
 from ..files.reading import read_json, read_jsonl, sha256
-from ..files.writing import clear_temporaries, write_json, write_jsonl, write_text
+from ..files.writing import clear_temporaries, make_folder, write_json, write_jsonl, write_text
 from ..method.intervention import Intervention
 from ..models.load import resolved_revision
 from ..probing.probe import Probe
@@ -189,9 +189,9 @@ class Run:
         another recipe left.
 
         Raises:
-            FileError: another process is at work here.
+            FileError: another process is at work here, or nothing can be written here.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         lock = FileLock(self.path(".lock"), timeout=0)
         try:
             lock.acquire()

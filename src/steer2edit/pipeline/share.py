@@ -80,9 +80,10 @@ def push(source: Path, repository: str, kind: str | None = None, private: bool =
     Raises:
         Steer2EditError: the Hub refuses, or cannot be reached.
     """
-    import httpx2
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    # HTTPError is that of the HTTP library which this version of the Hub's client uses.
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     api = api or HfApi()
     with tempfile.TemporaryDirectory() as place:
@@ -91,7 +92,7 @@ def push(source: Path, repository: str, kind: str | None = None, private: bool =
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with steer2edit")
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError, OSError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Steer2EditError(
                 f"the Hub does not take {repository}",
@@ -131,14 +132,14 @@ def reproduce(source: Path | str, work: Path, trust_code: bool = False) -> dict[
     for stage in ("traces", "probe", "score"):
         if not run.is_whole(stage):
             run_stage(run, stage, str(folder / RECIPE))
-    made = edit_of(config, run.scores).with_strength(stored.strength)
+    remade = edit_of(config, run.scores).with_strength(stored.strength)
     run.close()
-    made.save(work / EDIT)
+    remade.save(work / EDIT)
     result: dict[str, Any] = {"kind": "reproduce", "config": config, "tensors": compared(folder / EDIT, work / EDIT)}
     words = list(result["tensors"].values())
     adapter = next((p for p in (folder, folder / "adapter") if (p / "adapter_model.safetensors").is_file()), None)
     if adapter is not None:
-        made.save_adapter(work / "adapter")
+        remade.save_adapter(work / "adapter")
         file = "adapter_model.safetensors"
         result["adapter"] = compared(adapter / file, work / "adapter" / file)
         words += result["adapter"].values()
@@ -162,9 +163,9 @@ def _folder(source: Path | str) -> Path:
         raise FileError("no such folder, and no such repository", got=first, fix="Check the name.") from None
 
 
-def compared(stored: Path, made: Path) -> dict[str, str | float]:
+def compared(stored: Path, remade: Path) -> dict[str, str | float]:
     """Tensor → "same", byte for byte, "missing" or "extra" in what was made, or the relative difference."""
-    one, other = _tensors(stored), _tensors(made)
+    one, other = _tensors(stored), _tensors(remade)
     words: dict[str, str | float] = {name: _difference(one[name], other.get(name)) for name in one}
     return words | dict.fromkeys(other.keys() - one.keys(), "extra")
 

@@ -42,11 +42,15 @@ def push(
 
 def reproduce(
     source: Annotated[
-        str, typer.Argument(metavar="FOLDER|REPO", help="A run, what `push` wrote, here or there, or gallery:NAME.")
+        str,
+        typer.Argument(
+            metavar="FOLDER|REPO",
+            help="A run, gallery:NAME, or what `push` wrote: a folder, or a repository on the Hub.",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Where it is made again; a stopped one goes on.")] = Path(
-        "runs/reproduced"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", help="Where to make it again; a run that was stopped goes on there.")
+    ] = Path("runs/reproduced"),
     trust_recipe_code: Annotated[
         bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
     ] = False,

@@ -96,7 +96,7 @@ def train_stage(run: Run) -> list[str]:
 
 
 def _edits_tried(study: Study) -> int:
-    """How many edits the search tried: so many checkpoints each method may have."""
+    """How many edits the search tried, which is how many checkpoints each method may have."""
     return len(study.of_kind("edit")) + sum(row.candidate.kind == "edit" for row in study.discarded)
 
 

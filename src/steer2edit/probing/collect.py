@@ -163,7 +163,7 @@ def collect(
 
     Args:
         positive, negative: the traces. Their own labels decide, so one mixed list will do.
-        preserve: the groups of the negative traces at whose prompts the model is to stay as it is. Then the probe also
+        preserve: the groups of negative traces on whose prompts the model should stay as it is. Then the probe also
             keeps evidence, from which `Scores.edit(preserve=…)` makes an edit that fires little there.
         plain: no chat template, for base models: a trace's text is prompt + response. Short for Chat(plain=True).
         chat: how messages become text.
@@ -340,15 +340,18 @@ def _agreement(plan: Plan, halves: Mapping[tuple[str, str], Tensor], blocks: Seq
     return {block: statistics.median(some) if some else None for block, some in cosines.items()}
 
 
+def _of_groups(groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], what: str) -> Tensor:
+    """One of the counts, for each group. [groups]"""
+    return torch.tensor([counts[label][what].get(group, 0) for label, group in groups], dtype=torch.float64)
+
+
 class _Means:
     """PassSums of each group → means of each label."""
 
     def __init__(self, groups: Sequence[tuple[Label, str]], counts: Mapping[str, Any], sums: PassSums):
         self.labels, self.sums = [label for label, _ in groups], sums
-        self.responses, self.spans = (
-            torch.tensor([counts[label][what].get(group, 0) for label, group in groups], dtype=torch.float64)
-            for what in ("groups", "group_tokens")
-        )  # [groups]
+        self.responses = _of_groups(groups, counts, "groups")  # [groups]
+        self.spans = _of_groups(groups, counts, "group_tokens")  # [groups]
 
     def _mine(self, label: Label) -> Tensor:
         return torch.tensor([other == label for other in self.labels]) & (self.responses > 0)

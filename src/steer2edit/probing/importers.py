@@ -143,9 +143,8 @@ def import_directions(path: str | Path, model: nn.Module) -> Probe:
     sites = find_sites(model)
     if any(site.expert is not None for site in sites):
         raise ModelError("directions of a mixture of experts cannot be read", got="experts", fix="Collect a probe.")
-    pre, post = (
-        {label: _table(path, loaded, part, f"{label[:3]}_mean") for label in LABELS} for part in ("pre", "post")
-    )
+    pre = {label: _table(path, loaded, "pre", f"{label[:3]}_mean") for label in LABELS}
+    post = {label: _table(path, loaded, "post", f"{label[:3]}_mean") for label in LABELS}
     inputs = {s.key: {label: _mean(path, pre[label], s, s.inputs) for label in LABELS} for s in sites}
     outputs = {s.key: {label: _mean(path, post[label], s, s.d) for label in LABELS} for s in sites}
     config: Any = model.config

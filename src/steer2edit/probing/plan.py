@@ -152,7 +152,7 @@ def _evidence_rows(
 
 
 def _rows(owners: Sequence[Trace], groups: Sequence[tuple[Label, str]]) -> list[int]:
-    """Of each response its group's number, twice that for the group's first half and one more for its second."""
+    """For each response the number of its half: group i has the halves 2i and 2i + 1, which take turns."""
     number = {group: i for i, group in enumerate(groups)}
     seen = Counter[int]()
     rows = []

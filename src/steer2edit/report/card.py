@@ -35,7 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY")
     steer2edit apply BASE THIS_FILE --to edited/    # a checkpoint; --as adapter, gguf""",
 }
 
-# The embedded model is rounded, and what was measured is what is to be loaded.
+# The embedded model is rounded, and the card must load what was measured.
 _USE_EMBEDDED = f"""```python
 import steer2edit
 from peft import PeftModel

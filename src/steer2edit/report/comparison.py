@@ -30,7 +30,7 @@ class Compared:
 
 
 def shares_attribute(runs: Sequence[Compared]) -> bool:
-    """Whether all runs are to improve the same measure, so that its own values are drawn."""
+    """Whether all runs should improve the same measure, whose own values are then drawn."""
     first = runs[0].attribute
     return all((run.attribute["title"], run.attribute["scale"]) == (first["title"], first["scale"]) for run in runs)
 
@@ -93,12 +93,15 @@ def _entry(marker: str, edge: str, face: str, size: float) -> Any:
 
 def _on_axis(cell: Mapping[str, Any], measure: Mapping[str, Any], own_values: bool) -> tuple[float, float, float]:
     """Low, mean and high of a measure, as they are or on its scale."""
-    values = (cell["low"], cell["mean"], cell["high"])
     if own_values:
-        return values
+        return cell["low"], cell["mean"], cell["high"]
     worst, best = measure["scale"]
-    low, mean, high = ((value - worst) / (best - worst) for value in values)
-    return min(low, high), mean, max(low, high)
+
+    def scaled(name: str) -> float:
+        return (cell[name] - worst) / (best - worst)
+
+    ends = scaled("low"), scaled("high")  # where lower is better, they change places
+    return min(ends), scaled("mean"), max(ends)
 
 
 def comparison_table(runs: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:

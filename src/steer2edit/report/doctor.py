@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .visible import in_markup
+
 
 def show(console: Any, findings: Mapping[str, Any]) -> None:
     """`examine`'s findings as text and tables."""
-    from rich.markup import escape
     from rich.table import Table
 
     tested = "tested" if findings["tested"] else "not among the tested families"
-    console.print(f"[bold]{escape(findings['model'])}[/bold]: {escape(findings['family'])}, {tested}", highlight=False)
+    model, family = in_markup(findings["model"]), in_markup(findings["family"])
+    console.print(f"[bold]{model}[/bold]: {family}, {tested}", highlight=False)
     tables = {
         "What is edited": findings["sites"],
         "How it is stored": findings.get("stored", []),
@@ -28,13 +30,13 @@ def show(console: Any, findings: Mapping[str, Any]) -> None:
                 column, justify="right" if column in ("count", "layers", "parameters", "needs") else "left"
             )
         for row in rows:
-            table.add_row(*(f"{x:,}" if isinstance(x, int) else escape(str(x)) for x in row.values()))
+            table.add_row(*(f"{x:,}" if isinstance(x, int) else in_markup(x) for x in row.values()))
         console.print(table)
     for remark in findings["remarks"]:
-        console.print(f"- {escape(remark)}", highlight=False)
+        console.print(f"- {in_markup(remark)}", highlight=False)
     if health := findings.get("self-check"):
-        for line in _told(health):
-            console.print(f"- {escape(line)}", highlight=False)
+        for line in _health_lines(health):
+            console.print(f"- {in_markup(line)}", highlight=False)
     else:
         console.print(
             "- The self-check was not run: `--weights` loads the weights and runs the model on a few tokens.",
@@ -42,7 +44,7 @@ def show(console: Any, findings: Mapping[str, Any]) -> None:
         )
 
 
-def _told(health: Mapping[str, Any]) -> Iterator[str]:
+def _health_lines(health: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Self-check passed: {health['interventions']} interventions, one at each site (a layer's experts together), "
         f"move the logits by {health['least_moved']:.2g} or more of their spread; zeros move them by "

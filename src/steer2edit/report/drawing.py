@@ -107,8 +107,8 @@ def darker(colour: str) -> tuple[float, float, float]:
     """A colour that is readable as text on white."""
     from matplotlib.colors import to_rgb
 
-    red, green, blue = (0.62 * part for part in to_rgb(colour))
-    return red, green, blue
+    red, green, blue = to_rgb(colour)
+    return 0.62 * red, 0.62 * green, 0.62 * blue
 
 
 def diverging() -> Any:
@@ -185,8 +185,8 @@ def label_points(axis: Any, labels: Sequence[Label], points: Sequence[tuple[floa
                 fontsize=7.5,
                 color=label.colour,
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
-                ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                ha=_aligned(dx, "right", "left"),
+                va=_aligned(dy, "top", "bottom"),
                 arrowprops={"arrowstyle": "-", "lw": 0.5, "color": label.colour} if math.hypot(dx, dy) > 15 else None,
             )
             box = note.get_window_extent(renderer).padded(2)
@@ -195,6 +195,13 @@ def label_points(axis: Any, labels: Sequence[Label], points: Sequence[tuple[floa
                 taken.append(box)
                 break
             note.remove()
+
+
+def _aligned(offset: float, before: str, after: str) -> str:
+    """Which side of a text faces its point, when the text stands before it (a negative offset), at it or after it."""
+    if offset == 0:
+        return "center"
+    return before if offset < 0 else after
 
 
 def _covers(box: Any, dots: np.ndarray) -> bool:

@@ -190,7 +190,10 @@ def _draw_heads(axis: Any, lam: np.ndarray, top: float) -> Any:
     picture = axis.imshow(edited, cmap=diverging(), vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
     axis.grid(visible=False)
     few = lam.shape[1] <= 20
-    axis.set_xticks(range(lam.shape[1])) if few else axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if few:
+        axis.set_xticks(range(lam.shape[1]))
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     layer, head = np.nonzero(np.nan_to_num(lam) < 0)
     colours = np.where(np.abs(lam[layer, head]) > 0.55 * top, "white", INK)
     axis.scatter(head, layer, marker="_", s=18 if few else 5, c=colours, linewidths=0.9)

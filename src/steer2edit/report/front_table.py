@@ -41,7 +41,7 @@ def front_table(
     from rich.text import Text
 
     shown = shown_measures(trials, measures)
-    titles = [measure.title for measure in shown]
+    titles = [one_line(measure.title) for measure in shown]
     needed = sum(max(map(len, title.split())) + 2 for title in titles)
     lettered = needed + _CONFIG + (4 if numbered else 0) > width
     legend = None
@@ -62,7 +62,7 @@ def front_table(
         table.add_column("", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for title in titles:
-        table.add_column(title, justify="right", min_width=max(4, *map(len, title.split())))
+        table.add_column(Text(title), justify="right", min_width=max(4, *map(len, title.split())))
     for number, trial in enumerate(trials, start=1):
         means = [trial.mean(measure.name) for measure in shown]
         cells = [Text(str(number))] if numbered else []

@@ -12,6 +12,7 @@ from ..errors import FileError
 from ..files.reading import read_json
 from ..files.tensors import read_header
 from ..probing.probe import Probe
+from .visible import in_markup
 
 MANIFEST = "manifest.json"
 
@@ -88,7 +89,7 @@ def _combination(both: Combination) -> dict[str, Any]:
 
     rows = []
     for edit in both.parts:
-        edited = {block: f"{found['edited']} of {found['components']}" for block, found in edit.summary().items()}
+        edited = {block: f"{counts['edited']} of {counts['components']}" for block, counts in edit.summary().items()}
         rows.append({"edit": edit.id, "strength": edit.strength, "config": dict(edit.config), **edited})
     return {"kind": "combination", "id": both.id, "edits": rows, "interference": meetings(both)}
 
@@ -122,7 +123,6 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def show(console: Any, contents: dict[str, Any]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     results = contents.pop("results", None)
@@ -132,10 +132,10 @@ def show(console: Any, contents: dict[str, Any]) -> None:
             for column in value[0]:
                 table.add_column(column)
             for row in value:
-                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else escape(str(x)) for x in row.values()))
+                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else in_markup(x) for x in row.values()))
             console.print(table)
         else:
-            console.print(f"[bold]{name}[/bold]: {escape(str(value))}", highlight=False)
+            console.print(f"[bold]{name}[/bold]: {in_markup(value)}", highlight=False)
     if results:
         from .page import print_results
 

@@ -34,7 +34,7 @@ _MARKS: dict[StageMark, tuple[str, str]] = {
     "failed": ("✗", "red"),
     "waiting": ("○", "dim"),
 }
-# So many characters of a prompt or an answer are looked at; more than three lines never fit.
+# How many characters of a prompt or an answer are looked at; more than three lines never fit.
 _LOOKED_AT = 600
 _ANSWERS = 3
 
@@ -223,7 +223,7 @@ def _counts(study: Study) -> str:
 
 
 def front(study: Study, kind: str, aim: Aim) -> list[Trial]:
-    """Its Pareto front so far, whatever the limits, at most so many rows of it."""
+    """Its Pareto front so far, whatever the limits, at most this many rows of it."""
     whole = pareto(study.of_kind(kind), aim)
     if len(whole) <= _ROWS:
         return whole

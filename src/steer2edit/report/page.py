@@ -12,10 +12,10 @@ from ..files.reading import read_jsonl
 from ..recipe import Recipe
 from ..searching.candidates import TITLES
 from ..searching.front import Aim
-from .visible import one_line
+from .visible import in_markup, one_line
 
 _SIGNS = {"rho_attn": "ρ_attn", "rho_mlp": "ρ_mlp", "alpha": "α", "gamma": "γ", "learning_rate": "learning rate"}
-# So much of a system prompt is shown in a table.
+# How much of a system prompt a table shows, in characters.
 _PROMPT = 40
 # From this share of the scale on, the original model leaves little to gain.
 _NEARLY_ALL = 0.9
@@ -292,9 +292,10 @@ def _print_table(console: Any, header: list[str], rows: list[list[str]]) -> None
     out = Table(show_lines=False)
     for i, name in enumerate(header):
         longest = max(len(line) for row in rows for line in row[i].split("\n"))
-        out.add_column(name, overflow="fold", justify="left" if i == 0 else "right", min_width=longest if i else None)
+        justify: Any = "left" if i == 0 else "right"
+        out.add_column(in_markup(name), overflow="fold", justify=justify, min_width=longest if i else None)
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*map(in_markup, row))
     console.print(out)
 
 
@@ -310,7 +311,6 @@ def _turned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[
 
 def print_answers(console: Any, answers: Sequence[Mapping[str, Any]], each: int = 3) -> None:
     """The first answers to the first two kinds of prompts, side by side."""
-    from rich.markup import escape
     from rich.table import Table
 
     if not answers:
@@ -318,11 +318,11 @@ def print_answers(console: Any, answers: Sequence[Mapping[str, Any]], each: int 
     systems = [name for name in TITLES if name in answers[0]]
     kinds = list(dict.fromkeys(row["kind"] for row in answers))
     for kind in kinds[:2]:
-        out = Table(title=f"{kind} test prompts", show_lines=True)
+        out = Table(title=f"{in_markup(kind)} test prompts", show_lines=True)
         for name in ("prompt", *(TITLES[s] for s in systems)):
             out.add_column(name, overflow="fold", ratio=1)
         for row in [answer for answer in answers if answer["kind"] == kind][:each]:
-            out.add_row(escape(_one_line(row["prompt"])), *(escape(_one_line(row[s], 140)) for s in systems))
+            out.add_row(in_markup(_one_line(row["prompt"])), *(in_markup(_one_line(row[s], 140)) for s in systems))
         console.print(out)
 
 

@@ -22,12 +22,23 @@ def one_line(text: str, length: int | None = None) -> str:
     r"""The beginning of a text on one line, with nothing in it that acts on what stands around it.
 
     Args:
-        length: so many characters of it, without runs of spaces; None is all.
+        length: how many characters of it, without runs of spaces; None is all.
 
     >>> one_line("a\n\n  b\x07", 5)
     'a b\\x07'
     """
     return visible(" ".join(text.split())[:length])
+
+
+def in_markup(value: object) -> str:
+    r"""A value as text in rich's markup, where nothing in it acts on the terminal or is taken for a style.
+
+    >>> print(in_markup("\x1b[2J[bold]"))
+    \x1b[2J\[bold]
+    """
+    from rich.markup import escape
+
+    return escape(visible(str(value)))
 
 
 def _harmless(c: str) -> bool:

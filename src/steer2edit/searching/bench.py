@@ -195,8 +195,8 @@ class Bench:
                 self.engine.slots = line["rows"]  # where memory ran out before, a resumed study goes on with fewer rows
             flat += _outcomes(line)
             if (screen := current_screen()) is not None:
-                made = flat[len(flat) - len(batch) :]
-                rows = [(tried[c], items[i], outcome) for (c, i, _), outcome in zip(batch, made, strict=True)]
+                outcomes = flat[len(flat) - len(batch) :]
+                rows = [(tried[c], items[i], outcome) for (c, i, _), outcome in zip(batch, outcomes, strict=True)]
                 screen.show_answers(_samples(rows))
         chunks = [flat[i : i + samples] for i in range(0, len(flat), samples)]
         return [chunks[c * len(items) : (c + 1) * len(items)] for c in range(len(tried))]
@@ -422,7 +422,7 @@ def _ends(items: Sequence[Item]) -> list[tuple[int, int]]:
 
 
 def _mean_label(samples: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Of an item's samples the mean of each measure; None where it is not finite."""
+    """The mean of each measure over an item's samples; None where it is not finite."""
     means = {name: sum(sample[name] for sample in samples) / len(samples) for name in samples[0]}
     return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 

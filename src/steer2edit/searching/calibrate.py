@@ -135,7 +135,7 @@ class Ladder:
     def _between(self, bracket: tuple[float, float], target: float) -> float:
         """The strength at which the KL should be the target."""
         weak, strong = bracket
-        low, high = (math.log(max(self.kl[s], _FLOOR)) for s in bracket)
+        low, high = math.log(max(self.kl[weak], _FLOOR)), math.log(max(self.kl[strong], _FLOOR))
         if self._tight(bracket):
             return weak * (strong / weak) ** ((math.log(target) - low) / (high - low) if high > low else 0.0)
         # Between distant rungs the curve may be far from a line: not too near an end.
@@ -255,7 +255,7 @@ def ladders_of(search: Search, scores: Mapping[str, Scores]) -> list[Ladder]:
 
 
 def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[Ladder]) -> list[Ladder]:
-    """Both block types at once, where both are to be found: each in the proportion at which its KL alone is equal."""
+    """Both block types at once, if both are `auto`, in the proportion at which each alone has the same KL."""
     if search.rho_attn != AUTO or search.rho_mlp != AUTO:
         return []
     targets = targets_of(search.span, search.points)
@@ -263,7 +263,8 @@ def joint_ladders(search: Search, scores: Mapping[str, Scores], alone: Sequence[
     for attn, mlp in zip(alone[::2], alone[1::2], strict=True):
         if attn.why_left_off() or mlp.why_left_off():
             continue
-        of_attn, of_mlp = ({kl: candidate for candidate, kl in ladder.points()} for ladder in (attn, mlp))
+        of_attn = {kl: candidate for candidate, kl in attn.points()}
+        of_mlp = {kl: candidate for candidate, kl in mlp.points()}
         equal = [kl for kl in of_attn if kl in of_mlp]
         if not equal:
             continue
@@ -282,10 +283,10 @@ def find_scale(
     layers: Sequence[int] = (),
     planned: int | None = None,
 ) -> Scale:
-    """Finds what a recipe's search leaves to be found: every `auto`, and as many strengths of each baseline as edits.
+    """Finds the strengths that a recipe leaves open: every `auto`, and for each baseline as many strengths as edits.
 
     Args:
-        layers: at which the baselines of one layer are tried; none leaves them out.
+        layers: where the baselines of one layer are tried; none leaves them out.
         planned: how many edits the search tries; None is as many as are found here.
     """
     ladders = ladders_of(search, scores)
@@ -395,7 +396,7 @@ def calibrate(
         rho_attn, rho_mlp: "auto", or None to switch the block type off.
         span: KL per token of the weakest and of the strongest point, in nats.
         points: how many strengths of each kind of edit; steering gets as many as all edits together.
-        new_tokens: at most so many tokens an answer.
+        new_tokens: at most this many tokens an answer.
         chat: how a model's prompts are written; an engine has its own.
 
     Returns:

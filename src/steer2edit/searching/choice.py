@@ -74,7 +74,7 @@ def require_choice(trials: Sequence[Trial], aim: Aim) -> Trial:
 
 def moved(trial: Trial, base: Trial, aim: Aim) -> bool:
     """Whether a trial is better than the original model at all, by the measure that ranks."""
-    mean, of_base = (one.mean(aim.ranking.name) for one in (trial, base))
+    mean, of_base = trial.mean(aim.ranking.name), base.mean(aim.ranking.name)
     return mean is not None and of_base is not None and aim.ranking.gain(mean) > aim.ranking.gain(of_base)
 
 

@@ -22,7 +22,7 @@ COST = UTILITY_LOSS.name
 
 @dataclass(frozen=True)
 class Aim:
-    """What a search is to improve, and what that may cost.
+    """What a search should improve, and what that may cost.
 
     Attributes:
         attribute: the measure to improve. limits: what each measure may come to on validation; None is no limit.

@@ -19,7 +19,7 @@ from ..edits import Combination, Edit, Scores
 from ..engines.base import Engine, Progress
 from ..errors import EditError, RecipeError
 from ..files.schema import nearest, parse
-from ..files.writing import write_jsonl
+from ..files.writing import make_folder, write_jsonl
 from ..method.variants import FULL, PRESERVE, SCORED
 from ..probing.chat import CHAT, Chat
 from ..probing.collect import collect
@@ -302,7 +302,7 @@ def _folder(folder: str | Path | None) -> Any:
             with tempfile.TemporaryDirectory() as temporary:
                 yield Path(temporary)
             return
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield Path(folder)
 
     return opened()

@@ -85,14 +85,14 @@ class Search(Section):
     @model_validator(mode="before")
     @classmethod
     def _steering_too(cls, raw: Any) -> Any:
-        """Where edits are found by themselves, so is the steering that they are compared with."""
+        """If the strengths of edits are found automatically, so are those of steering."""
         if isinstance(raw, dict) and AUTO in (raw.get("rho_attn", AUTO), raw.get("rho_mlp", AUTO)):
             return {"steering": AUTO} | raw
         return raw
 
     @property
     def automatic(self) -> bool:
-        """Whether anything is to be found by calibration."""
+        """Whether calibration has to find any strength."""
         return AUTO in (self.rho_attn, self.rho_mlp, self.steering)
 
     @model_validator(mode="after")

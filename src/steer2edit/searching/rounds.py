@@ -223,7 +223,7 @@ class _Rounds:
         return [steered(short(x, 6)) for x in np.linspace(strengths.low, strengths.high, count)]
 
     def _part(self, steps: int) -> Progress | None:
-        """The progress of the next part of so many steps."""
+        """The progress of the next part, which has this many steps."""
         start = self.done
         self.done += steps
         if self.progress is None:

@@ -91,7 +91,8 @@ class _Axes:
                 # Four digits: what is tried is what is printed, and what Optuna gets to know.
                 drawn = short(trial.suggest_float(name, numbers.low, numbers.high), 4)
                 config[name] = min(max(drawn, numbers.low), numbers.high)
-        layers, variant = (trial.suggest_categorical(name, self.space[name].choices) for name in ("layers", "variant"))
+        layers = trial.suggest_categorical("layers", self.space["layers"].choices)
+        variant = trial.suggest_categorical("variant", self.space["variant"].choices)
         if config["rho_attn"] is None and config["rho_mlp"] is None:
             return None
         return edited(**config, layers=None if layers == "all" else layers, variant=variant)

@@ -33,8 +33,8 @@ def kl(
 
     Args:
         model: without the edit: a transformers model, or an engine (its own tokenizer counts).
-        texts: prompts, as texts or as chat messages, on which the model is to stay as it is.
-        new_tokens: at most so many tokens an answer.
+        texts: prompts, as texts or as chat messages, on which the model should stay as it is.
+        new_tokens: at most this many tokens an answer.
         chat: how a model's prompts are written; an engine has its own.
         resamples, seed: of the bootstrap.
 

@@ -223,7 +223,7 @@ class _Answer:
     ):
         self.asked, self.questions, self.events, self.tickets = asked, questions, events, tickets
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
-        self.made = 0
+        self.answer_tokens = 0
 
     async def _until_done(self) -> AsyncIterator[tuple[int, Piece | Done]]:
         left = len(self.questions)
@@ -233,7 +233,7 @@ class _Answer:
                 raise api_error_of(event.error)
             if isinstance(event, Done):
                 left -= 1
-                self.made += event.tokens
+                self.answer_tokens += event.tokens
             yield i, event
 
     async def whole(self) -> Response:
@@ -267,7 +267,11 @@ class _Answer:
 
     def _usage(self) -> dict[str, int]:
         prompt = len(self.questions[0].ids)
-        return {"prompt_tokens": prompt, "completion_tokens": self.made, "total_tokens": prompt + self.made}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.answer_tokens,
+            "total_tokens": prompt + self.answer_tokens,
+        }
 
 
 def _line(value: dict[str, Any]) -> str:

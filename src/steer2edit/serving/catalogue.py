@@ -55,13 +55,13 @@ class Catalogue:
             if name in self._kept:
                 self._kept.move_to_end(name)
                 return self._kept[name]
-            made = self._made(name)
-            self._kept[name] = made
+            intervention = self._built(name)
+            self._kept[name] = intervention
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
-            return made
+            return intervention
 
-    def _made(self, name: str) -> Intervention:
+    def _built(self, name: str) -> Intervention:
         if name in (BASE, self.model_name):
             return NOTHING
         strengths: dict[str, float] = {}

@@ -19,7 +19,7 @@ from .catalogue import mixed
 from .sources import Source
 from .worker import Event, Failed, Piece, Question, Worker, streamed
 
-ORIGINAL, STEERING, EDIT = (TITLES[kind] for kind in ("base", "steering", "edit"))
+ORIGINAL, STEERING, EDIT = TITLES["base"], TITLES["steering"], TITLES["edit"]
 Messages = list[dict[str, str]]
 
 
@@ -74,7 +74,7 @@ class Conversation:
     def __init__(self, worker: Worker, sources: Sequence[Source]):
         self.worker, self.sources = worker, tuple(sources)
         self._vectors = {} if sources[0].scores is None else steering_vectors(sources[0].scores)
-        self._made: dict[tuple[object, ...], Intervention] = {}
+        self._interventions: dict[tuple[object, ...], Intervention] = {}
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -124,16 +124,16 @@ class Conversation:
             key: tuple[object, ...] = (system, settings.gamma)
         else:
             key = (system, tuple(settings.strengths.items()), settings.budget)
-        made = self._made.get(key)
-        if made is None:
+        intervention = self._interventions.get(key)
+        if intervention is None:
             if system == STEERING:
-                made = steering(self._vectors, settings.gamma)
+                intervention = steering(self._vectors, settings.gamma)
             else:
-                made = mixed([(edit, 1.0) for edit in self.edits(settings)], "edit")
-            if len(self._made) >= 32:
-                self._made.clear()
-            self._made[key] = made
-        return made
+                intervention = mixed([(edit, 1.0) for edit in self.edits(settings)], "edit")
+            if len(self._interventions) >= 32:
+                self._interventions.clear()
+            self._interventions[key] = intervention
+        return intervention
 
     def ask(self, histories: Mapping[str, Messages], settings: Settings) -> Generator[Turn, None, None]:
         """Asks every system that has a history, whose last message is the question, in one batch. Yields what there is

@@ -164,12 +164,13 @@ def _rho(gr: Any, label: str, value: float | None, most: float, budget: Budget |
 
 def _rounded(budget: Budget) -> Budget:
     """The budget as the sliders show it."""
-    rho_attn, rho_mlp = (None if rho is None else round(rho, 3) for rho in (budget.rho_attn, budget.rho_mlp))
+    rho_attn = None if budget.rho_attn is None else round(budget.rho_attn, 3)
+    rho_mlp = None if budget.rho_mlp is None else round(budget.rho_mlp, 3)
     return Budget(rho_attn, rho_mlp, round(budget.alpha, 2))
 
 
 def _transcript(messages: Messages) -> str:
-    """What a text box shows: of one question the answer alone, of several the questions too."""
+    """What a text box shows: the answer alone if there is one question, else the questions too."""
     questions = sum(message["role"] == "user" for message in messages)
     if questions <= 1:
         return visible("".join(m["content"] for m in messages if m["role"] == "assistant"))

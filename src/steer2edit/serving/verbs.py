@@ -27,14 +27,16 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine reaches it.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option("--api-key", metavar="NAME", help="The environment variable that holds the token.")
     ] = None,
     rows: Annotated[int, typer.Option(help="How many requests run at once.", min=1)] = 32,
     waiting: Annotated[int, typer.Option(help="How many more may wait before they get status 429.", min=0)] = 128,
     context: Annotated[int, typer.Option(help="The most tokens of a prompt and its answer.", min=2)] = 8192,
-    max_tokens: Annotated[int, typer.Option(help="The most tokens of an answer that names no number.", min=1)] = 1024,
+    max_tokens: Annotated[
+        int, typer.Option(help="The most tokens of an answer, if the request names no number.", min=1)
+    ] = 1024,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Only errors.")] = False,
@@ -68,7 +70,7 @@ def chat(
     strength: Annotated[float, typer.Option(help="The first edit's strength.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     tokens: Annotated[int, typer.Option(help="The most tokens of an answer.", min=1)] = 512,
-    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws at a temperature above 0.", min=0)] = 0,
     web: Annotated[bool, typer.Option("--web", help="In a browser: all answers side by side, and sliders.")] = False,
     host: Annotated[str, typer.Option(help="With --web: the address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="With --web; 0 takes a free one.", min=0, max=65535)] = 7860,

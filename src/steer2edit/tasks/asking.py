@@ -55,8 +55,12 @@ def groups(tried: Sequence[Candidate], intervention: Callable[[Candidate], Inter
 
 @dataclass(frozen=True)
 class Scored:
-    """Of a continuation under each candidate of a group: its log-probability in nats, and whether it is the greedy
-    one; None if the engine does not measure that."""
+    """A continuation under each candidate of a group.
+
+    Attributes:
+        log_p: its log-probability, in nats.
+        greedy: whether it is the greedy continuation; None if the engine does not measure that.
+    """
 
     log_p: tuple[float, ...]
     greedy: tuple[bool, ...] | None
@@ -153,7 +157,7 @@ class Asking:
             work: question, candidate and sample of each answer.
             messages, ids: of a question for a candidate, the prompt as JSON and as tokens.
             table: an intervention for each candidate.
-            early: also keep the text of so many first tokens; 0 keeps none.
+            early: also keep the text of this many first tokens; 0 keeps none.
         """
         answers: list[dict[str, Any]] = []
         settings: list[Any] = [max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k, early]
@@ -168,8 +172,8 @@ class Asking:
                     if progress:
                         progress(first + done, len(work))
 
-                made = self.engine.generate(requests, table, max_new_tokens, counted, sampling, stop)
-                return {"answers": [self._row(*pair, early, stop) for pair in zip(requests, made, strict=True)]}
+                generated = self.engine.generate(requests, table, max_new_tokens, counted, sampling, stop)
+                return {"answers": [self._row(*pair, early, stop) for pair in zip(requests, generated, strict=True)]}
 
             asked = [[[self.tried[c].id, messages(q, c), s] for q, c, s in batch], [*settings, seed]]
             answers += self.journal.keep(name, "answers", number, asked, make)["answers"]

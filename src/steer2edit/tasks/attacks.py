@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..behaviours.base import EARLY, Attacked, Behaviour, Item
+from ..behaviours.prompts import refuse_empty
 from ..errors import FileError, RecipeError
 from ..files.reading import numbered_jsonl, sha256
 from ..probing.traces import is_prompt
@@ -32,9 +33,10 @@ def load_attacks(name: str, path: str, count: int | None) -> Set:
     """The prompts of a file, the first `count` of them.
 
     Raises:
-        FileError: no such file, or a line without a prompt. RecipeError: it has too few.
+        FileError: no such file, an empty one, or a line without a prompt. RecipeError: it has too few.
     """
     rows = numbered_jsonl(path)
+    refuse_empty(path, rows, "prompt")
     for number, row in rows:
         if not is_prompt(row.get("prompt")):
             raise FileError(

@@ -121,7 +121,7 @@ def accuracy(name: str, title: str, column: bool = True) -> Metric:
 
 
 def perplexity(values: np.ndarray) -> float:
-    """exp of the mean NLL. Of pairs (NLL, count) exp of the sum of the NLL by the sum of the counts.
+    """exp of the mean NLL. For pairs (NLL, count) the mean is the sum of the NLLs divided by the sum of the counts.
 
     >>> round(perplexity(np.array([[4.0, 2.0], [2.0, 4.0]])), 4) == round(math.exp(6 / 6), 4)
     True
@@ -131,7 +131,7 @@ def perplexity(values: np.ndarray) -> float:
 
 
 def bits(values: np.ndarray) -> float:
-    """Of pairs (NLL in nats, count) the bits of one of what is counted.
+    """Bits for each thing that is counted, from pairs (NLL in nats, count).
 
     >>> bits(np.array([[math.log(2) * 6, 3.0]]))
     2.0

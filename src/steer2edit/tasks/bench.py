@@ -64,8 +64,8 @@ class TaskBench:
             return self._documents(task, questions, progress)
         kept = self._kept(task, questions)
         asked = [questions[i] for i in kept]
-        made = self._choices if task.form == "choices" else self._answers
-        return Replies(asked, len(questions) - len(kept), made(task, asked, progress))
+        ask = self._choices if task.form == "choices" else self._answers
+        return Replies(asked, len(questions) - len(kept), ask(task, asked, progress))
 
     # What fits ------------------------------------------------------------------------------------------------------
 

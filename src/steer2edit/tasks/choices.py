@@ -85,7 +85,9 @@ def _question(row: Row, prompt: object, choices: Sequence[object], answer: objec
 
 def _arc(row: Row, seed: str) -> Question | None:
     of_row, question = listed(row), row.get("question")
-    return None if of_row is None else _question(row, f"Question: {question}\nAnswer:" if question else None, *of_row)
+    if of_row is None:
+        return None
+    return _question(row, f"Question: {question}\nAnswer:" if question else None, *of_row)
 
 
 def _openbook(row: Row, seed: str) -> Question | None:

@@ -94,12 +94,12 @@ class EngineLM(LM):
             by_settings: dict[str, list[int]] = {}
             for i, (_, settings, _) in enumerate(new):
                 by_settings.setdefault(json.dumps(settings, sort_keys=True), []).append(i)
-            made: list[list[Any]] = [[] for _ in new]
+            texts_of: list[list[Any]] = [[] for _ in new]
             for members in by_settings.values():
                 texts = self._written([(new[i][0], new[i][2]) for i in members], dict(new[members[0]][1]))
                 for i, of_text in zip(members, texts, strict=True):
-                    made[i] = of_text
-            return made
+                    texts_of[i] = of_text
+            return texts_of
 
         # Where answers are sampled, lm-eval asks the same several times.
         seen: Counter[str] = Counter()

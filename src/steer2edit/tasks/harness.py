@@ -94,7 +94,7 @@ def measured(
 
     Args:
         name: the task's or the group's, perhaps after `lm_eval:`, or a YAML file.
-        items: at most so many questions of each of its tasks. order: the first ones, or sampled by the seed.
+        items: at most this many questions of each of its tasks. order: the first ones, or sampled by the seed.
 
     Raises:
         FileError: the task or its set cannot be loaded.
@@ -150,7 +150,7 @@ def _loaded(name: str) -> Mapping[str, Any]:
 
 
 def _chosen(tasks: Mapping[str, Any], items: int | None, order: str, seed: int) -> dict[str, list[int]] | None:
-    """Of each task the numbers of its questions that are asked; None is all of them."""
+    """For each task the numbers of the questions that are asked; None is all of them."""
     if items is None:
         return None
     sizes = {name: len(list(task.eval_docs)) for name, task in tasks.items()}
@@ -189,8 +189,8 @@ def _kept(value: Any) -> Any:
 
 
 def _metric(name: str, measure: str, filtered: str, first: bool, several: bool, task: Any) -> Metric:
-    parts = [name] if first else [name, measure, *([filtered] if several else [])]
-    titles = [name, measure, *([filtered] if several else [])]
+    titles = [name, measure, filtered] if several else [name, measure]
+    parts = [name] if first else titles
     better = "higher" if task.higher_is_better().get(measure, True) else "lower"
     aggregate = task.aggregation().get(measure)
     is_mean = getattr(aggregate, "__name__", "mean") == "mean"

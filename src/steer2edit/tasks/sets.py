@@ -40,14 +40,14 @@ def local_file(task: Task, folder: str | Path | None) -> Path | None:
         return None
     if not Path(folder).is_dir():
         raise FileError("the folder of the sets is not there", got=folder, fix="Check data.sets.")
-    found = [path for name in task.files if (path := Path(folder) / name).is_file()]
-    if not found:
+    files = [path for name in task.files if (path := Path(folder) / name).is_file()]
+    if not files:
         raise FileError(
             f"the folder of the sets has no file of {task.name}",
             got=folder,
             fix=f"Put {task.files[0]} there, or leave data.sets out to load the set from the Hub.",
         )
-    return found[0]
+    return files[0]
 
 
 def load_set(task: Task, folder: str | Path | None, items: int | None, order: str, seed: int) -> Set:
@@ -55,7 +55,7 @@ def load_set(task: Task, folder: str | Path | None, items: int | None, order: st
 
     Args:
         folder: of local sets; None, or a task without local files, loads from the Hub.
-        items: at most so many; None is all. order: "first" takes the first ones, "sampled" draws them by the seed.
+        items: at most this many; None is all. order: "first" takes the first ones, "sampled" draws them by the seed.
 
     Raises:
         FileError: a set that is not there, is gated, or has rows in no known layout.

@@ -33,7 +33,7 @@ class Measured:
 
 
 def values_of(task: Task, replies: Replies) -> list[dict[str, Values]]:
-    """Of each candidate, metric → a value for each question: of several answers to a question their mean."""
+    """For each candidate: metric → a value for each question, the mean if a question has several answers."""
     out: list[dict[str, Values]] = []
     for of_candidate in replies.replies:
         if of_candidate is None:
@@ -95,7 +95,7 @@ def _array(values: Values) -> np.ndarray:
 
 
 def _percentiles(metric: Metric, arrays: Sequence[np.ndarray], resamples: int, seed: int) -> tuple[float, float]:
-    """Of the aggregate of one array, or of the difference of those of two, over resampled questions."""
+    """The interval of one array's aggregate, or of the difference between two arrays', over resampled questions."""
     assert metric.aggregate is not None
     random = np.random.default_rng(seed)
     numbers = []

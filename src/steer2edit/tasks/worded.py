@@ -48,8 +48,9 @@ def same_value(text: str, answer: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     # Its limit of time is a signal, which the main thread alone can have.
     seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
-    wanted, found = (parse(f"${latex}$", parsing_timeout=seconds) for latex in (answer, given))
-    return bool(verify(wanted, found, float_rounding=2, timeout_seconds=seconds))
+    wanted = parse(f"${answer}$", parsing_timeout=seconds)
+    parsed = parse(f"${given}$", parsing_timeout=seconds)
+    return bool(verify(wanted, parsed, float_rounding=2, timeout_seconds=seconds))
 
 
 def _mathematics(name: str, title: str, hub: Hub, files: tuple[str, ...], licence: str) -> Task:

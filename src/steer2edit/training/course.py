@@ -46,7 +46,7 @@ def check_packages() -> None:
 
 
 def checkpoint(folder: Path, steps: int) -> Path:
-    """Where a course keeps the weights after so many steps."""
+    """Where a course keeps the weights after a number of steps."""
     return folder / f"{steps}.safetensors"
 
 
@@ -74,7 +74,7 @@ def train(load: Load, course: Course, examples: Sequence[Span], folder: Path, pr
     folder.mkdir(parents=True, exist_ok=True)
     clear_temporaries(folder)
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # Of the libraries about each other's names.
+        # The libraries warn about each other's names.
         warnings.simplefilter("ignore", FutureWarning)
         model, tokenizer = load()
         _check(model)

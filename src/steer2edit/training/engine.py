@@ -66,8 +66,8 @@ class TrainedEngine(Engine):
         answers: dict[int, Answer] = {}
         if plain:
             some = [requests[i] for i in plain]
-            made = self.engine.generate(some, table, max_new_tokens, progress, sampling, stop)
-            answers |= dict(zip(plain, made, strict=True))
+            generated = self.engine.generate(some, table, max_new_tokens, progress, sampling, stop)
+            answers |= dict(zip(plain, generated, strict=True))
         for row in trained:
             mine = [i for i, request in enumerate(requests) if request.row == row]
             if not mine:
@@ -75,8 +75,8 @@ class TrainedEngine(Engine):
             some = [replace(requests[i], row=0) for i in mine]
             with self._as(table[row]):
                 counted = _after(progress, len(answers), len(requests))
-                made = self.engine.generate(some, [NOTHING], max_new_tokens, counted, sampling, stop)
-            answers |= dict(zip(mine, made, strict=True))
+                generated = self.engine.generate(some, [NOTHING], max_new_tokens, counted, sampling, stop)
+            answers |= dict(zip(mine, generated, strict=True))
         return [answers[i] for i in range(len(requests))]
 
     @torch.inference_mode()

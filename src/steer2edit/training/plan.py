@@ -28,14 +28,14 @@ class Schedule(Section):
 
 
 class Lora(Schedule):
-    """Of rank-1 LoRA on every linear map of the layers."""
+    """Rank-1 LoRA on every linear map of the layers: learning rates, and after how many steps a checkpoint is kept."""
 
     learning_rate: list[Positive] = Field([3e-3], min_length=1)
     steps: list[Many] = Field([2, 4, 8, 16, 32], min_length=1)
 
 
 class Full(Schedule):
-    """Of training every weight."""
+    """Full fine-tuning, of every weight: learning rates, and after how many steps a checkpoint is kept."""
 
     learning_rate: list[Positive] = Field([1e-5], min_length=1)
     steps: list[Many] = Field([2, 4, 8, 16, 32], min_length=1)

@@ -117,8 +117,7 @@ def _new(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> Tensor | N
     """The weight that a checkpoint puts in a weight's place; None if it changes nothing."""
     if name in tensors:
         return tensors[name]
-    left, right = (tensors[name + part].to(weight.device) for part in (_LEFT, _RIGHT))
-    delta = left @ right
+    delta = tensors[name + _LEFT].to(weight.device) @ tensors[name + _RIGHT].to(weight.device)
     return weight.detach().float() + delta if delta.any() else None
 
 

@@ -49,7 +49,8 @@ class Bnb4:
 
     def take(self, tensors: Tensors, start: int, end: int) -> Tensors:
         state = _state(tensors)
-        first, last = (row * state["shape"][1] for row in (start, end))
+        columns = state["shape"][1]
+        first, last = start * columns, end * columns
         block = state["blocksize"]
         some = {
             "codes": tensors["codes"].view(-1)[first // 2 : last // 2],

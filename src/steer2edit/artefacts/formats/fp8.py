@@ -121,7 +121,7 @@ def find(name: str, held: Held, settings: Settings) -> Found | None:
     kind = dtype_name(held, name)
     if kind not in ("F8_E4M3", "F8_E5M2"):
         return None
-    scales = next((found for suffix in ("_scale_inv", "_scale") if (found := name + suffix) in held), None)
+    scales = next((scale_name for suffix in ("_scale_inv", "_scale") if (scale_name := name + suffix) in held), None)
     if scales is None:
         return None
     shape, grid = held[name][1].shape[-2:], held[scales][1].shape

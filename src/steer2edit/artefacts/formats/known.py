@@ -24,9 +24,9 @@ def find_packed(site: Site, held: Held, settings: Settings, names: Iterable[str]
         if name in held and held[name][1].dtype is not None:
             return None
         for module in _FORMATS:
-            found = module.find(name, held, settings)
-            if found is not None:
-                stored_format, tensors = found
+            recognised = module.find(name, held, settings)
+            if recognised is not None:
+                stored_format, tensors = recognised
                 parts = (part_of(role, tensor, held, site.expert, site.experts) for role, tensor in tensors.items())
                 return Packed(stored_format, tuple(parts))
     return None

@@ -17,11 +17,11 @@ from ...method.scores import SiteScores
 from ...method.site import BLOCKS, Site, layers_of
 
 UNITS = {"attn": "head", "mlp": "neuron"}
-# Of each layer so many neurons are shown, the largest |λ| first.
+# How many neurons of each layer are shown, the largest |λ| first.
 TOP = 24
-# So many components are listed as a table.
+# How many components are listed as a table.
 LISTED = 20
-# So many g are in the page exactly, the largest |g| first; of the others it has the histogram.
+# How many g the page holds exactly, the largest |g| first; the others are in its histogram.
 EXACT = 300_000
 _BINS = 96
 

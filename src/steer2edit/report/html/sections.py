@@ -85,7 +85,7 @@ def _tiles(contents: Contents, results: dict[str, Any] | Any) -> list[dict[str, 
     titles = table_columns(results)
     tiles = []
     if "edit" in systems:
-        before, after = (systems[kind][attribute]["mean"] for kind in ("base", "edit"))
+        before, after = systems["base"][attribute]["mean"], systems["edit"][attribute]["mean"]
         if before is not None and after is not None:
             tiles.append({"value": f"{before:.2f} → {after:.2f}", "label": titles[attribute]})
         loss = systems["edit"].get(UTILITY_LOSS.name, {}).get("mean")

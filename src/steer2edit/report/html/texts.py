@@ -19,7 +19,7 @@ TEST_BUDGET, ANSWERS_BUDGET = 1_600_000, 3_700_000
 
 # Lengths at which answers are cut, one after the other, until they fit.
 _LENGTHS = (20_000, 4_000, 1_000, 300, 100)
-# Of many trials some are left out before answers are cut to less than this; of a few, answers are cut further.
+# If there are many trials, some are left out before answers are cut to less than this; if few, answers are cut further.
 _READABLE, _FEW = 1_000, 8
 
 # C0 and C1 controls but tab and newline, marks and overrides of direction, and halves of surrogate pairs.

@@ -27,7 +27,8 @@ def verdict(results: Mapping[str, Any]) -> Verdict | None:
     attribute = measures.get(results["attribute"])
     if attribute is None or "edit" not in systems or "base" not in systems:
         return None
-    before, after = (systems[kind][attribute["name"]]["mean"] for kind in ("base", "edit"))
+    before = systems["base"][attribute["name"]]["mean"]
+    after = systems["edit"][attribute["name"]]["mean"]
     if before is None or after is None:
         return None
     difference = results["differences"]["edit - base"]
@@ -96,7 +97,8 @@ def _others(results: Mapping[str, Any], measures: Mapping[str, Any], attribute: 
     for kind in _compared(results):
         difference = results["differences"][f"edit - {kind}"]
         outcome = outcome_of(difference, attribute)
-        other, own = (systems[k].get(cost, {}).get("mean") for k in (kind, "edit"))
+        other = systems[kind].get(cost, {}).get("mean")
+        own = systems["edit"].get(cost, {}).get("mean")
         cheaper = other is not None and own is not None and f"{other:.2f}" != f"{own:.2f}" and other < own
         price = f"costs less ({_number(other)} against {_number(own)} {UTILITY_LOSS.title})" if cheaper else ""
         title = TITLES[kind]
