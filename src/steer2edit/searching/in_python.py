@@ -186,7 +186,7 @@ def search(
         for variant in plan.variants:
             if variant in SCORED:
                 scores[variant] = score_probe(live, probe, variant=variant)
-        rivals = {kind: rival_edit(live, probe, scores[FULL], kind) for kind in plan.rivals}
+        rivals: dict[str, Edit] = {kind: rival_edit(live, probe, scores[FULL], kind) for kind in plan.rivals}
         validation = behaviour.completed(writer, behaviour.items(source, "validation"))
         neutral = load_neutral(str(behaviour.neutral_prompts), "validation", 0, measured.utility_prompts)
         journal = place / f"journal-{_mark(traces, mark, seed)}.jsonl"

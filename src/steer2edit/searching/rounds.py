@@ -88,9 +88,9 @@ def without_impossible(bench: Bench, search: Search) -> Search:
             reasons[kind] = "it was not made from the probe"
         elif kind in WITH_EVIDENCE and not bench.own:
             reasons[kind] = "its strengths are found by KL, and there are no neutral prompts"
-    for kind, reason in reasons.items():
-        if kind in search.baselines:
-            say(f"  {TITLES[kind]} is not tried: {reason}")
+    for impossible, reason in reasons.items():
+        if impossible in search.baselines:
+            say(f"  {TITLES[impossible]} is not tried: {reason}")
     return search.model_copy(update={"baselines": [kind for kind in search.baselines if kind not in reasons]})
 
 
