@@ -142,10 +142,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_results(
 
     def run(out: str) -> None:
         methods = "preserve,full,steering,rosi,null_space"
-        beyond.main(
-            [*("--quick", "--model", model, "--seeds", "0,1", "--methods", methods)]
-            + [*("--sets", str(sets), "--levels", "0,0.5", "--kls", "0.05", "--out", str(tmp_path / out))]
-        )
+        asked = ["--quick", "--model", model, "--seeds", "0,1", "--methods", methods, "--sets", str(sets)]
+        beyond.main([*asked, "--levels", "0,0.5", "--kls", "0.05", "--out", str(tmp_path / out)])
 
     run("whole")
     whole = json.loads((tmp_path / "whole/results.json").read_text(encoding="utf-8"))
