@@ -461,9 +461,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     curves = _names(arguments.curves) if arguments.curves else tuple(m for m in (*EDITS, "steering") if m in methods)
     counts: dict[Split, Mapping[str, int]] = {}
     if safety:
-        texts = "harmful=80,benign=80,borderline=80", arguments.validation, arguments.test
+        texts = arguments.probe, arguments.validation, arguments.test
         counts = {split: _kinds(text) for split, text in zip(SPLITS, texts, strict=True)}
-    evaluation = {"utility_prompts": 8, "utility_tokens": 40, "rows": 128, "batch": 512}
+    evaluation = {"rows": 128, "batch": 512}  # the rest as the recipe has it
     if quick:
         small = "harmful=3,benign=2,borderline=2" if safety else "prompt=4"
         counts = {split: _kinds(small) for split in SPLITS}
@@ -495,6 +495,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--curves", default="", help="methods of which every strength is tested, the first against all")
     parser.add_argument("--levels", default="0.5,0.6,0.7", help="of refusal, at which methods are compared")
     parser.add_argument("--kls", default="0.03,0.06,0.12", help="of KL, at which methods are compared")
+    parser.add_argument("--probe", default="harmful=80,benign=80,borderline=80")
     parser.add_argument("--validation", default="harmful=15,benign=8,borderline=12")
     parser.add_argument("--test", default="harmful=36,benign=18,borderline=24")
     parser.add_argument("--sets", type=Path, help="a folder with prompts of others")
