@@ -90,7 +90,7 @@ def test_what_two_methods_cost_at_the_same_refusal_and_their_ratio(numbers: Any)
     assert found["sets"]["AdvBench"] == {"base": {"mean": 0.0, "n": 4}, "quiet": {"mean": 0.5, "n": 4}}
     assert found["curve"]["loud"]["refusal"] == [0.0, 0.25, 0.75]
     page = numbers.markdown(found, {"quiet": "quiet", "loud": "loud", "base": "original"}, {"probe": "3 s a seed"})
-    assert "| quiet ÷ loud | 0.00 [0.00, 0.00] |" in page
+    assert "| quiet ÷ loud | 0.00 [0.00, " in page
     assert "| loud | not reached |" in page
 
 
@@ -141,18 +141,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_results(
         (sets / file).write_text("".join(json.dumps({"prompt": f"{i} of {file}"}) + "\n" for i in range(3)))
 
     def run(out: str) -> None:
-        methods = "preserve,full,steering,rosi,null_space"
+        methods = "preserve,full,null_space"
         asked = ["--quick", "--model", model, "--seeds", "0,1", "--methods", methods, "--sets", str(sets)]
         beyond.main([*asked, "--levels", "0,0.5", "--kls", "0.05", "--out", str(tmp_path / out)])
 
     run("whole")
     whole = json.loads((tmp_path / "whole/results.json").read_text(encoding="utf-8"))
-    assert set(whole["hypervolume"]) == {"preserve", "full", "steering", "rosi", "null_space"}
+    assert set(whole["hypervolume"]) == {"preserve", "full", "null_space"}
     assert whole["items"]["test"] == {"harmful": 3, "benign": 2, "borderline": 2}
     assert list(whole["sets"]) == list(beyond.SETS)
     # Strengths were set at equal KL on validation: 0.02 and 0.2.
     seed = json.loads((tmp_path / "whole/seed-0/trials.json").read_text(encoding="utf-8"))
-    for method in ("preserve", "full", "steering"):
+    for method in ("preserve", "full"):
         assert [one["target"] for one in seed["methods"][method]] == pytest.approx([0.02, 0.2]), method
         for one in seed["methods"][method]:
             kl = one["validation"]["utility_loss"]
@@ -188,10 +188,11 @@ def test_a_style_is_measured_without_what_needs_evidence(beyond: Any, tmp_path: 
     model = save_pico(tmp_path / "model")
     out = tmp_path / "out"
     arguments = ["--quick", "--model", model, "--seeds", "3", "--behaviour", "sentiment", "--out", str(out)]
-    beyond.main([*arguments, "--methods", "full-middle,steering", "--kls", "0.1"])
+    beyond.main([*arguments, "--methods", "full-middle,steering,rosi", "--kls", "0.1"])
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert found["attribute"] == "preference"
     assert "at_equal_attribute" not in found
+    assert set(found["hypervolume"]) == {"full-middle", "steering", "rosi"}
     assert set(found["at_equal_kl"]["0.1"]) == {"full-middle", "steering", "ratio"}
     with pytest.raises(SystemExit, match="no prompts at which nothing is to change"):
         beyond.main([*arguments, "--methods", "preserve"])
