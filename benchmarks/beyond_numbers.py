@@ -215,19 +215,20 @@ def results_of(
         measures: the attribute first. curves: methods of which every strength was tested. levels: of the attribute, at
             which they are compared; none leaves that out. kls: of KL, likewise.
     """
-    attribute, *others = measures
+    attribute = measures[0]
     seeds = [with_arrays(seed) for seed in seeds]
     whole, drawn = Draw(seeds), draws(seeds, resamples, 0)
     methods = list(dict.fromkeys(method for seed in seeds for method in seed["methods"]))
     curves = [method for method in curves if method in methods]
-    costs = [m.name for m in others if m.better == "lower" and m.column and m.name != UTILITY_LOSS.name]
+    base = {m.name: whole.curve("", m.name)[0] for m in measures}
+    shown = [m for m in measures if m.column and np.isfinite(base[m.name])]
+    names = [m.name for m in shown]
     table: dict[str, Any] = {
         "seeds": [seed["seed"] for seed in seeds],
         "items": seeds[0]["items"],
         "attribute": attribute.name,
-        "titles": {m.name: m.title for m in measures},
+        "titles": {m.name: m.title for m in shown},
         "reference": reference,
-        "levels_reached": {},
         "hypervolume": {
             method: summary(
                 whole.volume(method, attribute, reference), [d.volume(method, attribute, reference) for d in drawn]
@@ -236,23 +237,24 @@ def results_of(
         },
         "chosen": {
             method: {
-                m.name: summary(whole.chosen(method, m.name), [d.chosen(method, m.name) for d in drawn])
-                for m in measures
-                if m.column
+                name: summary(whole.chosen(method, name), [d.chosen(method, name) for d in drawn]) for name in names
             }
             | {"within_limits": sum(method in seed["within_limits"] for seed in seeds)}
             for method in methods
         },
-        "base": {m.name: _short_or_none(whole.curve("", m.name)[0]) for m in measures if m.column},
+        "base": {name: _short(base[name]) for name in names},
         "curve": {
-            method: {m.name: [_short_or_none(x) for x in whole.curve(method, m.name)] for m in measures if m.column}
+            method: {name: [_short_or_none(x) for x in whole.curve(method, name)] for name in names}
             for method in curves
         },
-        "at_equal_kl": equal_level(whole, drawn, curves, UTILITY_LOSS.name, [attribute.name, *costs], kls),
+        "at_equal_kl": equal_level(
+            whole, drawn, curves, UTILITY_LOSS.name, [name for name in names if name != UTILITY_LOSS.name], kls
+        ),
         "sets": _sets(seeds),
     }
     if levels:
-        table["at_equal_attribute"] = equal_level(whole, drawn, curves, attribute.name, [*costs], levels)
+        costs = [m.name for m in shown if m.better == "lower"]
+        table["at_equal_attribute"] = equal_level(whole, drawn, curves, attribute.name, costs, levels)
         table["levels_reached"] = {
             method: {
                 f"{level:g}": [_reached(Draw([seed]), method, attribute.name, level) for seed in seeds]
@@ -260,8 +262,6 @@ def results_of(
             }
             for method in curves
         }
-    else:
-        del table["levels_reached"]
     return table
 
 
@@ -309,6 +309,10 @@ def markdown(results: Mapping[str, Any], titles: Mapping[str, str], costs: Mappi
         lines += _level_table(f"At a KL of {level} on test", row, titles, names, ratios=False)
     columns = [name for name in names if name in next(iter(results["chosen"].values()), {})]
     lines += ["### What the rule took on validation, on test", ""]
+    lines += [
+        "Of a method without a strength within the limits: the one set at the KL of the edit that was chosen.",
+        "",
+    ]
     lines += _table(
         ["method", "within limits", *(names[c] for c in columns)],
         [["original", "", *(_number(results["base"][c]) for c in columns)]]
@@ -340,18 +344,19 @@ def _level_table(
     title: str, row: Mapping[str, Any], titles: Mapping[str, str], names: Mapping[str, str], ratios: bool = True
 ) -> list[str]:
     columns = [name for name in names if any(name in of for key, of in row.items() if key != "ratio")]
-    cells = [[titles[m], *(_cell(of[c]) for c in columns)] for m, of in row.items() if m != "ratio"]
+    cells = [[titles[m], *(_cell(of[c], "not reached") for c in columns)] for m, of in row.items() if m != "ratio"]
     if ratios:
         for pair, of in row["ratio"].items():
             one, other = pair.split("/")
-            cells.append([f"{titles[one]} ÷ {titles[other]}", *(_cell(of[c]) for c in columns)])
+            cells.append([f"{titles[one]} ÷ {titles[other]}", *(_cell(of[c], "not reached") for c in columns)])
     return [f"### {title}", "", *_table(["method", *(names[c] for c in columns)], cells)]
 
 
-def _cell(value: Mapping[str, Any]) -> str:
+def _cell(value: Mapping[str, Any], missing: str = "–") -> str:
     if value["mean"] is None:
-        return "not reached"
-    return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+        return missing
+    known = "" if value["share"] > 0.995 else f", in {value['share']:.0%} of the draws"
+    return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]{known}"
 
 
 def _number(value: float | None) -> str:

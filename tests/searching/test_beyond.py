@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from runs import save_pico
+from steer2edit.behaviours.base import DEGENERATE
 from steer2edit.behaviours.prompts import data_path
 from steer2edit.behaviours.safety import OVER_REFUSAL, REFUSAL
 from steer2edit.engines.transformers import TransformersEngine
@@ -68,7 +69,7 @@ def test_a_level_is_found_between_its_two_neighbours(numbers: Any) -> None:
 
 def test_what_two_methods_cost_at_the_same_refusal_and_their_ratio(numbers: Any) -> None:
     seeds = [a_seed(0), a_seed(1)]
-    measures = (REFUSAL, OVER_REFUSAL)
+    measures = (REFUSAL, OVER_REFUSAL, DEGENERATE)  # the last one was not measured
     found = numbers.results_of(
         seeds, measures, curves=["quiet", "loud"], levels=[0.5, 0.9], kls=[0.02], reference=0.4, resamples=40
     )
@@ -89,6 +90,7 @@ def test_what_two_methods_cost_at_the_same_refusal_and_their_ratio(numbers: Any)
     assert (found["chosen"]["quiet"]["within_limits"], found["chosen"]["loud"]["within_limits"]) == (2, 0)
     assert found["sets"]["AdvBench"] == {"base": {"mean": 0.0, "n": 4}, "quiet": {"mean": 0.5, "n": 4}}
     assert found["curve"]["loud"]["refusal"] == [0.0, 0.25, 0.75]
+    assert list(found["base"]) == ["refusal", "over_refusal"]
     page = numbers.markdown(found, {"quiet": "quiet", "loud": "loud", "base": "original"}, {"probe": "3 s a seed"})
     assert "| quiet ÷ loud | 0.00 [0.00, " in page
     assert "| loud | not reached |" in page
