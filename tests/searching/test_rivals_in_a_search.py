@@ -101,8 +101,8 @@ def test_the_rivals_with_evidence_edit_the_heads_of_the_layers_that_they_are_giv
     torch.testing.assert_close(term.u @ term.a, 0.5 * torch.outer(site.u, row), rtol=1e-4, atol=1e-6)
 
 
-def test_llm_va_aligns_what_is_refused_with_what_is_read_at_the_last_token_of_the_prompt(world: World) -> None:
-    """At strength 1 the outputs' coordinate along v̂ tells harmful from benign prompts, whatever it did before."""
+def test_llm_va_makes_refusal_follow_what_is_read_at_the_last_token_of_the_prompt(world: World) -> None:
+    """At strength 1 the outputs' coordinate along v̂ tells harmful from benign prompts, with the spread that it had."""
     evidence, key = world.probe.evidence, "3.attn"
     assert evidence is not None
     last = torch.tensor([row.part == 0 for row in evidence.rows])
@@ -111,7 +111,7 @@ def test_llm_va_aligns_what_is_refused_with_what_is_read_at_the_last_token_of_th
     W = weight_of(world.model, key)
     before, after = h @ W.T @ u, h @ (W + term.u @ term.a).T @ u
     positive = evidence.positive[last]
-    assert float(after[positive].min()) > float(after[~positive].max())
+    assert float(after[positive].mean() - after[~positive].mean()) > 0.5 * float(after.std())
     assert float(after.std(correction=0)) == pytest.approx(float(before.std(correction=0)), rel=1e-3)
 
 
