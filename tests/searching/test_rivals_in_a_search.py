@@ -168,7 +168,7 @@ def test_rivals_are_off_unless_they_are_named() -> None:
 
 
 def test_a_recipe_must_say_what_a_rival_is_to_preserve() -> None:
-    with pytest.raises(RecipeError, match=r"search.baselines cannot be used: got llm_va, and nothing to preserve"):
+    with pytest.raises(RecipeError, match=r"search.baselines cannot be used \(got: llm_va, and nothing to preserve\)"):
         rivals_recipe(search__baselines=["llm_va"], behaviour__negative=["harmful"])
 
 
