@@ -34,6 +34,13 @@ def beyond(numbers: Any) -> Any:
     return beyond
 
 
+@pytest.fixture
+def draw(numbers: Any) -> Any:
+    import beyond_seed
+
+    return beyond_seed
+
+
 # The numbers --------------------------------------------------------------------------------------------------------
 
 
@@ -116,15 +123,15 @@ def test_intervals_hold_the_spread_over_prompts_and_methods_share_their_draws(nu
 # The draws of the prompts -------------------------------------------------------------------------------------------
 
 
-def test_each_seed_divides_all_prompts_anew_with_every_kind_and_style_in_every_split(beyond: Any) -> None:
-    rows = [beyond.divided(seed) for seed in (0, 0, 1)]
+def test_each_seed_divides_all_prompts_anew_with_every_kind_and_style_in_every_split(draw: Any) -> None:
+    rows = [draw.divided(seed) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
     bundled = read_jsonl(data_path("builtin:safety_prompts"))
     assert sorted(row["prompt"] for row in rows[0]) == sorted(row["prompt"] for row in bundled)
     counts = Counter((row["kind"], row["style"], row["split"]) for row in rows[0])
     strata = Counter((row["kind"], row["style"]) for row in bundled)
     for (kind, style), n in strata.items():
-        for split, share in beyond.SHARES.items():
+        for split, share in draw.SHARES.items():
             assert counts[kind, style, split] == pytest.approx(share * n, abs=1), (kind, style, split)
     in_test = [{row["prompt"] for row in some if row["split"] == "test"} for some in (rows[0], rows[2])]
     assert len(in_test[0] & in_test[1]) < 0.5 * len(in_test[0])
@@ -134,12 +141,12 @@ def test_each_seed_divides_all_prompts_anew_with_every_kind_and_style_in_every_s
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_results(
-    beyond: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    beyond: Any, draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_pico(tmp_path / "model")
     sets = tmp_path / "sets"
     sets.mkdir()
-    for file, _ in beyond.SETS.values():
+    for file, _ in draw.SETS.values():
         (sets / file).write_text("".join(json.dumps({"prompt": f"{i} of {file}"}) + "\n" for i in range(3)))
 
     def run(out: str) -> None:
@@ -151,7 +158,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_results(
     whole = json.loads((tmp_path / "whole/results.json").read_text(encoding="utf-8"))
     assert set(whole["hypervolume"]) == {"preserve", "full", "null_space"}
     assert whole["items"]["test"] == {"harmful": 3, "benign": 2, "borderline": 2}
-    assert list(whole["sets"]) == list(beyond.SETS)
+    assert list(whole["sets"]) == list(draw.SETS)
     # Strengths were set at equal KL on validation: 0.02 and 0.2.
     seed = json.loads((tmp_path / "whole/seed-0/trials.json").read_text(encoding="utf-8"))
     for method in ("preserve", "full"):
@@ -182,6 +189,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_results(
                 if journal.name in ("base_answers.jsonl", "validation.jsonl", "test.jsonl"):
                     journal.write_bytes(journal.read_bytes() + b'{"half a li')
     assert kills == 3
+    with pytest.raises(SystemExit, match=r"another comparison .*another behaviour"):
+        beyond.main(["--quick", "--behaviour", "lists", "--model", model, "--out", str(tmp_path / "killed")])
     for name in ("results.json", "seed-0/trials.json", "seed-1/trials.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
