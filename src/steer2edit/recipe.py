@@ -196,10 +196,11 @@ class Recipe(Section):
                 fix="Write `split` into each line of data.prompts.",
             )
         self._check_tasks()
-        if PRESERVE in self.search.variants and not self.preserved:
+        if self.search.needs_evidence and not self.preserved:
+            key = "variants" if PRESERVE in self.search.variants else "baselines"
             raise RecipeError(
-                "the recipe's search.variants cannot be used",
-                got=f"{PRESERVE}, and nothing to preserve",
+                f"the recipe's search.{key} cannot be used",
+                got=f"{self.search.needs_evidence[0]}, and nothing to preserve",
                 fix="Name in probe.preserve the groups of negative traces that an edit should leave alone.",
             )
         names = [measure.name for measure in self.behaviour.measures]
@@ -230,8 +231,8 @@ class Recipe(Section):
 
     @property
     def preserved(self) -> tuple[str, ...]:
-        """The groups of negative traces of which the probe keeps evidence; none unless an edit is to preserve."""
-        if PRESERVE not in self.search.variants:
+        """The groups of negative traces of which the probe keeps evidence; none if nothing of the search needs it."""
+        if not self.search.needs_evidence:
             return ()
         return tuple(self.behaviour.preserved if self.probe.preserve is None else self.probe.preserve)
 

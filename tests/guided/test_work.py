@@ -166,6 +166,8 @@ def test_the_test_prompts_are_not_read_for_an_estimate(
         # One ladder of three points; as many of steering, two a layer of three layers for each of two kinds.
         ({"rho_mlp": [None], "points": 3}, 3, 3 + 3 + 6 + 6, 5),
         ({"rho_mlp": [None], "points": 3, "layers": ["0-1", "1-2"], "baselines": []}, 6, 12, 2),
+        # Two strengths for each of three layers of ROSI, three for each of two ranges of LLM-VA.
+        ({"rho_mlp": [None], "points": 3, "layers": ["0-1", "1-2"], "baselines": ["rosi", "llm_va"]}, 6, 24, 4),
         # Each block type alone, and both.
         ({"points": 4, "baselines": []}, 12, 24, 2),
         ({"rho_mlp": [None], "method": "tpe", "trials": 9, "baselines": []}, 9, 18, 2),

@@ -23,6 +23,7 @@ from steer2edit.engines.base import Losses, Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError
 from steer2edit.method.intervention import NOTHING, Intervention
+from steer2edit.method.rivals import RIVALS
 from steer2edit.models.hooks import Interventions
 from steer2edit.pipeline.keys import stage_keys
 from steer2edit.probing.probe import Probe
@@ -97,7 +98,7 @@ def test_a_baseline_is_named_after_its_setting() -> None:
     assert asked(1, SYSTEM) == Candidate("system-1", "system", {"system": SYSTEM})
     assert steered_at(2, 0.5) == Candidate("layer-2-0.5", "layer", {"layer": 2, "gamma": 0.5})
     assert directed(2, 0.5) == Candidate("direction-2-0.5", "direction", {"layer": 2, "gamma": 0.5})
-    assert [*TITLES] == ["base", *BASELINES, "lora", "fine_tuning", "edit"]
+    assert [*TITLES] == ["base", *BASELINES, *RIVALS, "lora", "fine_tuning", "edit"]
     for candidate in (asked(0, SYSTEM), steered_at(2, 0.5), directed(2, 0.5)):
         trial = Trial(candidate, {"refusal": (1.0, 0.0)}, "0")
         assert Trial.from_json(json.loads(json.dumps(trial.to_json()))) == trial

@@ -16,6 +16,7 @@ from ..behaviours.contrast import SHARES
 from ..engines.base import Engine
 from ..engines.decoding import common_prefix
 from ..errors import Steer2EditError
+from ..method.rivals import WITH_EVIDENCE
 from ..pipeline.run import Run
 from ..probing.collect import plan_pass
 from ..probing.traces import Trace, read_traces
@@ -84,11 +85,12 @@ def tried_of(search: Search, instructions: int) -> Tried:
     if search.steering == AUTO:
         rungs += _FIRST_OF_BASELINE + _EACH_OF_BASELINE * edits
     kinds = 1 + (steering > 0)
-    for kind in ("layer", "direction"):
-        if kind in search.baselines:
-            each = max(2, math.ceil(edits / len(DEPTHS)))
-            changed += each * len(DEPTHS)
-            rungs += (_FIRST_OF_BASELINE + _EACH_OF_BASELINE * each) * len(DEPTHS)
+    for kind in search.baselines:
+        if kind != "system":
+            ladders = len(search.layers) if kind in WITH_EVIDENCE else len(DEPTHS)
+            each = max(2, math.ceil(edits / ladders))
+            changed += each * ladders
+            rungs += (_FIRST_OF_BASELINE + _EACH_OF_BASELINE * each) * ladders
             kinds += 1
     prompts = instructions if "system" in search.baselines else 0
     return Tried(edits, changed, prompts, rungs, kinds + (prompts > 0))

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..behaviours.base import SPLITS
 from ..files.reading import sha256
+from ..method.rivals import Rival
 from ..method.variants import FULL, SCORED, Variant
 from ..recipe import Recipe
 from ..searching.plan import TASK_SETTINGS
@@ -50,7 +51,8 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     keys = {"traces": _key("traces", *model, *data, r["seed"], *splits, evaluation["rows"])}
     probe_pass = {name: value for name, value in r["probe"].items() if name not in ("expert_tokens", "preserve")}
     keys["probe"] = _key("probe", keys["traces"], probe_pass, *recipe.preserved)
-    keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], sorted(score_files(recipe)))
+    scored = sorted([*score_files(recipe), *rival_files(recipe)])
+    keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], scored)
     keys["search"] = _key("search", keys["score"], _searched(recipe), r["data"]["validation"], asked)
     # Without a person's pick the keys are those of versions that did not know one.
     choice = _key("choice", keys["search"], rule, *([] if recipe.search.pick is None else [recipe.search.pick]))
@@ -104,8 +106,8 @@ def _searched(recipe: Recipe) -> dict[str, Any]:
     steered = recipe.search.method == "tpe" or recipe.search.refine
     left_out = {"pick"} if steered else {"pick", "limits", "rule", "tolerance", "reference"}
     kept = {key: s[key] for key in sorted(s) if key not in left_out}
-    s_layers = [kind for kind in recipe.search.baselines if kind in ("layer", "direction")]
-    if not recipe.search.automatic and not s_layers:  # nothing is found by KL
+    by_kl = [kind for kind in recipe.search.baselines if kind != "system"]
+    if not recipe.search.automatic and not by_kl:  # nothing is found by KL
         kept = {key: value for key, value in kept.items() if key not in ("span", "points")}
     if recipe.search.sanity:
         kept["degenerate"] = s["limits"].get("degenerate")
@@ -116,6 +118,11 @@ def score_files(recipe: Recipe) -> dict[Variant, str]:
     """Variant → the file of its scores, for the full method and the variants that score in another way."""
     files: dict[Variant, str] = {FULL: "scores.safetensors"}
     return files | {name: f"scores-{name}.safetensors" for name in recipe.search.variants if name in SCORED}
+
+
+def rival_files(recipe: Recipe) -> dict[Rival, str]:
+    """Rival → the file of what it does at strength 1."""
+    return {name: f"rival-{name}.safetensors" for name in recipe.search.rivals}
 
 
 def _local_files(name: str) -> list[Any]:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..behaviours.base import Item, Split
 from ..behaviours.prompts import load_neutral, load_questions
-from ..edits import Scores
+from ..edits import Edit, Scores
 from ..engines.base import Engine
 from ..engines.host import Host
 from ..errors import FileError, RecipeError
@@ -28,7 +28,7 @@ from ..recipe import Recipe
 from ..report.inspection import MANIFEST
 from ..searching.bench import Bench
 from ..searching.own_answers import Journalled
-from .keys import score_files, stage_keys, stages_of
+from .keys import rival_files, score_files, stage_keys, stages_of
 
 _FOLDERS = (".", "traces", "search", "training", "evaluation", "figures")
 
@@ -83,6 +83,11 @@ class Run:
     def scores(self) -> dict[str, Scores]:
         """The full method's, and those of the variants that score in another way."""
         return {name: Scores.load(self.path(file)) for name, file in score_files(self.recipe).items()}
+
+    @cached_property
+    def rivals(self) -> dict[str, Edit]:
+        """Kind → what each rival that the recipe names does at strength 1."""
+        return {name: Edit.load(self.path(file)) for name, file in rival_files(self.recipe).items()}
 
     @cached_property
     def probe(self) -> Probe:
@@ -156,6 +161,7 @@ class Run:
             journal,
             neutral=self._neutral(split, items),
             probe=None if engine is None else self.probe,
+            rivals=None if engine is None else self.rivals,
             given=given,
             seed=recipe.seed,
         )

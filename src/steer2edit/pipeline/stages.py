@@ -20,10 +20,12 @@ from ..errors import FileError, ModelError, Steer2EditError, TaskError
 from ..files.reading import read_json, sha256
 from ..files.writing import write_json, write_jsonl, write_text
 from ..method.firing import firing
+from ..method.rivals import RIVALS
 from ..method.variants import FULL
 from ..probing.collect import probe_of
 from ..probing.plan import plan_pass
 from ..probing.probe import Probe
+from ..probing.rivals import rival_edit
 from ..probing.score import score
 from ..probing.traces import read_traces, write_traces
 from ..progress import say, showing
@@ -41,7 +43,7 @@ from ..searching.own_answers import Journalled
 from ..searching.rounds import run_study
 from .answers import answers_on_test, answers_on_validation
 from .exports import CARD, EXPORTS, SUMMARY, check_exports, export
-from .keys import ORDER, score_files, stages_of
+from .keys import ORDER, rival_files, score_files, stages_of
 from .names import (
     ANSWERS,
     CHOICE,
@@ -148,9 +150,12 @@ def _score(run: Run) -> list[str]:
         scores.save(run.path(file))
     if alone := scores.provenance["experts_left_alone"]:
         say(f"  {len(alone)} experts, reached by fewer than {few} tokens, are left alone")
-    run.__dict__.pop("scores", None)
-    run.__dict__.pop("probe", None)
-    return list(wanted.values())
+    for name in ("scores", "probe", "rivals"):
+        run.__dict__.pop(name, None)
+    rivals = rival_files(run.recipe)
+    for rival, file in rivals.items():
+        run.host.call(partial(rival_edit, probe=probe, scores=run.scores[FULL], name=rival)).save(run.path(file))
+    return [*wanted.values(), *rivals.values()]
 
 
 def _search(run: Run) -> list[str]:
@@ -181,7 +186,8 @@ def _edit(run: Run) -> list[str]:
     study = read_study(run)
     pick = recipe.search.pick
     chosen = require_choice(study.trials, aim) if pick is None else picked(study.trials, aim, pick)
-    others = {kind: choose(of_kind(study.trials, kind), aim) for kind in BASELINES if study.of_kind(kind)}
+    compared = (*BASELINES, *RIVALS)
+    others = {kind: choose(of_kind(study.trials, kind), aim) for kind in compared if study.of_kind(kind)}
     edit = edit_of(chosen.candidate.config, run.scores)
     edit.save(run.path(EDIT))
     if not edit.edited():

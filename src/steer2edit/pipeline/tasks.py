@@ -122,7 +122,7 @@ def _asking(run: Run, tried: Sequence[Candidate], replay: bool) -> tuple[Asking,
     asking = Asking(None if replay else run.engine, journal, tried, run.recipe.evaluation.rows)
     if replay:  # what the candidates do inside the model is not needed to read what they gave
         return asking, groups(tried, lambda candidate: NOTHING)
-    return asking, groups(tried, lambda candidate: intervention_of(candidate, run.scores, run.probe))
+    return asking, groups(tried, lambda candidate: intervention_of(candidate, run.scores, run.probe, run.rivals))
 
 
 def _utility(run: Run, name: str, asking: Asking, of_candidates: Sequence[Group]) -> Measured:

@@ -91,7 +91,7 @@ def score(
         p.device.type == "cpu" and is_plain(p) for p in model.parameters()
     )
     scores, fingerprint = {}, {}
-    results = in_parallel(one, _weights(model, probe.sites, wanted), None if at_hand else 1)
+    results = in_parallel(one, read_weights(model, probe.sites, wanted), None if at_hand else 1)
     for site, (scored, sketch) in zip(wanted, results, strict=True):
         scores[site.key], fingerprint[site.key] = scored, sketch
     without = [s.key for s in probe.sites if s.key not in scores and s.key not in too_few]
@@ -138,9 +138,14 @@ def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:
     return by_key
 
 
-def _weights(
+def read_weights(
     model: nn.Module | str | Path, sites: tuple[Site, ...], wanted: tuple[Site, ...]
 ) -> Iterator[tuple[Site, Tensor]]:
+    """Each wanted site with its weight [d, n·c], one at a time, from a model or its checkpoint's files.
+
+    Raises:
+        ModelError: the model has other sites than those of the probe, `sites`.
+    """
     if isinstance(model, nn.Module):
         own = same_sites(find_sites(model), sites, "the probe")
         for site in wanted:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..behaviours.base import UTILITY_LOSS, Measure
+from ..method.rivals import RIVALS
 from ..progress import Progress, Sample, columns, current_screen, is_quiet, on_a_terminal, say, showing, shown_on
 from ..searching.candidates import BASELINES, TITLES, Trial
 from ..searching.front import Aim, pareto
@@ -144,7 +145,7 @@ class LiveScreen:
     def _laid_out(self, console: Console, options: ConsoleOptions, room: int) -> list[list[Segment]]:
         assert self.study is not None
         study, measures, aim = self.study
-        trials = [trial for kind in ("edit", *BASELINES) for trial in front(study, kind, aim)]
+        trials = [trial for kind in ("edit", *BASELINES, *RIVALS) for trial in front(study, kind, aim)]
         title = f"Front on validation: {_counts(study)}"
         for count in range(len(trials), 0, -1):
             table = front_table(trials[:count], measures, options.max_width, title=title)

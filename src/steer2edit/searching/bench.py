@@ -17,7 +17,7 @@ import torch
 
 from ..behaviours.base import NLL_RISE, UTILITY_LOSS, Behaviour, Item, Outcome, judge
 from ..behaviours.degenerate import degenerate
-from ..edits import Scores
+from ..edits import Edit, Scores
 from ..engines.base import Answer, Engine, Progress, Request, Sampling
 from ..errors import RecipeError
 from ..method.intervention import NOTHING, Intervention
@@ -48,6 +48,7 @@ class Bench:
         plan: how answers are made.
         journal: its file.
         probe: with the means of the residual stream, for the baselines on it.
+        rivals: kind → what it does at strength 1, for rivals of the edit.
         given: a candidate's id → what it does, where that is not made from the scores.
         seed: of sampled answers.
 
@@ -66,10 +67,11 @@ class Bench:
         *,
         neutral: Sequence[Item] = (),
         probe: Probe | None = None,
+        rivals: Mapping[str, Edit] | None = None,
         given: Mapping[str, Intervention] | None = None,
         seed: int = 0,
     ):
-        self.given = given or {}
+        self.given, self.rivals = given or {}, rivals or {}
         self._engine, self.scores, self.items, self.probe = engine, scores, items, probe
         self.behaviour, self.plan, self.seed = behaviour, plan, seed
         self.journal = Journal(journal, replay=engine is None)
@@ -368,7 +370,7 @@ class Bench:
     def _intervention(self, candidate: Candidate) -> Intervention:
         if candidate.id in self.given:
             return self.given[candidate.id]
-        return intervention_of(candidate, self.scores, self.probe)
+        return intervention_of(candidate, self.scores, self.probe, self.rivals)
 
     def _system(self, candidate: Candidate) -> str | None:
         """The behaviour's system prompt, and a candidate's own after it."""

@@ -21,9 +21,10 @@ from ..behaviours.base import Prompt
 from ..edits import Scores
 from ..engines.base import Engine
 from ..files.schema import parse
+from ..method.rivals import WITH_EVIDENCE
 from ..method.variants import FULL
 from ..probing.chat import CHAT, Chat
-from .candidates import TITLES, Candidate, directed, edited, intervention_of, steered, steered_at
+from .candidates import TITLES, Candidate, directed, edited, intervention_of, rival, steered, steered_at
 from .grid import short
 from .plan import AUTO, Search
 from .statistics import finite
@@ -201,10 +202,21 @@ def steering_ladder(targets: Sequence[float]) -> Ladder:
     return Ladder("steering", lambda gamma: steered(short(gamma, 4)), 0.03, 3.0, 0.0, targets, first=5, tight=4.0)
 
 
-# The baselines on the residual stream after one layer: kind → (layer, strength) → candidate.
-_AT_LAYER = {"layer": steered_at, "direction": directed}
-# The strengths of their first rungs. After every layer a small part of the way to the positive mean moves much.
-_FIRST = {"layer": (0.2, 3.0), "direction": (0.005, 0.3)}
+# The baselines whose direction is read after one layer: kind → (layer, strength) → candidate.
+_AT_LAYER: dict[str, Callable[[int, float], Candidate]] = {
+    "layer": steered_at,
+    "direction": directed,
+    "rosi": lambda layer, gamma: rival("rosi", gamma, layer=layer),
+}
+# The strengths of the first rungs. After every layer a small part of the way to the positive mean moves much. The mean
+# of a weight's rows is short: ROSI needs a large strength.
+_FIRST = {
+    "layer": (0.2, 3.0),
+    "direction": (0.005, 0.3),
+    "rosi": (1.0, 100.0),
+    "llm_va": (0.05, 2.0),
+    "null_space": (0.05, 2.0),
+}
 
 
 def layer_ladder(kind: str, layer: int, targets: Sequence[float]) -> Ladder:
@@ -215,11 +227,21 @@ def layer_ladder(kind: str, layer: int, targets: Sequence[float]) -> Ladder:
     return Ladder(name, lambda gamma: make(layer, short(gamma, 4)), low, high, 0.0, targets, first=4, tight=8.0)
 
 
+def rival_ladder(kind: str, layers: str | None, targets: Sequence[float]) -> Ladder:
+    """Of a rival that edits some layers; None is all of them."""
+    low, high = _FIRST[kind]
+    name = TITLES[kind] + ("" if layers is None else f", layers {layers}")
+    return Ladder(
+        name, lambda gamma: rival(kind, short(gamma, 4), layers=layers), low, high, 0.0, targets, first=4, tight=8.0
+    )
+
+
 def baseline_ladders(search: Search, edits: int, layers: Sequence[int]) -> list[Ladder]:
     """The ladders of what edits are compared with, each method with as many strengths as there are edits.
 
     Args:
-        layers: at which the baselines of one layer are tried, with equal shares of the strengths.
+        layers: at which the baselines of one layer are tried, with equal shares of the strengths. Rivals that edit some
+            layers have equal shares for each of the edits' own ranges.
     """
     ladders = []
     if search.steering == AUTO:
@@ -228,6 +250,10 @@ def baseline_ladders(search: Search, edits: int, layers: Sequence[int]) -> list[
         if kind in search.baselines and layers:
             each = max(2, math.ceil(edits / len(layers)))
             ladders += [layer_ladder(kind, layer, targets_of(search.span, each)) for layer in layers]
+    for kind in search.rivals:
+        if kind in WITH_EVIDENCE:
+            each = max(2, math.ceil(edits / len(search.layers)))
+            ladders += [rival_ladder(kind, ranges, targets_of(search.span, each)) for ranges in search.layers]
     return ladders
 
 

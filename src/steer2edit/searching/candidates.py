@@ -13,9 +13,12 @@ from ..edits import Edit, Scores
 from ..errors import EditError, FileError
 from ..method.intervention import NOTHING, Intervention, Term, residual_key, steering
 from ..method.preserve import EPSILON
+from ..method.rivals import RIVALS
+from ..method.site import layers_of
 from ..method.theorems import output_direction
 from ..method.variants import FULL, PRESERVE, SCORED, VARIANTS
 from ..probing.probe import Probe
+from ..probing.rivals import safety_direction
 from ..probing.traces import Label
 
 Values = tuple[float | None, ...]
@@ -28,11 +31,14 @@ TITLES = {
     "steering": "steering",
     "layer": "one layer",
     "direction": "direction",
+    "rosi": "ROSI",
+    "llm_va": "LLM-VA",
+    "null_space": "null space",
     "lora": "rank-1 LoRA",
     "fine_tuning": "full fine-tuning",
     "edit": "edit",
 }
-# What a search compares edits with.
+# What a search compares edits with; RIVALS only if `search.baselines` names them.
 BASELINES = ("system", "steering", "layer", "direction")
 # Where in the model the baselines of one layer are tried, as shares of its depth.
 DEPTHS = (0.35, 0.5, 0.65)
@@ -46,8 +52,9 @@ class Candidate:
         id: its name in files.
         kind: of TITLES. "system": a system prompt. "steering": out += γv at every block (paper, section 3). "layer":
             x += γv on the residual stream after one layer. "direction": the residual stream's coordinate along one
-            layer's v̂ moves towards the positive traces' mean, after every layer. "lora", "fine_tuning": a checkpoint of
-            training, which only an engine that holds it can run. "edit": an edit's configuration.
+            layer's v̂ moves towards the positive traces' mean, after every layer. "rosi", "llm_va", "null_space": the
+            closed forms of `method.rivals`, with a strength. "lora", "fine_tuning": a checkpoint of training, which
+            only an engine that holds it can run. "edit": an edit's configuration.
         config: its settings.
     """
 
@@ -149,6 +156,22 @@ def directed(layer: int, gamma: float) -> Candidate:
     return Candidate(f"direction-{layer}-{gamma}", "direction", {"layer": layer, "gamma": gamma})
 
 
+def rival(kind: str, gamma: float, *, layer: int | None = None, layers: str | None = None) -> Candidate:
+    """A rival of the edit at a strength.
+
+    Args:
+        layer: of ROSI, after which its direction is read. layers: of the others, those that are edited; None is all.
+
+    >>> rival("llm_va", 0.5, layers="8-20")
+    Candidate(id='llm_va-0.5-layers-8-20', kind='llm_va', config={'gamma': 0.5, 'layers': '8-20'})
+    """
+    if layer is not None:
+        return Candidate(f"{kind}-{layer}-{gamma}", kind, {"layer": layer, "gamma": gamma})
+    if layers is None:
+        return Candidate(f"{kind}-{gamma}", kind, {"gamma": gamma})
+    return Candidate(f"{kind}-{gamma}-layers-{layers}", kind, {"gamma": gamma, "layers": layers})
+
+
 def tried_layers(probe: Probe) -> list[int]:
     """The layers at which the baselines of one layer are tried; none if the probe did not measure the stream."""
     last = len(probe.residual) - 1
@@ -216,11 +239,17 @@ def _hard(edit: Edit, rho_attn: float | None, rho_mlp: float | None, alpha: floa
     return replace(edit, sites=sites)
 
 
-def intervention_of(candidate: Candidate, scores: Mapping[str, Scores], probe: Probe | None = None) -> Intervention:
+def intervention_of(
+    candidate: Candidate,
+    scores: Mapping[str, Scores],
+    probe: Probe | None = None,
+    rivals: Mapping[str, Edit] | None = None,
+) -> Intervention:
     """What a candidate does inside the model; nothing for the original model and for a system prompt.
 
     Args:
         probe: with the means of the residual stream, for baselines on it.
+        rivals: kind → what it does at strength 1, for rivals of the edit.
     """
     if candidate.kind in ("base", "system"):
         return NOTHING
@@ -230,12 +259,25 @@ def intervention_of(candidate: Candidate, scores: Mapping[str, Scores], probe: P
     if candidate.kind == "steering":
         return steering(steering_vectors(scores[FULL]), gamma, candidate.id)
     assert probe is not None
+    if candidate.kind in RIVALS:
+        return _of_rival((rivals or {})[candidate.kind], candidate, probe)
     means = probe.residual
     layer = candidate.config["layer"]
     v = means[layer]["positive"] - means[layer]["negative"]
     if candidate.kind == "layer":
         return Intervention(candidate.id, {residual_key(layer): Term(b=gamma * v)})
     return Intervention(candidate.id, _towards_positive(means, output_direction(v), gamma))
+
+
+def _of_rival(edit: Edit, candidate: Candidate, probe: Probe) -> Intervention:
+    """A rival at its strength: in some layers, or with the direction that is read after one layer."""
+    config = candidate.config
+    if (layers := config.get("layers")) is not None:
+        edit = edit.only(layers_of(layers))
+    if (layer := config.get("layer")) is not None:
+        direction = safety_direction(probe, layer)
+        edit = replace(edit, sites={key: replace(s, u=direction) for key, s in edit.sites.items()})
+    return edit.with_strength(config["gamma"]).intervention(candidate.id)
 
 
 def _towards_positive(

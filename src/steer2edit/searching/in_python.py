@@ -20,10 +20,11 @@ from ..engines.base import Engine, Progress
 from ..errors import EditError, RecipeError
 from ..files.schema import nearest, parse
 from ..files.writing import make_folder, write_jsonl
-from ..method.variants import FULL, PRESERVE, SCORED
+from ..method.variants import FULL, SCORED
 from ..probing.chat import CHAT, Chat
 from ..probing.collect import collect
 from ..probing.probe import Probe
+from ..probing.rivals import rival_edit
 from ..probing.score import score as score_probe
 from ..probing.traces import Trace
 from .bench import Bench
@@ -170,7 +171,13 @@ def search(
         mark = _mark(live, behaviour, engine.chat)
         writer = Journalled(engine, place / f"own-{mark}.jsonl")
         traces = behaviour.make_traces(writer, behaviour.items(source, "probe"), None)
-        preserve = behaviour.preserved if PRESERVE in plan.variants else ()
+        preserve = behaviour.preserved if plan.needs_evidence else ()
+        if plan.needs_evidence and not preserve:
+            raise RecipeError(
+                f"{plan.needs_evidence[0]} has nothing to preserve",
+                got="a behaviour without prompts at which nothing is to change",
+                fix="Leave it out, or write a recipe with probe.preserve.",
+            )
         probe = collect(live, engine.tokenizer, traces, chat=engine.chat, preserve=preserve)
         agreement = [cosine for cosine in probe.provenance["halves_agree"].values() if cosine is not None]
         if agreement:
@@ -179,10 +186,22 @@ def search(
         for variant in plan.variants:
             if variant in SCORED:
                 scores[variant] = score_probe(live, probe, variant=variant)
+        rivals: dict[str, Edit] = {kind: rival_edit(live, probe, scores[FULL], kind) for kind in plan.rivals}
         validation = behaviour.completed(writer, behaviour.items(source, "validation"))
         neutral = load_neutral(str(behaviour.neutral_prompts), "validation", 0, measured.utility_prompts)
         journal = place / f"journal-{_mark(traces, mark, seed)}.jsonl"
-        bench = Bench(engine, scores, validation, behaviour, measured, journal, neutral=neutral, probe=probe, seed=seed)
+        bench = Bench(
+            engine,
+            scores,
+            validation,
+            behaviour,
+            measured,
+            journal,
+            neutral=neutral,
+            probe=probe,
+            rivals=rivals,
+            seed=seed,
+        )
         default = behaviour.limits
         limits = {m: plan.limits.get(m.name, default.get(m.name, m.limit)) for m in behaviour.measures}
         aim = Aim(behaviour.attribute, limits, plan.rule, plan.tolerance, plan.reference, behaviour.ranked)

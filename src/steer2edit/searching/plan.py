@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..files.schema import Count, Many, Positive, Section, Share, Text, _number
+from ..method.rivals import RIVALS, WITH_EVIDENCE, Rival
 from ..method.site import are_layers
-from ..method.variants import Variant
+from ..method.variants import PRESERVE, Variant
 from .front import Rule
 
 
@@ -57,7 +58,7 @@ class Search(Section):
     `grid` tries every combination. `tpe` draws `trials` from the space that the lists span: from the smallest number to
     the largest, and off where the list has it. What is `auto` is found first: `points` strengths whose KL per token
     spans `span`, evenly in log KL, for each α. Edits are compared with `steering` and with the `baselines`, each of
-    which gets as many strengths as there are edits.
+    which gets as many strengths as there are edits; the closed-form rivals among these are off unless named.
 
     `pick` is a person's choice in place of the rule's: an edit's id, or its number on the front (choice.py).
     """
@@ -75,7 +76,7 @@ class Search(Section):
     trials: Many = 60
     at_once: Many = 12
     steering: Range | list[Positive] | Auto = []
-    baselines: list[Literal["system", "layer", "direction"]] = ["system", "layer", "direction"]
+    baselines: list[Literal["system", "layer", "direction", Rival]] = ["system", "layer", "direction"]
     rule: Rule = "largest"
     tolerance: Share = 0.05
     reference: Positive = 1.0
@@ -94,6 +95,16 @@ class Search(Section):
     def automatic(self) -> bool:
         """Whether calibration has to find any strength."""
         return AUTO in (self.rho_attn, self.rho_mlp, self.steering)
+
+    @property
+    def rivals(self) -> list[Rival]:
+        """The closed-form rivals that are tried, each once."""
+        return [kind for kind in RIVALS if kind in self.baselines]
+
+    @property
+    def needs_evidence(self) -> list[str]:
+        """What of the search is told by evidence at which prompts nothing is to change."""
+        return [name for name in (PRESERVE, *WITH_EVIDENCE) if name in (*self.variants, *self.baselines)]
 
     @model_validator(mode="after")
     def _edits(self) -> Search:

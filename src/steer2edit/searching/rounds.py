@@ -19,6 +19,7 @@ from ..edits import Scores
 from ..engines.base import Progress
 from ..errors import EditError, RecipeError
 from ..files.reading import read_jsonl
+from ..method.rivals import WITH_EVIDENCE
 from ..method.site import numbered_layers
 from ..method.variants import FULL
 from ..progress import say
@@ -57,13 +58,11 @@ def run_study(
         )
     study = Study()
     search = with_numbered_layers(search, bench.scores[FULL])
-    if "direction" in search.baselines and not bench.can_direct:
-        say(f"  {TITLES['direction']} is not tried: this engine adds only constants to the residual stream")
-        search = search.model_copy(update={"baselines": [kind for kind in search.baselines if kind != "direction"]})
+    search = without_impossible(bench, search)
     coarse = [] if AUTO in (search.rho_attn, search.rho_mlp) else coarse_grid(search)
     baselines = prompts_that_ask(bench, search)
     layers = _layers_of_baselines(bench, search)
-    if search.automatic or layers:
+    if search.automatic or layers or any(kind in WITH_EVIDENCE for kind in search.baselines):
         scale = _calibrated(bench, search, layers, planned_edits(search, coarse) if coarse else None)
         study.scale = scale.to_json()
         search, calibrated = resolved(search, scale)
@@ -79,6 +78,22 @@ def with_numbered_layers(search: Search, scores: Scores) -> Search:
     return search.model_copy(update={"layers": list(dict.fromkeys(layers))})
 
 
+def without_impossible(bench: Bench, search: Search) -> Search:
+    """The search without the baselines that cannot be tried here, of which it says why."""
+    reasons: dict[str, str] = {}
+    if not bench.can_direct:
+        reasons["direction"] = "this engine adds only constants to the residual stream"
+    for kind in search.rivals:
+        if kind not in bench.rivals:
+            reasons[kind] = "it was not made from the probe"
+        elif kind in WITH_EVIDENCE and not bench.own:
+            reasons[kind] = "its strengths are found by KL, and there are no neutral prompts"
+    for impossible, reason in reasons.items():
+        if impossible in search.baselines:
+            say(f"  {TITLES[impossible]} is not tried: {reason}")
+    return search.model_copy(update={"baselines": [kind for kind in search.baselines if kind not in reasons]})
+
+
 def prompts_that_ask(bench: Bench, search: Search) -> list[Candidate]:
     """The system prompts that the edits are compared with."""
     if "system" not in search.baselines:
@@ -91,7 +106,7 @@ def prompts_that_ask(bench: Bench, search: Search) -> list[Candidate]:
 
 def _layers_of_baselines(bench: Bench, search: Search) -> list[int]:
     """The layers at which the baselines on the residual stream are tried, or why there are none."""
-    wanted = [TITLES[kind] for kind in ("layer", "direction") if kind in search.baselines]
+    wanted = [TITLES[kind] for kind in ("layer", "direction", "rosi") if kind in search.baselines]
     if not wanted:
         return []
     reason = ""

@@ -3,10 +3,11 @@
 
 const SHAPES = {
   base: "square", system: "diamond", steering: "circle", layer: "triangle-up", direction: "triangle-down",
-  lora: "cross", fine_tuning: "x", edit: "star",
+  rosi: "pentagon", llm_va: "hexagon", null_space: "diamond-tall", lora: "cross", fine_tuning: "x", edit: "star",
 };
 const DASHES = {
-  system: "dot", steering: "solid", layer: "dash", direction: "dashdot", lora: "dash", fine_tuning: "dot", edit: "solid",
+  system: "dot", steering: "solid", layer: "dash", direction: "dashdot", rosi: "longdash", llm_va: "dot",
+  null_space: "longdashdot", lora: "dash", fine_tuning: "dot", edit: "solid",
 };
 const SIZES = { edit: 13, base: 11 };
 
