@@ -167,7 +167,9 @@ def test_empty_answers_at_the_end_of_a_list_are_left_out(tmp_path: Path) -> None
     longer = row | {key: [*row[key], ""] for key in ("correct_answers", "incorrect_answers")}
     for split in ("probe", "test"):
         of_row, of_longer = (
-            truthfulness().items(_source(write_rows(tmp_path / f"{i}.jsonl", [other] + [_row(n) for n in range(1, 12)])), split)
+            truthfulness().items(
+                _source(write_rows(tmp_path / f"{i}.jsonl", [other] + [_row(n) for n in range(1, 12)])), split
+            )
             for i, other in enumerate((row, longer))
         )
         assert [(item.choices, item.target) for item in of_longer] == [(item.choices, item.target) for item in of_row]

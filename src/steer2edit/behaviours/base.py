@@ -273,7 +273,7 @@ class Behaviour(Section):
         return self.answers_wanted(items)
 
     def given_responses(self, items: Sequence[Item]) -> tuple[list[str], list[str]]:
-        """The responses of traces that no model writes for these items, positive and negative: what an estimate counts."""
+        """The responses, positive and negative, of traces that no model writes for these items: for an estimate."""
         return [], []
 
     def choices_of(self, item: Item) -> int:

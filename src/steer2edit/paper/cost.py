@@ -1,5 +1,5 @@
-"""How much work a suite is, stage by stage and part by part: tokens that are written, read and scored, steps of training,
-loads of the model. `machine.py` says how long a machine takes for it, `traced.py` what the traces are.
+"""How much work a suite is, stage by stage and part by part: tokens that are written, read and scored, steps of
+training, loads of the model. `machine.py` says how long a machine takes for it, `traced.py` what the traces are.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .machine import Speed, Work, edit_numbers, parameters
 from .plan import Part, Planned, SuitePlan
 from .traced import PREFIX, TEMPLATE, mean_tokens, tokens_of, traced
 
-# Candidates that a calibration measures: of a ladder of edits, and of one of a baseline. Rungs of the first round, and those
-# that move in on the targets: so many the recipes that ship had.
+# Candidates that a calibration measures: of a ladder of edits, and of one of a baseline. Rungs of the first round, and
+# those that move in on the targets: so many the recipes that ship had.
 _EDIT_LADDER, _OTHER_LADDER = 2.5 * RUNGS, 7
 # The answers on which a calibration measures KL.
 _ANSWERS = 4
@@ -34,7 +34,7 @@ _SANITY = 15  # tokens of a simple prompt
 _LAYERS = 3
 # How much longer a batch of traces is than its tokens, since it is padded to its longest.
 _PADDED = 1.25
-# Seconds: of a run's report, of scores for each way to score, of importing what trains, of a part's figures and intervals.
+# Seconds: of a run's report, of scores for each way to score, of importing what trains, of a part's figures.
 _REPORT, _SCORE, _IMPORTS, _FIGURES = 5.0, 0.5, 8.0, 4.0
 # A journal's characters for each token.
 _JOURNAL = 6
@@ -255,15 +255,16 @@ def part_work(part: Part, recipe: Recipe, profile: Profile, expected: float | No
         test = _of(asked_on(recipe, "test", sizes.prompts), recipe, expected) + tasks
         methods = len(PAPERS) + 3  # each block type alone, and steering
         tried = _of(asked_on(recipe, "validation"), recipe, expected).times(1 + methods * sizes.points)
-        # Of each variant the same numbers; of every method its choice, and at equal KL another one in half of the cases.
+        # Of each variant the same numbers; of every method its choice, and at equal KL another one in half of cases.
         on_test = len(PAPERS) - 1 + methods * (1 if sizes.points == 1 else 1.5) + 2 * (sizes.prompts is not None)
         scores = Work(fixed=_SCORE * len(SCORED))
         return scores + _calibration(recipe, methods - 1, 1) + tried + test.times(on_test)
     if part == "sensitivity":
-        sizes = profile.sensitivity
-        test = _of(asked_on(recipe, "test", sizes.prompts), recipe, expected) + tasks
-        work = test.times(2 * (len(sizes.values) or sizes.points) + (sizes.prompts is not None))
-        return work if sizes.values else work + _calibration(recipe, 2, 0)
+        budgets = profile.sensitivity
+        test = _of(asked_on(recipe, "test", budgets.prompts), recipe, expected) + tasks
+        numbers = len(budgets.values) or budgets.points
+        work = test.times(2 * numbers + (budgets.prompts is not None))
+        return work if budgets.values else work + _calibration(recipe, 2, 0)
     return Work()  # training: the run's own test asked everything
 
 

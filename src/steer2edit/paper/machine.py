@@ -23,7 +23,7 @@ class Work:
     """What is to be done.
 
     Attributes:
-        written: tokens by the model. read: tokens of prompts, and of traces in the probe. scored: tokens of given texts.
+        written: tokens by the model. read: those of prompts, and of traces in the probe. scored: those of given texts.
         lora, full: tokens that steps of training take in, of rank-1 LoRA and of every weight.
         loads: how often the model is loaded. stored: bytes of checkpoints that are written to the disk and synced.
         fixed: seconds that no speed of the model says: figures, intervals, packages that are imported.
@@ -78,8 +78,8 @@ class Speed:
         return taken + work.loads * self.load + work.fixed
 
 
-# What a step of training costs in forward passes: the backward pass to the activations costs one more, that to the weights
-# another. Of rank-1 LoRA the weights that take a gradient are few.
+# What a step of training costs in forward passes: the backward pass to the activations costs one more, that to the
+# weights another. Of rank-1 LoRA the weights that take a gradient are few.
 STEP_OF_LORA, STEP_OF_ALL = 2.0, 3.0
 
 

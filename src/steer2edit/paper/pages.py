@@ -1,4 +1,4 @@
-"""A finished suite as a page for documentation: its Markdown with the command that made it on top, and its figures beside it.
+"""A finished suite as a page for documentation: its Markdown, the command that made it on top, its figures beside it.
 
 The page holds no date and no absolute path, so that the same results give the same page.
 """

@@ -1,7 +1,7 @@
 """How fast this machine is: a model's own speeds, by a short trial, and the parts that bound any model here.
 
-One trial serves all runs of a model. `speed.json` in the suite's folder keeps it, so that a resumed suite measures nothing
-again.
+One trial serves all runs of a model. `speed.json` in the suite's folder keeps it, so that a resumed suite measures
+nothing again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Known:
     """What `speed.json` holds.
 
     Attributes:
-        models: model and machine → speed and parameters. answers: a behaviour of a model → the mean tokens of its answers.
+        models: model and machine → speed and parameters. answers: a model's behaviour → the mean tokens of an answer.
     """
 
     path: Path

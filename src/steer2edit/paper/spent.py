@@ -1,4 +1,4 @@
-"""What a suite took, beside what was estimated before it: a file for scripts, a table for its page, a line for people."""
+"""What a suite took, beside what was estimated before it: a file for scripts, a table for its page, a sentence."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Spent:
     """Seconds of a suite.
 
     Attributes:
-        estimated: run → stage or part → what was estimated before it. taken: the same of what it really took, over all the
-            times that it was stopped and went on.
+        estimated: run → stage or part → what was estimated before it. taken: the same of what it really took, over all
+            the times that it was stopped and went on.
     """
 
     estimated: Parts
@@ -29,7 +29,9 @@ class Spent:
 
     def rows(self) -> list[tuple[str, float | None, float | None]]:
         """Part, what was estimated and what it took, over all runs; in the order of the work."""
-        names = dict.fromkeys(part for of_all in (self.estimated, self.taken) for run in of_all.values() for part in run)
+        names = dict.fromkeys(
+            part for of_all in (self.estimated, self.taken) for run in of_all.values() for part in run
+        )
         return [(part, _sum(self.estimated, part), _sum(self.taken, part)) for part in names]
 
     @property
@@ -50,7 +52,7 @@ def _sum(of_all: Parts, part: str) -> float | None:
 
 
 def spent_of(found: Sequence[Forecast], taken: Parts) -> Spent:
-    """The estimates of a suite's runs beside what the clock counted. Runs of other suites in the same folder are left out.
+    """The estimates of a suite's runs beside what the clock counted; parts of other suites in its folder are left out.
 
     Args:
         taken: run → part → seconds; what belongs to no run stands under other names, and counts.
@@ -82,7 +84,9 @@ def said_of(spent: Spent) -> str:
     totals = spent.totals
     if totals is None:
         return f"It took {duration(took)}; no time was estimated before it."
-    return f"It took {duration(took)}; {duration(totals[0])} were estimated before it, a factor of {took / totals[0]:.2f}."
+    return (
+        f"It took {duration(took)}; {duration(totals[0])} were estimated before it, a factor of {took / totals[0]:.2f}."
+    )
 
 
 def spent_markdown(spent: Spent) -> str:

@@ -39,7 +39,8 @@ def paper(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what it would cost.")] = False,
     pages: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Also write the finished suite as a page with its figures there.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also write the finished suite as a page with its figures there."),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A recipe key to override in every run; may be given again.")

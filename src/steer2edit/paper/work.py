@@ -144,7 +144,7 @@ def _page(
     plan: SuitePlan, out: Path, result: SuiteResult, side_effects: SideEffects | None, left_out: set[Part]
 ) -> list[str]:
     """Writes tables and figures; the lines of the page that shows them."""
-    page = [f"# The paper's experiments: {plan.suite}, profile {plan.profile_name}", "", *_introduction(plan)]
+    page = [f"# {_title(plan)}, profile {plan.profile_name}", "", *_introduction(plan)]
     for part in plan.parts:
         measured = list(_measured(part, plan, result))
         tables = [table_of(part, of) for of in measured]
@@ -190,16 +190,25 @@ def _averages(ablations: list[Of], out: Path, result: SuiteResult) -> list[str]:
     return ["## All models and behaviours", "", text]
 
 
+def _title(plan: SuitePlan) -> str:
+    return "Styles, which are not the paper's" if plan.suite == "styles" else f"The paper's experiments: {plan.suite}"
+
+
 def _introduction(plan: SuitePlan) -> Iterator[str]:
+    of_paper = "" if plan.suite == "styles" else f"; *paper* is {published().source}"
     yield (
-        f"Numbers in brackets are 95 % intervals; *paper* is {published().source}. Every choice was made on validation;"
-        " every number below was measured on test."
+        f"Numbers in brackets are 95 % intervals{of_paper}. Every choice was made on validation; every number below was"
+        " measured on test."
     )
-    if plan.profile_name != "paper":
+    if plan.profile_name != "paper" and plan.suite != "styles":
         yield (
             f"\nThe profile {plan.profile_name} has fewer prompts, shorter answers and other sets than the paper: its"
             " numbers cannot be compared with the paper's one by one."
         )
+    few = {"ablations": plan.profile.ablations.prompts, "sensitivity": plan.profile.sensitivity.prompts}
+    for part in plan.parts:
+        if few.get(part) is not None:
+            yield f"\n{TITLES[part]}: measured on the first {few[part]} test prompts of each kind."
     yield ""
 
 
