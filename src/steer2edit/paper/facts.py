@@ -192,12 +192,21 @@ class Machine(Section):
     disk: Positive
 
 
+class CpuShares(Section):
+    """The shares of what a matrix product reaches on a CPU that forward passes and steps of decoding reach."""
+
+    forward: Positive
+    decoding: Positive
+
+
 class Machines(Section):
-    """The accelerators that a plan estimates for, and the shares of their figures that are assumed to be reached."""
+    """The accelerators that a plan estimates for, and the shares of their figures that are assumed to be reached; of a
+    CPU those that were measured."""
 
     compute_share: Positive
     bandwidth_share: Positive
     machines: list[Machine]
+    cpu: CpuShares
 
 
 class Published(Section):

@@ -3,12 +3,12 @@
 A machine is a few speeds. They are measured with the model itself, or follow from its shape:
 
     forward pass   t = 2·N / (F · s_c)                                            a token
-    decoding       t = max(w / (B · s_b), R · 2·N' / (F · s_c)) + R · kv · L / (B · s_b)    a step of R rows
+    decoding       t = max(w / (B · s_b), R · 2·N' / (F · s_d)) + R · kv · L / (B · s_b)    a step of R rows
     training       t = 3 · 2·N' / (F · s_c), of LoRA 2 · 2·N' / (F · s_c)         a token of a step
 
 N are the parameters without embedding and head, N' those with the head, w the bytes of all weights. F are the machine's
-operations a second and B its bytes of memory, s_c and s_b the shares of them that are reached, kv the bytes of the keys
-and values of a token, and L the mean length of a row. docs/paper.md says how well this fits.
+operations a second and B its bytes of memory, s_c, s_d and s_b the shares of them that are reached, kv the bytes of the
+keys and values of a token, and L the mean length of a row. docs/paper.md says how well this fits.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Hardware:
 
     Attributes:
         compute: operations a second that are reached. bandwidth: bytes a second that are reached. disk: bytes a second.
-        memory: bytes; None does not bound. bytes_each: of a weight.
+        memory: bytes; None does not bound. bytes_each: of a weight. decoding: the share of these operations that steps
+            of decoding reach, whose products are small.
     """
 
     compute: float
@@ -122,6 +123,7 @@ class Hardware:
     disk: float
     memory: float | None = None
     bytes_each: int = 2
+    decoding: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def estimate(shape: Shape, hardware: Hardware, rows: int, length: float) -> Esti
     inner = 2.0 * parameters(shape, embedding=False)
     head = 2.0 * shape.d * shape.vocabulary
     forward = inner / hardware.compute
-    step = max(weights / hardware.bandwidth, rows * (inner + head) / hardware.compute)
+    step = max(weights / hardware.bandwidth, rows * (inner + head) / (hardware.compute * hardware.decoding))
     step += rows * cache / hardware.bandwidth
     scored = 1 / (forward + head / hardware.compute)
     speed = Speed(

@@ -23,6 +23,7 @@ from ..files.writing import write_json
 from ..method.intervention import NOTHING, Intervention, steering
 from ..progress import say
 from ..recipe import Recipe
+from .facts import machines
 from .machine import STEP_OF_ALL, STEP_OF_LORA, Hardware, Speed
 from .traced import TEMPLATE, tokens_of
 
@@ -167,9 +168,11 @@ def _speed(recipe: Recipe, host: Host) -> Speed:
     taken = _seconds(lambda: counts.extend(len(a.ids) for a in engine.generate(same, table, _TOKENS)), 1)
     written = max(1, sum(counts)) / taken
     pairs = [(prompts[0], (prompts[0] * _GIVEN_TOKENS)[i : i + _GIVEN_TOKENS]) for i in range(_GIVEN)]
-    # The original model's row leads each batch, as in a search.
-    given = _GIVEN * _GIVEN_TOKENS * (1 + _CONFIGURATIONS)
-    return Speed(written, read, given / _seconds(lambda: engine.losses(pairs, table), 1))
+    # The original model's row leads each batch, as in a search; each row reads the prompt once.
+    in_batch = 1 + _CONFIGURATIONS
+    taken = _seconds(lambda: engine.losses(pairs, table), 1)
+    given = max(taken - in_batch * len(prompts[0]) / read, taken / 2)
+    return Speed(written, read, in_batch * _GIVEN * _GIVEN_TOKENS / given)
 
 
 def _mean_answer(engine: Engine, recipe: Recipe) -> float | None:
@@ -272,7 +275,15 @@ def cpu_here(folder: str | Path) -> Hardware:
     tall, vector = torch.randn(4 * size, 4 * size), torch.randn(4 * size)
     _seconds(lambda: tall @ vector, 1)
     bandwidth = tall.numel() * 4 / _seconds(lambda: tall @ vector, 5)
-    return Hardware(compute, bandwidth, _disk(Path(folder)), _memory(), 4)
+    shares = machines().cpu
+    return Hardware(
+        shares.forward * compute,
+        bandwidth,
+        _disk(Path(folder)),
+        _memory(),
+        4,
+        decoding=shares.decoding / shares.forward,
+    )
 
 
 def _writing(folder: Path, size: int = 64_000_000) -> float:
