@@ -203,11 +203,11 @@ def test_parts_ask_only_what_the_runs_own_test_did_not() -> None:
     # Of two stars and two strengths of the sweep one each is the choice.
     assert part_work("trade_off", recipe, profile).written == 2 * one
     assert part_work("trade_off", recipe, profile.model_copy(update={"swept": 1})).written == one
-    assert part_work("sensitivity", recipe, profile).written == 4 * one
     assert part_work("training", recipe, profile) == Work()
     # With fewer prompts of each kind nothing is known: the original model is asked again.
-    few = profile.model_copy(update={"sensitivity": profile.sensitivity.model_copy(update={"prompts": 1})})
-    assert part_work("sensitivity", recipe, few).written == pytest.approx((1 + 4) * 3 * 4)
+    for prompts, written in ((None, 4 * one), (1, (1 + 4) * 3 * 4)):
+        few = profile.model_copy(update={"sensitivity": profile.sensitivity.model_copy(update={"prompts": prompts})})
+        assert part_work("sensitivity", recipe, few).written == pytest.approx(written)
 
 
 def test_ablations_cost_more_with_more_points() -> None:

@@ -229,6 +229,32 @@ def test_the_sensitivity_sweeps_one_budget_at_the_chosen_alpha(whole: Path) -> N
     assert {row["rank"] for row in rows} == {""}
 
 
+def test_what_a_runs_own_test_has_asked_is_not_asked_again(whole: Path) -> None:
+    run = whole / "runs" / "model-safety"
+    choice = json.loads((run / "choice.json").read_text(encoding="utf-8"))
+    known = {"base", choice["edit"]["id"], choice["steering"]["id"]}
+    part = PartResult.load(run / FOLDER / "trade_off.json")
+    left = {row.id for row in part.rows} - known
+    (path,) = (run / "evaluation").glob("journal-*.jsonl")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    asked = [line for line in lines if line["round"] == f"trade_off {part.key}" and line["what"] == "answers"]
+    prompts = sum(len(part.base.values[name]) for name in ("refusal", "over_refusal", "over_refusal_borderline"))
+    assert sum(len(line["outcomes"]) for line in asked) == len(left) * prompts > 0
+    assert [line for line in lines if line["round"].startswith("training")] == []
+
+
+def test_the_sensitivity_asks_the_first_prompts_of_each_kind_alone(whole: Path) -> None:
+    """Two of each, as the profile says; the values are those that the same candidate has on all prompts."""
+    runs = {name: whole / "runs" / f"model-{name}" / FOLDER for name in NAMES}
+    few, all_of_them = (PartResult.load(runs["safety"] / f"{part}.json") for part in ("sensitivity", "trade_off"))
+    for name in ("refusal", "over_refusal", "over_refusal_borderline"):
+        values = all_of_them.base.values[name]
+        assert few.base.values[name] == values[:2]
+    assert len(few.base.values["refusal"]) == 2 < len(all_of_them.base.values["refusal"])
+    page = (whole / PAGE).read_text(encoding="utf-8")
+    assert "Budget sensitivity: measured on the first 2 test prompts of each kind." in page
+
+
 def test_the_last_table_has_every_measure_of_every_behaviour_under_every_edit(whole: Path) -> None:
     rows = rows_of(whole, "side_effects")
     places = {(row["edit"], row["of"]) for row in rows}

@@ -33,8 +33,8 @@ _ANSWERS, _TOKENS, _CONFIGURATIONS = 64, 12, 4
 _GIVEN, _GIVEN_TOKENS = 6, 24
 # Answers whose length is taken. Up to so many tokens most of a model's answers are cut: none is asked for.
 _LENGTHS, _CUT = 12, 32
-# Tokens of a trace that a step of training takes in.
-_TRACE = 64
+# Tokens of a trace that a step of training takes in, and the share of the memory that a step may need to be tried.
+_TRACE, _OF_MEMORY = 64, 0.6
 _FILE = "speed.json"
 
 
@@ -214,10 +214,13 @@ def _of_training(host: Host, recipe: Recipe, scored: float) -> dict[str, float]:
 
 
 def _trainable(model: Any) -> bool:
+    """Whether a step can be tried: in fp32, on a CPU whose memory holds weights, gradients and two moments of each."""
     import torch
 
-    whole = all(p.dtype == torch.float32 and not p.is_meta for p in model.parameters())
-    return whole and not getattr(model, "is_quantized", False)
+    whole = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+    memory = _memory()
+    fits = memory is None or 16 * _parameters(model) < _OF_MEMORY * memory
+    return whole and fits and not getattr(model, "is_quantized", False)
 
 
 def _steps(model: Any, batch: int) -> tuple[float, float]:
