@@ -151,7 +151,7 @@ def test_traces_are_counted_as_each_behaviour_makes_them(tmp_path: Path) -> None
     # Of 10 answers of 24 tokens a fifth on either side.
     brevity = traced(runs["efficiency"], None)
     assert brevity.writing.written == 10 * 24
-    assert brevity.probing.read == pytest.approx(4 * brevity.positive)
+    assert brevity.probing.read == pytest.approx(4 * (brevity.positive + 24 / 2))  # the positive ones are the shortest
     assert traced(runs["efficiency"], 7.0).writing.written == 10 * 7
 
 
@@ -258,8 +258,8 @@ def test_the_profile_cpu_has_two_hundred_test_prompts_for_each_attribute(tmp_pat
 
 
 def test_all_suites_of_the_profile_cpu_fit_into_ninety_minutes(tmp_path: Path) -> None:
-    """By the speeds that two cores had with the embedded model."""
-    speed = Speed(written=170, read=330, scored=380, load=3, lora=130, full=110, stored=2e8)
+    """By speeds that two cores have with the embedded model."""
+    speed = Speed(written=180, read=480, scored=300, load=3, lora=140, full=100, stored=2e8)
     plans = [plan_suite(suite, tmp_path) for suite in ("all", "styles")]
     seconds = [cost_of(run, plan, size=135e6).seconds(speed) for plan in plans for run in plan.runs]
     assert sum(seconds) <= 90 * 60

@@ -56,5 +56,7 @@ def traced(recipe: Recipe, expected: float | None) -> Traced:
     prompt = PREFIX + asked
     given = sum(map(tokens_of, [*positive, *negative]))
     read = kept * (prompt + length) + (len(positive) + len(negative)) * prompt + given
-    response = sum(map(tokens_of, positive)) / len(positive) if positive else length
+    # Where only some of the answers are kept, the positive ones are the shortest.
+    own = length / 2 if kept < answers else length
+    response = sum(map(tokens_of, positive)) / len(positive) if positive else own
     return Traced(Work(answers * length, answers * asked), Work(read=read), prompt + response)
