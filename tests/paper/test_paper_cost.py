@@ -238,13 +238,28 @@ def test_a_plan_says_tokens_time_disk_and_where_it_was_not_measured(tmp_path: Pa
     found = [Forecast(cost, {"search": 60.0, "train": 30.0}) for cost in costs]
     lines = lines_of(plan, found)
     assert "trained on; about 90 s here" in lines[1]
-    assert lines[-1] == "  in all: about 4 min here"
+    assert lines[-2:] == ["  in all: about 4 min here", "  of it: search 3 min, train 90 s"]
     unknown = lines_of(plan, [Forecast(cost, {}, "the model cannot be loaded") for cost in costs])
     assert "not measured here: the model cannot be loaded" in unknown[1]
     assert not any(line.startswith("  in all") for line in unknown)
     data = as_json(plan, found)
     assert [run["seconds"] for run in data["runs"]] == [90.0] * 3
     assert data["runs"][0]["parts"] == {"search": 60.0, "train": 30.0}
+
+
+def test_a_plan_says_where_full_fine_tuning_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 billion parameters 16 bytes each: more than 80 GB; the model itself fits into half precision."""
+    monkeypatch.setattr("steer2edit.paper.forecast.cpu_here", lambda folder: Hardware(1e11, 1e10, 1e9, 1e12, 4))
+    changes = ["training.full={}"]
+    name = "llama-3-8b-instruct"
+    for made, said in ((changes, True), ([], False)):
+        plan = plan_suite("training", tmp_path, model=name, profile="smoke", changes=made)
+        lines = [line for line in lines_of(plan, forecast(plan, tmp_path, fetch=False)) if "an estimate" in line]
+        assert ["full fine-tuning does not fit: it needs 128 GB in fp32" in line for line in lines] == [
+            said,
+            said,
+            False,
+        ]
 
 
 # The profile `cpu`, by speeds of a machine with two cores -------------------------------------------------------------

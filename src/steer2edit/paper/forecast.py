@@ -11,18 +11,23 @@ from ..errors import Steer2EditError
 from ..models.embedded import EMBEDDED
 from .cost import Cost, cost_of
 from .facts import PaperModel, machines
-from .machine import Estimate, Hardware, Work, estimate
+from .machine import Estimate, Hardware, Work, estimate, parameters
 from .plan import Planned, SuitePlan
 from .speed import Trial, cpu_here, trials_here
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A run on a machine, estimated from the model's shape."""
+    """A run on a machine, estimated from the model's shape.
+
+    Attributes:
+        training: bytes that a step of every weight needs; None if the run has none, or if they fit.
+    """
 
     machine: str
     estimate: Estimate
     seconds: float
+    training: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,11 @@ def _elsewhere(cost: Cost, planned: Planned, facts: PaperModel, cpu: Hardware) -
     found = []
     for name, hardware in places.items():
         one = estimate(facts.shape, hardware, planned.recipe.evaluation.rows, length)
-        found.append(Elsewhere(name, one, cost.seconds(one.speed)))
+        # In fp32 the weights, their gradients, and two moments of each.
+        needed = 16.0 * parameters(facts.shape)
+        trains = "fine_tuning" in planned.recipe.training.methods
+        too_much = trains and hardware.memory is not None and needed > hardware.memory
+        found.append(Elsewhere(name, one, cost.seconds(one.speed), needed if too_much else None))
     return found
 
 
@@ -118,10 +127,13 @@ def lines_of(plan: SuitePlan, found: Sequence[Forecast]) -> list[str]:
             fits = f"{e.needed / 1e9:.1f} GB with {e.rows} rows at once"
             if not e.fits:
                 fits = f"does not fit: the weights alone are {e.weights / 1e9:.1f} GB"
+            if place.training is not None:
+                fits += f"; full fine-tuning does not fit: it needs {place.training / 1e9:.0f} GB in fp32"
             lines.append(f"    {place.machine}: about {duration(place.seconds)}, {fits}; an estimate")
     known = [one.seconds for one in found if one.seconds is not None]
     if len(known) == len(found):
         lines.append(f"  in all: about {duration(sum(known))} here")
+        lines.append(f"  of it: {', '.join(_by_part(found))}")
     if any(one.elsewhere for one in found):
         shares = machines()
         lines.append(
@@ -129,6 +141,13 @@ def lines_of(plan: SuitePlan, found: Sequence[Forecast]) -> list[str]:
             f" operations and {shares.bandwidth_share:.0%} of the bandwidth are assumed to be reached (docs/paper.md)."
         )
     return lines
+
+
+def _by_part(found: Sequence[Forecast]) -> list[str]:
+    """The stages and parts of all runs that take a second or more, with their times."""
+    names = dict.fromkeys(part for one in found for part in one.parts)
+    seconds = {name: sum(one.parts.get(name, 0.0) for one in found) for name in names}
+    return [f"{name.replace('_', ' ')} {duration(taken)}" for name, taken in seconds.items() if taken >= 1]
 
 
 def _trained(work: Work) -> str:
