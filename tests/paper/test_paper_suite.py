@@ -182,6 +182,15 @@ def test_every_row_has_its_n_and_its_interval(whole: Path) -> None:
             assert row["published"] == ""
 
 
+def test_every_choice_stands_beside_its_budget(whole: Path) -> None:
+    for part in ("trade_off", "ablations", "training"):
+        chosen = [row for row in rows_of(whole, part) if row["condition"] in ("chosen", "equal budget")]
+        assert {row["behaviour"] for row in chosen} == set(NAMES)
+        for row in chosen:
+            assert int(row["configurations"]) > 0
+            assert int(row["evaluations"]) >= int(row["configurations"])
+
+
 def test_the_trade_off_has_the_sweep_the_best_edits_and_the_original(whole: Path) -> None:
     for name in NAMES:
         lines = {
