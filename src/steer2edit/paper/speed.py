@@ -10,6 +10,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def trials_here(recipes: Sequence[Recipe], folder: str | Path) -> Iterator[Trial
             yield failed[key]
             continue
         entry = known.models[key]
-        yield Trial(Speed(**entry["speed"]), known.answers[_answer_key(recipe)], entry["size"])
+        yield Trial(Speed(**entry["speed"]), known.answers.get(_answer_key(recipe)), entry["size"])
 
 
 def _model_key(recipe: Recipe) -> str:
@@ -120,7 +121,8 @@ def _measure_missing(key: str, recipes: Sequence[Recipe], known: _Known) -> None
     """
     trained = next((recipe for recipe in recipes if recipe.training.methods), None)
     entry = known.models.get(key)
-    missing = {_answer_key(recipe): recipe for recipe in recipes if _answer_key(recipe) not in known.answers}
+    long = [recipe for recipe in recipes if recipe.evaluation.new_tokens > _CUT]
+    missing = {_answer_key(recipe): recipe for recipe in long if _answer_key(recipe) not in known.answers}
     of_training = trained is not None and (entry is None or not entry["speed"]["lora"])
     if entry is not None and not missing and not of_training:
         return
@@ -178,8 +180,6 @@ def _speed(recipe: Recipe, host: Host) -> Speed:
 def _mean_answer(engine: Engine, recipe: Recipe) -> float | None:
     """The mean tokens of the model's own answers; None where most are cut, so that the most is what they have."""
     most = recipe.evaluation.new_tokens
-    if most <= _CUT:
-        return None
     behaviour = recipe.behaviour
     items = [item for item in behaviour.items(recipe.source, "validation") if not item.choices][:_LENGTHS]
     requests = [Request(engine.tokens(item.messages(behaviour.system))) for item in items]
@@ -246,7 +246,9 @@ def _steps(model: Any, batch: int) -> tuple[float, float]:
         step(1)  # makes the optimiser's moments
         return _seconds(lambda: step(batch), 1)
 
-    with torch.enable_grad(), torch.random.fork_rng():
+    with torch.enable_grad(), torch.random.fork_rng(), warnings.catch_warnings():
+        # Of the libraries about each other's names.
+        warnings.simplefilter("ignore", FutureWarning)
         model.requires_grad_(True)
         every = seconds(model)
         model.requires_grad_(False)
