@@ -19,6 +19,7 @@ from steer2edit.paper.forecast import Forecast, as_json, forecast, lines_of
 from steer2edit.paper.machine import Hardware, Shape, Speed, Work, cache_bytes, edit_numbers, estimate, parameters
 from steer2edit.paper.plan import plan_suite
 from steer2edit.paper.traced import PREFIX, TEMPLATE, tokens_of, traced
+from steer2edit.pipeline.keys import ORDER
 from steer2edit.recipe import load_recipe
 from tiny_six import save_tiny
 
@@ -100,7 +101,7 @@ def test_a_run_is_counted_by_hand() -> None:
     asked = asked_on(recipe, "validation")
     assert (asked.answers, asked.prompt, asked.choices) == (5, pytest.approx(prompt), 0)
     work = run_work(recipe)
-    assert list(work) == ["traces", "probe", "score", "search", "evaluate", "report"]
+    assert list(work) == list(ORDER)  # every stage of a run
     # Own answers to 6 probe prompts, of 5 tokens.
     assert work["traces"].written == 6 * 5
     # 5 candidates on validation and 3 on test, each with 5 answers of 4 tokens, and 2 neutral answers of 4 tokens.

@@ -34,8 +34,9 @@ _SANITY = 15  # tokens of a simple prompt
 _LAYERS = 3
 # How much longer a batch of traces is than its tokens, since it is padded to its longest.
 _PADDED = 1.25
-# Seconds: of a run's report, of scores for each way to score, of importing what trains, of a part's figures.
-_REPORT, _SCORE, _IMPORTS, _FIGURES = 5.0, 0.5, 8.0, 4.0
+# Seconds: of choosing an edit, of a run's report, of scores for each way to score, of importing what trains, and of the
+# figures of a part.
+_EDIT, _REPORT, _SCORE, _IMPORTS, _FIGURES = 1.0, 5.0, 0.5, 8.0, 4.0
 # A journal's characters for each token.
 _JOURNAL = 6
 
@@ -167,6 +168,8 @@ def run_work(recipe: Recipe, expected: float | None = None, size: float = 0.0) -
         + _calibration(recipe, *_ladders(search))
         + Work(edits * search.sanity * _length(recipe, expected), edits * search.sanity * _SANITY)
         + validation.times(1 + edits + steering_of(search, edits) + baselines_of(recipe, edits)),
+        "edit": Work(fixed=_EDIT),
+        "export": Work(),
         "evaluate": own + (test + _tasks(recipe, expected)).times(3 + len(search.baselines)),
         "report": Work(fixed=_REPORT),
     }
