@@ -161,6 +161,20 @@ def test_a_row_that_is_no_question_is_named(tmp_path: Path, change: dict[str, An
     assert fix.startswith('Write a row like {"question"')
 
 
+def test_empty_answers_at_the_end_of_a_list_are_left_out(tmp_path: Path) -> None:
+    """Rows of the published set have them."""
+    row = _row(0)
+    longer = row | {key: [*row[key], ""] for key in ("correct_answers", "incorrect_answers")}
+    for split in ("probe", "test"):
+        of_row, of_longer = (
+            truthfulness().items(
+                _source(write_rows(tmp_path / f"{i}.jsonl", [other] + [_row(n) for n in range(1, 12)])), split
+            )
+            for i, other in enumerate((row, longer))
+        )
+        assert [(item.choices, item.target) for item in of_longer] == [(item.choices, item.target) for item in of_row]
+
+
 def test_the_best_answer_is_not_an_incorrect_one_too(tmp_path: Path) -> None:
     """It would be compared with itself."""
     rows = [_row(i) for i in range(9)]

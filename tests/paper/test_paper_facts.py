@@ -11,6 +11,7 @@ from steer2edit.models.load import empty_model
 from steer2edit.paper.facts import (
     BEHAVIOURS,
     PROFILES,
+    STYLES,
     known_model,
     layouts,
     machines,
@@ -92,7 +93,8 @@ def test_a_number_that_the_paper_does_not_have_is_none() -> None:
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_has_every_behaviour(name: str) -> None:
     assert tuple(profile_named(name).behaviours) == BEHAVIOURS
-    assert set(profile_named(name).utility) == set(BEHAVIOURS) == set(layouts())
+    assert set(profile_named(name).utility) == set(BEHAVIOURS) == set(layouts()) - set(STYLES)
+    assert tuple(profile_named(name).styles) == (() if name == "paper" else STYLES)
 
 
 def test_an_unknown_profile_names_the_nearest() -> None:

@@ -170,5 +170,26 @@ def test_a_name_of_no_model_is_not_taken_for_one_of_the_six(tmp_path: Path) -> N
 
 
 def test_every_suite_has_parts() -> None:
-    assert set(SUITES) == {"safety", "truthfulness", "efficiency", "ablations", "sensitivity", "training", "all"}
+    assert set(SUITES) == {
+        *("safety", "truthfulness", "efficiency", "ablations", "sensitivity", "training", "all", "styles")
+    }
     assert set(SUITES["all"]) == {part for parts in SUITES.values() for part in parts}
+
+
+@pytest.mark.parametrize("profile", ["cpu", "smoke"])
+def test_no_prompt_of_a_style_stands_in_two_splits_or_has_a_response_in_the_traces(
+    profile: str, tmp_path: Path
+) -> None:
+    for run in plan_suite("styles", tmp_path, profile=profile).runs:
+        behaviour, source = run.recipe.behaviour, run.recipe.source
+        texts = {
+            split: {item.text for item in behaviour.items(source, split)} for split in ("probe", "validation", "test")
+        }
+        assert not texts["probe"] & texts["validation"]
+        assert not texts["test"] & (texts["probe"] | texts["validation"])
+        assert len(texts["test"]) == (200 if profile == "cpu" else 3)
+
+
+def test_the_papers_profile_has_no_styles(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the styles are not the paper's"):
+        plan_suite("styles", tmp_path, profile="paper", data=tmp_path)

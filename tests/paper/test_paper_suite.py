@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
 import random
+import re
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +19,21 @@ import pytest
 
 from runs import command
 from sides import SENTENCE
+from steer2edit.engines.host import Host
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError
+from steer2edit.paper import rows
 from steer2edit.paper.facts import paper_models
+from steer2edit.paper.forecast import forecast
 from steer2edit.paper.parts import FOLDER
 from steer2edit.paper.plan import SuitePlan, plan_suite
 from steer2edit.paper.rows import PartResult
 from steer2edit.paper.work import PAGE, SuiteResult, run_suite
+from steer2edit.pipeline import training
 from steer2edit.pipeline.run import Run
 from steer2edit.progress import be_quiet
+from steer2edit.searching import journal
+from steer2edit.training import course
 from tiny_six import save_like, save_tiny, write_sets
 
 # Answers to attacks are a hundred tokens long at least: one prompt of each is enough here.
@@ -45,14 +56,83 @@ def everything(model: str, out: Path) -> SuitePlan:
     return plan_suite("all", out, model=model, profile="smoke", changes=FAST)
 
 
+@dataclass
+class Watch:
+    """Which test prompts reached the model, and which of them before their run had its choice.
+
+    Attributes:
+        texts: run → the texts of its test prompts. run: that is at work now.
+    """
+
+    texts: dict[str, list[str]]
+    run: Run | None = None
+    seen: set[str] = field(default_factory=set)
+    early: set[str] = field(default_factory=set)
+
+    def look(self, tokenizer: Any, sequences: Iterable[Sequence[int]]) -> None:
+        if self.run is None:
+            return
+        name = self.run.folder.name
+        texts = "\n".join(tokenizer.decode(list(ids)) for ids in sequences)
+        found = {text for text in self.texts[name] if text in texts}
+        self.seen |= found
+        if found and not self.run.is_whole("edit"):
+            self.early |= found
+
+
 @pytest.fixture(scope="module")
-def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The suite `all` that nothing disturbed. Nobody changes it."""
+def watch(model: str) -> Watch:
+    plan = everything(model, Path("nowhere"))
+    items = {run.name: run.recipe.behaviour.items(run.recipe.source, "test") for run in plan.runs}
+    return Watch({name: [item.text for item in of_run] for name, of_run in items.items()})
+
+
+@pytest.fixture(scope="module")
+def whole(model: str, watch: Watch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The suite `all`, watched, that nothing disturbed. Nobody changes it."""
     be_quiet()
     out = tmp_path_factory.mktemp("suites") / "whole"
-    result = run_suite(everything(model, out), out)
+    with pytest.MonkeyPatch.context() as patch:
+        _watch_engine(watch, patch)
+        result = run_suite(everything(model, out), out)
     assert result.failures == {}
     return out
+
+
+def _watch_engine(watch: Watch, patch: pytest.MonkeyPatch) -> None:
+    """All that a model reads goes through these: answers, given texts, the traces of the probe and of training."""
+    generate, losses, working = TransformersEngine.generate, TransformersEngine.losses, Run.working
+    run_pass, examples_of = Host.run_pass, training.examples_of
+
+    def watched_generate(self: Any, requests: Any, *rest: Any) -> Any:
+        watch.look(self.tokenizer, [request.ids for request in requests])
+        return generate(self, requests, *rest)
+
+    def watched_losses(self: Any, pairs: Any, *rest: Any) -> Any:
+        watch.look(self.tokenizer, [prompt + answer for prompt, answer in pairs])
+        return losses(self, pairs, *rest)
+
+    def watched_pass(self: Any, plan: Any, *rest: Any) -> Any:
+        watch.look(self.engine.tokenizer, [span.ids for span in plan.spans])
+        return run_pass(self, plan, *rest)
+
+    def watched_examples(tokenizer: Any, *rest: Any, **more: Any) -> Any:
+        examples = examples_of(tokenizer, *rest, **more)
+        watch.look(tokenizer, [span.ids for span in examples])
+        return examples
+
+    @contextlib.contextmanager
+    def watched_working(self: Run) -> Iterator[None]:
+        watch.run = self
+        with working(self):
+            yield
+        watch.run = None
+
+    patch.setattr(TransformersEngine, "generate", watched_generate)
+    patch.setattr(TransformersEngine, "losses", watched_losses)
+    patch.setattr(Host, "run_pass", watched_pass)
+    patch.setattr(training, "examples_of", watched_examples)
+    patch.setattr(Run, "working", watched_working)
 
 
 NAMES = ("safety", "truthfulness", "efficiency")
@@ -79,6 +159,19 @@ def test_every_part_has_a_table_and_every_table_its_figures(whole: Path) -> None
     assert "# Not measured" not in page
 
 
+def test_no_model_reads_a_test_prompt_before_its_run_has_its_choice(whole: Path, watch: Watch) -> None:
+    assert watch.early == set()
+    # And afterwards every one of them, so that the watch sees what there is.
+    assert watch.seen == {text for texts in watch.texts.values() for text in texts}
+
+
+def test_no_test_prompt_can_be_read_before_the_choice(model: str, tmp_path: Path) -> None:
+    planned = everything(model, tmp_path).runs[0]
+    run = Run(tmp_path / "run", planned.recipe)
+    with pytest.raises(FileError, match="the test prompts are not read before an edit is chosen"):
+        run.items("test")
+
+
 def test_every_row_has_its_n_and_its_interval(whole: Path) -> None:
     for part in ("trade_off", "ablations", "sensitivity"):
         rows = rows_of(whole, part)
@@ -87,6 +180,15 @@ def test_every_row_has_its_n_and_its_interval(whole: Path) -> None:
             assert int(row["n"]) > 0
             assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
             assert row["published"] == ""
+
+
+def test_every_choice_stands_beside_its_budget(whole: Path) -> None:
+    for part in ("trade_off", "ablations", "training"):
+        chosen = [row for row in rows_of(whole, part) if row["condition"] in ("chosen", "equal budget")]
+        assert {row["behaviour"] for row in chosen} == set(NAMES)
+        for row in chosen:
+            assert int(row["configurations"]) > 0
+            assert int(row["evaluations"]) >= int(row["configurations"])
 
 
 def test_the_trade_off_has_the_sweep_the_best_edits_and_the_original(whole: Path) -> None:
@@ -136,6 +238,32 @@ def test_the_sensitivity_sweeps_one_budget_at_the_chosen_alpha(whole: Path) -> N
     assert {row["rank"] for row in rows} == {""}
 
 
+def test_what_a_runs_own_test_has_asked_is_not_asked_again(whole: Path) -> None:
+    run = whole / "runs" / "model-safety"
+    choice = json.loads((run / "choice.json").read_text(encoding="utf-8"))
+    known = {"base", choice["edit"]["id"], choice["steering"]["id"]}
+    part = PartResult.load(run / FOLDER / "trade_off.json")
+    left = {row.id for row in part.rows} - known
+    (path,) = (run / "evaluation").glob("journal-*.jsonl")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    asked = [line for line in lines if line["round"] == f"trade_off {part.key}" and line["what"] == "answers"]
+    prompts = sum(len(part.base.values[name]) for name in ("refusal", "over_refusal", "over_refusal_borderline"))
+    assert sum(len(line["outcomes"]) for line in asked) == len(left) * prompts > 0
+    assert [line for line in lines if line["round"].startswith("training")] == []
+
+
+def test_the_sensitivity_asks_the_first_prompts_of_each_kind_alone(whole: Path) -> None:
+    """Two of each, as the profile says; the values are those that the same candidate has on all prompts."""
+    runs = {name: whole / "runs" / f"model-{name}" / FOLDER for name in NAMES}
+    few, all_of_them = (PartResult.load(runs["safety"] / f"{part}.json") for part in ("sensitivity", "trade_off"))
+    for name in ("refusal", "over_refusal", "over_refusal_borderline"):
+        values = all_of_them.base.values[name]
+        assert few.base.values[name] == values[:2]
+    assert len(few.base.values["refusal"]) == 2 < len(all_of_them.base.values["refusal"])
+    page = (whole / PAGE).read_text(encoding="utf-8")
+    assert "Budget sensitivity: measured on the first 2 test prompts of each kind." in page
+
+
 def test_the_last_table_has_every_measure_of_every_behaviour_under_every_edit(whole: Path) -> None:
     rows = rows_of(whole, "side_effects")
     places = {(row["edit"], row["of"]) for row in rows}
@@ -178,33 +306,68 @@ def forget_time(out: Path) -> None:
     (out / PAGE).unlink()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_suite_that_was_killed_goes_on_and_ends_with_the_same_tables(
-    whole: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    """Killed six times, each time after another number of the engine's calls."""
+# What a suite writes as it goes on, by the part of its work: the kill comes after one of these.
+MOMENTS = {
+    "traces": r"model-safety/traces/journal",
+    "search": r"model-safety/search/journal",
+    "between two runs": r"model-safety/paper/[a-z]+\.json",
+    "training": r"model-truthfulness/training/.*\.safetensors",
+    "evaluate": r"model-truthfulness/evaluation/journal",
+    "ablations": r"model-efficiency/paper/ablations-validation",
+    "side effects": r"/side-effects/",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process of its own is a fork here")
+def test_a_suite_that_was_killed_goes_on_and_ends_with_the_same_tables(whole: Path, model: str, tmp_path: Path) -> None:
+    """Killed by SIGKILL once in each part of the work, after a number of writes that a seeded generator draws."""
     out = tmp_path / "suite"
-    draw = random.Random(seed)
-    kills = [draw.randint(1, 12) for _ in range(6)]
-    calls = 0
-    for name in ("generate", "losses"):
-        original = getattr(TransformersEngine, name)
-
-        def counted(self: Any, *arguments: Any, original: Any = original, **more: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if kills and calls == kills[0]:
-                raise KeyboardInterrupt
-            return original(self, *arguments, **more)
-
-        monkeypatch.setattr(TransformersEngine, name, counted)
-    while kills:
-        calls = 0
-        with pytest.raises(KeyboardInterrupt):
-            run_suite(everything(model, out), out)
-        kills.pop(0)
+    draw = random.Random(0)
+    for place in MOMENTS.values():
+        writes = sum(
+            len(path.read_bytes().splitlines()) if path.suffix == ".jsonl" else 1
+            for path in whole.rglob("*")
+            if path.is_file() and re.search(place, str(path))
+        )
+        assert writes > 0, place
+        killed_after(draw.randint(1, min(writes, 3)), place, model, out)
     run_suite(everything(model, out), out)
     assert tables_of(out) == tables_of(whole)
+
+
+def killed_after(count: int, place: str, model: str, out: Path) -> None:
+    """Runs the suite in another process, which is killed after so many writes to files whose path fits a pattern."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _die_after(count, place)
+            run_suite(everything(model, out), out)
+        finally:
+            os._exit(1)  # it was not killed: nothing of pytest may go on here
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"the suite was never stopped at {place}"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def _die_after(count: int, place: str) -> None:
+    """Patches every function that writes a file of the suite's work; this process ends, so that nothing is undone."""
+    left = count
+
+    def fatal(write: Any) -> Any:
+        def writing(path: Any, *rest: Any, **more: Any) -> Any:
+            nonlocal left
+            written = write(path, *rest, **more)
+            if re.search(place, str(path)):
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+        return writing
+
+    journal.append_jsonl = fatal(journal.append_jsonl)
+    course.write_weights = fatal(course.write_weights)
+    rows.write_json = fatal(rows.write_json)
 
 
 @pytest.mark.slow
@@ -271,6 +434,54 @@ def test_a_run_that_fails_says_why_and_the_others_are_kept(model: str, tmp_path:
     assert f"- model-efficiency: {result.failures['model-efficiency']}" in (out / PAGE).read_text(encoding="utf-8")
 
 
+def test_a_gated_model_is_one_sentence_and_what_others_gave_is_kept(
+    whole: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    load = AutoConfig.from_pretrained
+
+    def gated(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "owner/gated":  # as transformers has it
+            raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at …\n401")
+        return load(name, *rest, **more)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", gated)
+    out = Path(shutil.copytree(whole, tmp_path / "suite"))
+    plan = everything(model, out)
+    other = plan_suite("truthfulness", out, model="owner/gated", profile="smoke", changes=FAST).runs
+    both = replace(plan, runs=(*other, *plan.runs))
+    said = "the model owner/gated is gated (got: no access to it). Ask for access on its page on the Hub"
+    found = forecast(both, out)
+    assert [one.why.startswith(said) for one in found] == [True, False, False, False]
+    result = run_suite(both, out, found)
+    assert list(result.failures) == ["gated-truthfulness"]
+    assert result.failures["gated-truthfulness"].startswith(said)
+    assert {name: text for name, text in tables_of(out).items() if name.endswith(".csv")} == {
+        name: text for name, text in tables_of(whole).items() if name.endswith(".csv")
+    }
+    page = (out / PAGE).read_text(encoding="utf-8")
+    assert f"- gated-truthfulness: {said}" in page
+    assert "no time was estimated before it" in page
+
+
+def test_an_over_long_prompt_is_one_sentence_and_the_search_is_kept(model: str, tmp_path: Path) -> None:
+    sets = write_sets(tmp_path / "sets")
+    path = sets / "truthfulqa_test.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[0]["question"] = "bread " * 4000
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out = tmp_path / "suite"
+    plan = plan_suite("truthfulness", out, model=model, profile="smoke", data=sets, changes=[*FAST, "data.utility=[]"])
+    result = run_suite(plan, out)
+    assert list(result.failures) == ["model-truthfulness", "model-truthfulness, trade-off"]
+    assert {why.partition(" (got")[0] for why in result.failures.values()} == {
+        "a prompt and its answer are longer than the model can read"
+    }
+    assert all(why in (out / PAGE).read_text(encoding="utf-8") for why in result.failures.values())
+    assert Run(out / "runs/model-truthfulness", plan.runs[0].recipe).is_whole("edit")
+
+
 def test_an_over_long_question_is_left_out_and_said(tmp_path: Path) -> None:
     sets = write_sets(tmp_path / "sets")
     with open(sets / "gsm8k_test.jsonl", "a", encoding="utf-8") as file:
@@ -320,7 +531,7 @@ def test_training_is_a_part_of_its_own(model: str, tmp_path: Path) -> None:
     only = SuitePlan(plan.suite, plan.profile_name, plan.profile, plan.seeds, plan.runs[1:2])
     result: SuiteResult = run_suite(only, out)
     assert result.failures == {}
-    rows = [row for row in rows_of(out, "training") if row["method"] == "lora"]
+    rows = [row for row in rows_of(out, "training") if row["method"] == "rank-1 LoRA"]
     assert {row["configurations"] for row in rows} == {"1"}
     assert {row["configuration"] for row in rows} == {"learning rate 0.001, steps 2"}
     (tried,) = [row for row in result.parts["model-truthfulness", "training"].rows if row.method == "lora"]
@@ -342,6 +553,32 @@ def test_all_leaves_training_out_where_its_packages_are_missing(
         plan_suite("training", tmp_path, model=model, profile="smoke", changes=FAST)
 
 
+# The styles ---------------------------------------------------------------------------------------------------------
+
+
+def test_styles_are_compared_with_every_baseline(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "suite"
+    plan = plan_suite("styles", out, model=model, profile="smoke", changes=FAST)
+    assert [run.behaviour for run in plan.runs] == ["lists", "pirate"]
+    result = run_suite(replace(plan, runs=plan.runs[1:]), out)
+    assert result.failures == {}
+    rows = rows_of(out, "training")
+    chosen = {row["method"] for row in rows if row["condition"] == "chosen"}
+    every = {"edit", "steering", "system prompt", "one layer", "direction", "rank-1 LoRA"}
+    assert chosen <= every
+    assert {row["method"] for row in rows_of(out, "trade_off")} == {"original model", *chosen} - {"rank-1 LoRA"}
+    budgets = {front.method for front in result.parts["model-pirate", "training"].fronts}
+    # A ladder of one layer may have no strength at these KLs in a random model.
+    assert (
+        {"full", "steering", "system", "lora"}
+        <= budgets
+        <= {"full", "steering", "system", "layer", "direction", "lora"}
+    )
+    page = (out / PAGE).read_text(encoding="utf-8")
+    assert page.startswith("# Styles, which are not the paper's, profile smoke\n")
+    assert "arXiv" not in page
+
+
 # The command line ----------------------------------------------------------------------------------------------------
 
 
@@ -349,12 +586,26 @@ def test_the_verb_runs_a_suite_and_names_its_files(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("paper", "sensitivity", "--model", model, "--profile", "smoke", "--out", tmp_path / "out")
-    code = command(monkeypatch, *arguments, "--set", "evaluation.resamples=40")
+    pages = tmp_path / "docs"
+    code = command(monkeypatch, *arguments, "--set", "evaluation.resamples=40", "--pages", pages)
     seen = capsys.readouterr()
-    assert (code, [Path(line).name for line in seen.out.splitlines()][-1]) == (0, PAGE)
-    assert all(Path(line).is_file() for line in seen.out.splitlines())
+    files = [Path(line) for line in seen.out.splitlines()]
+    assert code == 0
+    assert all(file.is_file() for file in files)
+    assert {PAGE, "cost.json", "sensitivity-smoke.md"} <= {file.name for file in files}
     assert "tokens written" in seen.err
     assert "in all: about " in seen.err
+    # What it took, by part, beside what was estimated; the page for the documentation has it, too.
+    assert re.search(r"^It took .+; .+ were estimated before it, a factor of \d+\.\d\d\.$", seen.err, re.MULTILINE)
+    cost = json.loads((tmp_path / "out/cost.json").read_text(encoding="utf-8"))
+    known = {row["part"] for row in cost["parts"] if row["taken"] is not None and row["estimated"] is not None}
+    assert known >= {"traces", "probe", "score", "search", "evaluate", "report", "sensitivity", "tables and figures"}
+    assert cost["all"]["taken"] == pytest.approx(sum(row["taken"] or 0 for row in cost["parts"]), abs=0.01)
+    page = (pages / "sensitivity-smoke.md").read_text(encoding="utf-8")
+    assert "    steer2edit paper sensitivity --model model --profile smoke --set evaluation.resamples=40" in page
+    assert "| sensitivity | " in page
+    assert str(tmp_path) not in page
+    assert all((pages / figure).is_file() for figure in re.findall(r"\]\(([^)]+\.png)\)", page))
 
 
 def test_a_plan_runs_nothing(

@@ -42,6 +42,10 @@ def test_choices_are_compared_whole_and_per_character() -> None:
     question = Question("Q", (" ab", " abcdefgh", " x"), 1)
     # Whole: −3 is the highest. Per character: −1.5, −0.5, −3.
     assert of_one("arc_easy", question, Reply(log_p=(-3.0, -4.0, -3.5))) == {"arc_easy": 0.0, "arc_easy_norm": 1.0}
+    assert of_one("arc_challenge", question, Reply(log_p=(-2.0, -4.0, -0.4))) == {
+        "arc_challenge": 0.0,
+        "arc_challenge_norm": 0.0,  # per character −1, −0.5, −0.4: the third as well
+    }
     assert of_one("piqa", question, Reply(log_p=(-3.0, -2.0, -1.0))) == {"piqa": 0.0, "piqa_norm": 1.0}
     assert of_one("hellaswag", question, Reply(log_p=(-9.0, -2.0, -5.0))) == {"hellaswag": 1.0, "hellaswag_norm": 1.0}
     not_finite = Reply(log_p=(float("nan"), -2.0, -5.0))
@@ -75,6 +79,27 @@ def test_several_answers_to_a_question_count_by_their_mean() -> None:
     assert of_one("gsm8k", question, *said) == {"gsm8k": 0.5}
     question = Question("Which?", target=["C", "ABCD"])
     assert of_one("codemmlu", question, Reply(r"\boxed{C}"), Reply("B")) == {"codemmlu": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "right", "wrong"),
+    [
+        ("math500", r"\frac{1}{2}", r"So it is \boxed{\frac{2}{4}}.", r"\boxed{\frac{1}{3}}"),
+        ("gsm8k", "1,250", "In all 1250 apples.", "125"),
+        ("commonsenseqa", ["B", "ABCDE"], r"\boxed{B}", r"\boxed{A}"),
+        ("gpqa", ["D", "ABCD"], "It must be D.", "A or D: A"),
+        ("codemmlu", ["A", "ABCD"], r"First B, then \boxed{A}", "B"),
+    ],
+)
+def test_each_task_of_answers_in_words_by_hand(name: str, target: object, right: str, wrong: str) -> None:
+    question = Question("Q", target=target)
+    assert of_one(name, question, Reply(right)) == {name: 1.0}
+    assert of_one(name, question, Reply(wrong), Reply(right), Reply("")) == {name: pytest.approx(1 / 3)}
+
+
+def test_every_task_is_counted_by_hand_in_this_file() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in TASKS if f'"{name}"' not in text] == []
 
 
 def test_what_is_not_finite_gives_no_mean() -> None:

@@ -268,6 +268,14 @@ class Behaviour(Section):
         """
         return len(items)
 
+    def answers_kept(self, items: Sequence[Item]) -> int:
+        """How many of these answers become traces: what an estimate counts."""
+        return self.answers_wanted(items)
+
+    def given_responses(self, items: Sequence[Item]) -> tuple[list[str], list[str]]:
+        """The responses, positive and negative, of traces that no model writes for these items: for an estimate."""
+        return [], []
+
     def choices_of(self, item: Item) -> int:
         """How many choices an item has to compare, those that are still to be written among them."""
         return len(item.choices)

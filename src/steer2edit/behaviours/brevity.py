@@ -120,6 +120,9 @@ class Brevity(Behaviour):
             for item, answer in side
         ]
 
+    def answers_kept(self, items: Sequence[Item]) -> int:
+        return 2 * max(1, int(self.share * len(items)))
+
     def _counts(self, item: Item, answer: Answer) -> bool:
         said = answer.text[answer.start :]
         return bool(answer.ids) and (not self.correct_only or is_right(said, str(item.target)))

@@ -194,6 +194,12 @@ class Custom(Behaviour):
     def answers_wanted(self, items: Sequence[Item]) -> int:
         return 0 if self.more.file is not None else 2 * len(items)
 
+    def given_responses(self, items: Sequence[Item]) -> tuple[list[str], list[str]]:
+        if self.more.file is None:
+            return [], []
+        more, less = zip(*(item.target for item in items), strict=True) if items else ((), ())
+        return [text for text in more if text is not None], [text for text in less if text is not None]
+
     def choices_of(self, item: Item) -> int:
         return 2 if item.kind == PAIR else 0
 

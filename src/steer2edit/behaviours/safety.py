@@ -151,6 +151,12 @@ class Safety(Behaviour):
         harmful = self.positive == "own" or "harmful" in self.negative
         return sum(harmful if item.kind == "harmful" else item.kind in self.negative for item in items)
 
+    def given_responses(self, items: Sequence[Item]) -> tuple[list[str], list[str]]:
+        if self.positive == "own":
+            return [], []
+        refusals, harmful = written_refusals(), sum(item.kind == "harmful" for item in items)
+        return [refusals[i % len(refusals)] for i in range(harmful)], []
+
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Also says how many own answers to harmful prompts it leaves out of the negative set since they decline."""
         of_kind = {kind: [item for item in items if item.kind == kind] for kind in self.kinds}

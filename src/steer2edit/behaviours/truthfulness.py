@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -111,6 +112,12 @@ class Truthfulness(Behaviour):
     def answers_wanted(self, items: Sequence[Item]) -> int:
         return len(items) if self.answers == "own" else 0
 
+    def given_responses(self, items: Sequence[Item]) -> tuple[list[str], list[str]]:
+        """Of a file of labelled answers nothing is read: the data set's own answers stand in for them."""
+        traces = [trace for item in items for trace in self._of_row(item)] if self.answers != "own" else []
+        positive = [trace.response for trace in traces if trace.label == "positive"]
+        return positive, [trace.response for trace in traces if trace.label == "negative"]
+
     def make_traces(self, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> list[Trace]:
         """Raises TraceError if own answers have no judge, or no answer of one label is left."""
         if self.answers == "dataset":
@@ -209,10 +216,17 @@ def multiple_choice(outcome: Outcome, correct: int) -> dict[str, float]:
     return {MC1.name: float(log_p[0] > max(log_p[correct:])), MC2.name: sum(p[:correct]) / sum(p)}
 
 
+def _whole(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without empty answers: rows of the published set have some at the end of their lists."""
+    lists = {key: value for key, value in row.items() if isinstance(value, list)}
+    return dict(row) | {key: [x for x in value if x != ""] for key, value in lists.items()}
+
+
 def _fits(row: Mapping[str, Any]) -> bool:
     def texts(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(isinstance(x, str) and x.strip() for x in value)
 
+    row = _whole(row)
     best = row.get("best_answer")
     lists = texts(row.get("correct_answers")) and texts(row.get("incorrect_answers"))
     known = lists and isinstance(best, str) and bool(best.strip())
@@ -221,7 +235,7 @@ def _fits(row: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=4)
 def _cached(path: str, digest: str) -> list[Row]:
-    return read_rows(path, _ROW, _fits)
+    return [replace(row, values=_whole(row.values)) for row in read_rows(path, _ROW, _fits)]
 
 
 def _read(path: str) -> list[Row]:

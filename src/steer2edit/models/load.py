@@ -165,6 +165,12 @@ def _loading(name: str) -> Iterator[None]:
         ) from None
     except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "gated repo" in str(error):
+            raise ModelError(
+                f"the model {name} is gated",
+                got="no access to it",
+                fix="Ask for access on its page on the Hub and log in with `hf auth login`, or give a folder with it.",
+            ) from None
         raise ModelError(
             f"the model {name} cannot be loaded",
             got=first,

@@ -21,6 +21,8 @@ from ..training.plan import Training
 
 # The paper's behaviours, as the suites name them.
 BEHAVIOURS = ("safety", "truthfulness", "efficiency")
+# Two that are not the paper's.
+STYLES = ("lists", "pirate")
 PROFILES = ("paper", "cpu", "smoke")
 
 
@@ -99,18 +101,21 @@ class Samples(Section):
 
 
 class Ablations(Section):
-    """Each method's strengths: so many, whose KL per token spans `span`."""
+    """Each method's strengths: so many, whose KL per token spans `span`. `prompts`: at most so many of each kind are
+    asked on test; null is all."""
 
     points: Many
     span: tuple[Positive, Positive]
+    prompts: Many | None = None
 
 
 class Sensitivity(Section):
-    """The budgets that are swept: numbers or, where there are none, so many found by KL."""
+    """The budgets that are swept: numbers or, where there are none, so many found by KL. `prompts`: as above."""
 
     values: list[Positive]
     points: Many
     span: tuple[Positive, Positive]
+    prompts: Many | None = None
 
 
 class Coarse(Section):
@@ -133,19 +138,25 @@ class OfBehaviour(Section):
 
 
 class Profile(Section):
-    """The sizes of every suite. `coarse: null` leaves the strengths to the search of the recipe."""
+    """The sizes of every suite. `coarse: null` leaves the strengths to the search of the recipe.
+
+    `stars`: so many of the best edits on validation stand in the trade-off. `swept`: at most so many steering strengths
+    of validation's front do; null is the whole sweep. `styles`: the behaviours that are not the paper's.
+    """
 
     needs_folder: bool
     sampled: bool
     samples: Samples
     seeds: Many
     stars: Many
+    swept: Many | None = None
     ablations: Ablations
     sensitivity: Sensitivity
     training: Training
     coarse: Coarse | None
     model: dict[str, Any] = {}
     behaviours: dict[str, OfBehaviour]
+    styles: dict[str, OfBehaviour] = {}
     utility: dict[str, list[str]]
     utility_items: Many | None = None
     search: dict[str, Any] = {}  # an anchor that the behaviours share
@@ -181,12 +192,21 @@ class Machine(Section):
     disk: Positive
 
 
+class CpuShares(Section):
+    """The shares of what a matrix product reaches on a CPU that forward passes and steps of decoding reach."""
+
+    forward: Positive
+    decoding: Positive
+
+
 class Machines(Section):
-    """The accelerators that a plan estimates for, and the shares of their figures that are assumed to be reached."""
+    """The accelerators that a plan estimates for, and the shares of their figures that are assumed to be reached; of a
+    CPU those that were measured."""
 
     compute_share: Positive
     bandwidth_share: Positive
     machines: list[Machine]
+    cpu: CpuShares
 
 
 class Published(Section):

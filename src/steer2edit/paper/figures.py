@@ -9,6 +9,7 @@ from typing import Any
 from ..behaviours.base import UTILITY_LOSS
 from ..method.variants import FULL
 from ..report.drawing import LOOKS, MUTED, SERIES, canvas, legend_below, save
+from ..searching.candidates import BASELINES, TITLES
 from .parts import BUDGETS
 from .pooling import Number
 from .tables import ATTRIBUTE, UTILITY, Line, Table
@@ -40,7 +41,7 @@ def trade_off_figure(table: Table, path: Path) -> list[Path]:
     for axis, (cost, label) in zip(axes, costs.items(), strict=True):
         of_method = {
             "base": [line for line in table.lines if line.how == "original"],
-            "steering": [line for line in table.lines if line.method == "steering"],
+            **{kind: [line for line in table.lines if line.method == kind] for kind in BASELINES},
             "edit": [line for line in table.lines if line.method == FULL],
         }
         for kind, lines in of_method.items():
@@ -52,7 +53,7 @@ def trade_off_figure(table: Table, path: Path) -> list[Path]:
             if kind == "steering":
                 swept = _by_strength(places)
                 axis.plot(*zip(*swept, strict=True), color=look.colour, lw=1.1, ls=look.dash, zorder=2)
-            name = {"base": "original", "steering": "steering", "edit": "best edits on validation"}[kind]
+            name = "best edits on validation" if kind == "edit" else TITLES[kind]
             style = {"color": look.colour, "marker": look.marker, "ms": look.size, "mec": "white", "mew": 0.5}
             entries[name] = axis.plot(*zip(*points, strict=True), ls="none", zorder=3, **style)[0]
             for line in lines:

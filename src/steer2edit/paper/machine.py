@@ -1,52 +1,86 @@
 """How long a machine takes for the work of a suite, and how much memory a model needs.
 
-A machine is three speeds. They are measured with the model itself, or follow from its shape:
+A machine is a few speeds. They are measured with the model itself, or follow from its shape:
 
     forward pass   t = 2·N / (F · s_c)                                            a token
-    decoding       t = max(w / (B · s_b), R · 2·N' / (F · s_c)) + R · kv · L / (B · s_b)    a step of R rows
+    decoding       t = max(w / (B · s_b), R · 2·N' / (F · s_d)) + R · kv · L / (B · s_b)    a step of R rows
+    training       t = 3 · 2·N' / (F · s_c), of LoRA 2 · 2·N' / (F · s_c)         a token of a step
 
 N are the parameters without embedding and head, N' those with the head, w the bytes of all weights. F are the machine's
-operations a second and B its bytes of memory, s_c and s_b the shares of them that are reached, kv the bytes of the keys
-and values of a token, and L the mean length of a row. docs/paper.md says how well this fits.
+operations a second and B its bytes of memory, s_c, s_d and s_b the shares of them that are reached, kv the bytes of the
+keys and values of a token, and L the mean length of a row. docs/paper.md says how well this fits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .facts import Shape
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens. written: by the model. read: of prompts before that. scored: of given texts, with their prompts."""
+    """What is to be done.
+
+    Attributes:
+        written: tokens by the model. read: those of prompts, and of traces in the probe. scored: those of given texts.
+        lora, full: tokens that steps of training take in, of rank-1 LoRA and of every weight.
+        loads: how often the model is loaded. stored: bytes of checkpoints that are written to the disk and synced.
+        fixed: seconds that no speed of the model says: figures, intervals, packages that are imported.
+    """
 
     written: float = 0.0
     read: float = 0.0
     scored: float = 0.0
+    lora: float = 0.0
+    full: float = 0.0
+    loads: float = 0.0
+    stored: float = 0.0
+    fixed: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.written + other.written, self.read + other.read, self.scored + other.scored)
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
 
     def times(self, factor: float) -> Work:
-        return Work(factor * self.written, factor * self.read, factor * self.scored)
+        return Work(*(factor * getattr(self, f.name) for f in fields(Work)))
 
     @property
     def tokens(self) -> float:
+        """Those that are written, read or scored."""
         return self.written + self.read + self.scored
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second, and the seconds of loading the model once."""
+    """What a model does a second, in the units of `Work`, and the seconds of loading it once.
+
+    Attributes:
+        lora, full: tokens of training steps; 0 is not known, and no time is counted. stored: bytes; 0 likewise.
+    """
 
     written: float
     read: float
     scored: float
     load: float = 0.0
+    lora: float = 0.0
+    full: float = 0.0
+    stored: float = 0.0
 
     def seconds(self, work: Work) -> float:
-        return work.written / self.written + work.read / self.read + work.scored / self.scored
+        """How long the work takes.
+
+        >>> Speed(written=10, read=100, scored=50, load=3).seconds(Work(written=20, read=300, scored=100, loads=2))
+        13.0
+        """
+        known = ("written", "read", "scored", "lora", "full", "stored")
+        speeds = {name: getattr(self, name) for name in known}
+        taken = sum(getattr(work, name) / speed for name, speed in speeds.items() if speed)
+        return taken + work.loads * self.load + work.fixed
+
+
+# What a step of training costs in forward passes: the backward pass to the activations costs one more, that to the
+# weights another. Of rank-1 LoRA the weights that take a gradient are few.
+STEP_OF_LORA, STEP_OF_ALL = 2.0, 3.0
 
 
 def parameters(shape: Shape, embedding: bool = True) -> int:
@@ -80,7 +114,8 @@ class Hardware:
 
     Attributes:
         compute: operations a second that are reached. bandwidth: bytes a second that are reached. disk: bytes a second.
-        memory: bytes; None does not bound. bytes_each: of a weight.
+        memory: bytes; None does not bound. bytes_each: of a weight. decoding: the share of these operations that steps
+            of decoding reach, whose products are small.
     """
 
     compute: float
@@ -88,6 +123,7 @@ class Hardware:
     disk: float
     memory: float | None = None
     bytes_each: int = 2
+    decoding: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +161,16 @@ def estimate(shape: Shape, hardware: Hardware, rows: int, length: float) -> Esti
     inner = 2.0 * parameters(shape, embedding=False)
     head = 2.0 * shape.d * shape.vocabulary
     forward = inner / hardware.compute
-    step = max(weights / hardware.bandwidth, rows * (inner + head) / hardware.compute)
+    step = max(weights / hardware.bandwidth, rows * (inner + head) / (hardware.compute * hardware.decoding))
     step += rows * cache / hardware.bandwidth
-    speed = Speed(rows / step, 1 / forward, 1 / (forward + head / hardware.compute), weights / hardware.disk)
+    scored = 1 / (forward + head / hardware.compute)
+    speed = Speed(
+        rows / step,
+        1 / forward,
+        scored,
+        weights / hardware.disk,
+        scored / STEP_OF_LORA,
+        scored / STEP_OF_ALL,
+        hardware.disk,
+    )
     return Estimate(speed, weights, rows, weights + rows * cache + _RESERVE, fits)

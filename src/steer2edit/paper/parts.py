@@ -23,15 +23,16 @@ from ..method.variants import FULL, PAPERS, SCORED, Variant
 from ..pipeline.names import CHOICE, SCORES, TRAINED_CHOICE
 from ..pipeline.reporting import read_study
 from ..pipeline.run import Run
-from ..pipeline.tasks import each_task
+from ..pipeline.stages import chosen_of
+from ..pipeline.tasks import each_task, tasks_journal
 from ..pipeline.trained import engine_on_test, is_trained, rounds_on_test
 from ..probing.score import score
 from ..progress import say, showing
 from ..searching.bench import Bench
 from ..searching.calibrate import Ladder, climb, edit_ladder, steering_ladder, targets_of
-from ..searching.candidates import BASE, Candidate, Trial, edited, intervention_of, of_kind
+from ..searching.candidates import BASE, BASELINES, TITLES, Candidate, Trial, edited, intervention_of, of_kind
 from ..searching.front import Aim, choose, cost_of, hypervolume_interval, pareto
-from ..searching.grid import short
+from ..searching.grid import evenly, short
 from ..searching.journal import Journal
 from ..tasks.asking import Asking, groups
 from .facts import Profile
@@ -67,7 +68,12 @@ def measure_part(part: Part, run: Run, planned: Planned, profile: Profile) -> Pa
 def _key(part: str, run: Run, profile: Profile) -> str:
     """Of everything that a part depends on."""
     keys = [run.keys[name] for name in ("edit", "test answers", "evaluate", "search")]
-    sizes = [profile.stars, profile.ablations.model_dump(mode="json"), profile.sensitivity.model_dump(mode="json")]
+    sizes = [
+        profile.stars,
+        profile.swept,
+        profile.ablations.model_dump(mode="json"),
+        profile.sensitivity.model_dump(mode="json"),
+    ]
     files = [sha256(run.path(name)) for name in (SCORES, CHOICE)]
     text = json.dumps([importlib.metadata.version("steer2edit"), part, keys, sizes, files])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -81,6 +87,8 @@ class _Work:
         self.choice: Mapping[str, Any] = read_json(run.path(CHOICE))
         self.aim: Aim = run.recipe.aim
         self.config: Mapping[str, Any] = self.choice["edit"]["config"]
+        # What the run's own test asked.
+        self.chosen = chosen_of(self.choice)
 
     def journal(self, name: str) -> Path:
         return self.run.path(f"{FOLDER}/{self.part}-{name}-{self.key}.jsonl")
@@ -105,12 +113,26 @@ class _Work:
         wanted: Sequence[Wanted],
         scores: Mapping[str, Scores],
         fronts: Sequence[Front] = (),
+        most: int | None = None,
     ) -> PartResult:
-        """Every candidate on test, each asked once though it may stand in several rows."""
+        """Every candidate on test, each asked once though it may stand in several rows. What the run's own test asked
+        is known.
+
+        Args:
+            most: at most so many prompts of each kind are asked; None is all.
+        """
         tried = list({c.id: c for c in [BASE, *(candidate for _, _, candidate, _ in wanted)]}.values())
-        bench = self.run.bench("test", self.journal("test"), self.run.engine, scores=scores)
+        trials: dict[str, Trial] = {}
+        if most is None:
+            bench = self.run.bench("test", self.run.journal("test"), self.run.engine, scores=scores)
+            trials = {trial.candidate.id: trial for trial in bench.run(self.chosen, "test")}
+        else:
+            bench = self.run.bench("test", self.journal("test"), self.run.engine, scores=scores, most=most)
+        left = [candidate for candidate in tried if candidate.id not in trials]
         with showing(f"{self.part}, test") as progress:
-            trials = {trial.candidate.id: trial for trial in bench.run(tried, "test", progress)}
+            # The key: another part of this name, with other settings, is another round of the same journal.
+            new = bench.run(left, f"{self.part} {self.key}", progress) if left else []
+        trials |= {trial.candidate.id: trial for trial in new}
         values, about, first = self._tasks(tried, scores)
         every: list[Wanted] = [("original", "original", BASE, None), *wanted]
         rows = [
@@ -123,26 +145,40 @@ class _Work:
         self, tried: Sequence[Candidate], scores: Mapping[str, Scores]
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any], dict[str, str]]:
         """Candidate → task's measure → values; what is said of each task; and the measure that stands for it."""
-        data = self.run.recipe.data
-        if not data.utility and not data.attacks:
-            return {}, {}, {}
-        journal = Journal(self.journal("tasks"))
-        asking = Asking(self.run.engine, journal, tried, self.run.recipe.evaluation.rows)
-        of_candidates = groups(tried, lambda candidate: intervention_of(candidate, scores, self.run.probe))
         values: dict[str, dict[str, Any]] = {candidate.id: {} for candidate in tried}
         about: dict[str, Any] = {}
         first: dict[str, str] = {}
-        for name, of_task in each_task(self.run, asking, of_candidates):
-            if isinstance(of_task, Steer2EditError):
-                about[name] = {"not_measured": str(of_task)}
-                continue
-            about[name] = of_task.about
-            means = [metric for metric in of_task.metrics if metric.aggregate is None and metric.measure.column]
-            if means:
-                first[name] = means[0].name
-            for candidate, of_candidate in zip(tried, of_task.values, strict=True):
-                values[candidate.id] |= {metric.name: tuple(of_candidate[metric.name]) for metric in means}
+        data = self.run.recipe.data
+        if not data.utility and not data.attacks:
+            return values, about, first
+        for path, some in self._asked_of(tried):
+            asking = Asking(self.run.engine, Journal(path), some, self.run.recipe.evaluation.rows)
+            of_candidates = groups(some, lambda candidate: intervention_of(candidate, scores, self.run.probe))
+            for name, of_task in each_task(self.run, asking, of_candidates):
+                if isinstance(of_task, Steer2EditError):
+                    about[name] = {"not_measured": str(of_task)}
+                    continue
+                about[name] = of_task.about
+                means = [metric for metric in of_task.metrics if metric.aggregate is None and metric.measure.column]
+                if means:
+                    first[name] = means[0].name
+                for candidate, of_candidate in zip(some, of_task.values, strict=True):
+                    numbers = {metric.name: tuple(of_candidate[metric.name]) for metric in means}
+                    values.setdefault(candidate.id, {}).update(numbers)
         return values, about, first
+
+    def _asked_of(self, tried: Sequence[Candidate]) -> list[tuple[Path, list[Candidate]]]:
+        """Which candidates are asked tasks together, and the journal of each group: the run's own test has its own.
+
+        With a system prompt among them all are asked together: a question that is too long after that prompt is left
+        out for all.
+        """
+        known = {candidate.id for candidate in self.chosen}
+        left = [candidate for candidate in tried if candidate.id not in known]
+        if any(candidate.kind == "system" for candidate in self.chosen):
+            return [(self.journal("tasks"), list(tried))]
+        groups_of_all = [(tasks_journal(self.run), self.chosen), (self.journal("tasks"), left)]
+        return [(path, some) for path, some in groups_of_all if some]
 
 
 # The trade-off -----------------------------------------------------------------------------------------------------
@@ -152,26 +188,44 @@ def _trade_off(work: _Work) -> PartResult:
     """The steering sweep, and the best edits by the rule's ranking on validation; what was chosen stands first."""
     study = read_study(work.run)
     chosen = work.config
-    wanted: list[Wanted] = []
-    for kind, method in (("edit", FULL), ("steering", "steering")):
-        brief = work.choice.get(kind)
-        if brief:
-            wanted.append((method, "chosen", Candidate(brief["id"], kind, brief["config"]), None))
+    wanted = chosen_rows(work.chosen)
     stars = ranked(of_kind(study.trials, "edit"), work.aim)[: work.profile.stars]
     wanted += [(FULL, "star", trial.candidate, None) for trial in stars if trial.candidate.config != chosen]
-    wanted += [("steering", "swept", trial.candidate, None) for trial in of_kind(study.trials, "steering")]
-    fronts = [
+    swept = swept_of(of_kind(study.trials, "steering"), work.choice["front"].get("steering", ()), work.profile.swept)
+    wanted += [("steering", "swept", candidate, None) for candidate in swept]
+    return work.on_test(wanted, work.scores(), _fronts(work.choice, ("edit", *BASELINES)))
+
+
+def chosen_rows(chosen: Sequence[Candidate]) -> list[Wanted]:
+    """Rows of what validation chose of each method: the edit, steering, then the others."""
+    order = ["edit", "steering", *(kind for kind in TITLES if kind not in ("base", "edit", "steering"))]
+    of_methods = sorted((c for c in chosen if c is not BASE), key=lambda c: order.index(c.kind))
+    return [(FULL if c.kind == "edit" else c.kind, "chosen", c, None) for c in of_methods]
+
+
+def swept_of(trials: Sequence[Trial], on_front: Sequence[str], most: int | None) -> list[Candidate]:
+    """The strengths of a sweep that are asked on test: all, or at most so many of those on validation's front."""
+    if most is None:
+        return [trial.candidate for trial in trials]
+    some = [trial.candidate for trial in trials if trial.candidate.id in on_front]
+    some = some or [trial.candidate for trial in trials]
+    return evenly(sorted(some, key=lambda candidate: candidate.config["gamma"]), most)
+
+
+def _fronts(choice: Mapping[str, Any], kinds: Sequence[str]) -> list[Front]:
+    """What a choice says of methods' fronts on validation, of those that were tried."""
+    return [
         Front(
             FULL if kind == "edit" else kind,
-            work.choice["tried"][kind],
-            work.choice["evaluations"][kind],
-            work.choice["hypervolume"][kind],
-            ids=tuple(work.choice["front"].get(kind, ())),
+            choice["tried"][kind],
+            choice["evaluations"][kind],
+            choice["hypervolume"][kind],
+            "" if choice.get(kind) else "none stays within the limits",
+            tuple(choice["front"].get(kind, ())),
         )
-        for kind in ("edit", "steering")
-        if work.choice["tried"].get(kind)
+        for kind in kinds
+        if choice["tried"].get(kind)
     ]
-    return work.on_test(wanted, work.scores(), fronts)
 
 
 def ranked(trials: Sequence[Trial], aim: Aim) -> list[Trial]:
@@ -218,7 +272,7 @@ def _ablations(work: _Work) -> PartResult:
     target = _equal_kl(work, wanted)
     for some_method, some in points.items():
         wanted += [(some_method, "equal KL", candidate, kl) for candidate, kl in some if kl == target]
-    return work.on_test(wanted, scores, fronts)
+    return work.on_test(wanted, scores, fronts, work.profile.ablations.prompts)
 
 
 def _front(method: str, trials: Sequence[Trial], work: _Work, asked: int) -> Front:
@@ -288,7 +342,7 @@ def _sensitivity(work: _Work) -> PartResult:
     for method, some in swept.items():
         wanted += [(method, "swept", candidate, kl) for candidate, kl in some]
         fronts.append(Front(method, len(some), 0, None, "" if some else "no strength has a KL in the span"))
-    return work.on_test(wanted, scores, fronts)
+    return work.on_test(wanted, scores, fronts, work.profile.sensitivity.prompts)
 
 
 def _swept(config: Mapping[str, Any], block: str, rho: float) -> Candidate:
@@ -332,31 +386,17 @@ def _training(work: _Work) -> PartResult:
     if not is_trained(run):
         raise FileError("the training baselines are not whole", got=run.folder, fix="Run the suite again.")
     trained = read_json(run.path(TRAINED_CHOICE))
-    bench = run.bench("test", work.journal("test"), engine_on_test(run), scores=work.scores())
-    beside = [
-        Candidate(brief["id"], kind, brief["config"]) for kind in ("edit", "steering") if (brief := work.choice[kind])
-    ]
-    rounds = {"test": [BASE, *beside], **rounds_on_test(run, bench)}
-    rows = []
+    bench = run.bench("test", run.journal("test"), engine_on_test(run), scores=work.scores())
+    rounds = {"test": work.chosen, **rounds_on_test(run, bench)}
+    trials: dict[str, Trial] = {}
+    tried: list[Candidate] = []
     for name, candidates in rounds.items():
         with showing("training, test") as progress:
-            for trial in bench.run(candidates, name, progress):
-                c = trial.candidate
-                method = {"base": "original", "edit": FULL}.get(c.kind, c.kind)
-                rows.append(Tried(method, "original" if c is BASE else "chosen", c.id, dict(c.config), trial.values))
-    fronts = [
-        Front(
-            kind,
-            choice["tried"][kind],
-            choice["evaluations"][kind],
-            choice["hypervolume"][kind],
-            "" if choice.get(kind) else "none stays within the limits",
-            tuple(choice["front"].get(kind, ())),
-        )
-        for choice, kinds in ((work.choice, ("edit", "steering")), (trained, tuple(trained["tried"])))
-        for kind in kinds
-        if choice["tried"].get(kind)
-    ]
+            trials |= {trial.candidate.id: trial for trial in bench.run(candidates, name, progress)}
+        tried += candidates
+    every: list[Wanted] = [("original", "original", BASE, None), *chosen_rows(tried)]
+    rows = [Tried(method, how, c.id, dict(c.config), trials[c.id].values) for method, how, c, _ in every]
+    fronts = [*_fronts(work.choice, ("edit", *BASELINES)), *_fronts(trained, tuple(trained["tried"]))]
     return PartResult(work.part, work.key, tuple(rows), tuple(fronts))
 
 

@@ -14,7 +14,7 @@ from ..pipeline.tasks import check_tasks
 from ..recipe import Recipe, overridden, parse_recipe
 from ..training.course import check_packages
 from ..training.plan import Training
-from .facts import BEHAVIOURS, PaperModel, Profile, known_model, paper_models, profile_named, short_name
+from .facts import BEHAVIOURS, STYLES, PaperModel, Profile, known_model, paper_models, profile_named, short_name
 from .sets import composed, sets_of
 
 Part = Literal["trade_off", "ablations", "sensitivity", "training"]
@@ -28,6 +28,8 @@ SUITES: Mapping[str, tuple[Part, ...]] = {
     "sensitivity": ("sensitivity",),
     "training": ("training",),
     "all": ("trade_off", "ablations", "sensitivity", "training"),
+    # Not the paper's.
+    "styles": ("trade_off", "training"),
 }
 
 
@@ -111,6 +113,10 @@ def plan_suite(
             got="no folder of them",
             fix="Give --data FOLDER (docs/paper.md lists its files), or --profile cpu.",
         )
+    if suite == "styles" and not sizes.styles:
+        raise RecipeError(
+            "the styles are not the paper's, so that its profile has none", got=profile, fix="Give --profile cpu."
+        )
     if data is not None and not Path(data).is_dir():
         raise FileError("the folder of the sets is not there", got=data, fix="Check --data.")
     count = sizes.seeds if seeds is None else seeds
@@ -124,7 +130,7 @@ def plan_suite(
 
 
 def _trains(suite: str) -> bool:
-    """Whether a suite trains: `all` only where the packages for it are installed.
+    """Whether a suite trains: one that has other parts only where the packages for it are installed.
 
     Raises:
         FileError: the suite is of training alone, and a package is not installed.
@@ -142,7 +148,7 @@ def _trains(suite: str) -> bool:
 
 def _pairs(suite: str, profile: str, model: str | None, like: str | None) -> list[tuple[str, str | None, str]]:
     """Model's name, which of the six it is, behaviour."""
-    wanted = [suite] if suite in BEHAVIOURS else list(BEHAVIOURS)
+    wanted: list[str] = [suite] if suite in BEHAVIOURS else list(STYLES if suite == "styles" else BEHAVIOURS)
     if model is None and profile == "paper":
         of_paper = paper_models()
         return [(facts.hub, key, facts.behaviour) for key, facts in of_paper.items() if facts.behaviour in wanted]
@@ -158,7 +164,7 @@ def _pairs(suite: str, profile: str, model: str | None, like: str | None) -> lis
     facts = paper_models()[key]
     name = facts.hub if like is None else model
     # The paper steered each model to one behaviour.
-    return [(name, key, behaviour) for behaviour in (wanted if suite in BEHAVIOURS else [facts.behaviour])]
+    return [(name, key, behaviour) for behaviour in (wanted if suite in (*BEHAVIOURS, "styles") else [facts.behaviour])]
 
 
 def _planned(
@@ -181,7 +187,9 @@ def _planned(
     if training is not None:
         raw["training"] = training.model_dump(mode="json")
     notes: list[str] = []
-    if data is not None:
+    if behaviour in STYLES:  # their prompts come with the package
+        raw["data"] |= composed(behaviour, None, out)
+    elif data is not None:
         notes += _of_folder(raw, behaviour, profile, own, Path(data), out)
     recipe = overridden(parse_recipe(raw), changes)
     recipe, left_out = _without_missing_tasks(recipe)
@@ -190,7 +198,7 @@ def _planned(
 
 def _raw(name: str, model: str, behaviour: str, seed: int, profile: Profile, own: PaperModel | None) -> dict[str, Any]:
     """The recipe without anything from a folder."""
-    sizes = profile.behaviours[behaviour]
+    sizes = (profile.behaviours | profile.styles)[behaviour]
     raw: dict[str, Any] = {"name": name, "seed": seed, "model": {"name": model, **profile.model}, "exports": []}
     raw |= {key: dict(getattr(sizes, key)) for key in ("behaviour", "data", "search", "evaluation")}
     if own is not None and own.system is not None:

@@ -16,8 +16,11 @@ from ..tasks.sets import local_file
 from .facts import Composed, layouts
 
 
-def composed(behaviour: str, folder: Path, out: Path) -> dict[str, str]:
+def composed(behaviour: str, folder: Path | None, out: Path) -> dict[str, str]:
     """The recipe's keys of `data` that name prompts; composed ones are written to `out/data`.
+
+    Args:
+        folder: None if all of the prompts come with the package.
 
     Raises:
         FileError: a file is not there, or a line of it has no prompt.
@@ -33,7 +36,7 @@ def composed(behaviour: str, folder: Path, out: Path) -> dict[str, str]:
     return {"prompts": str(path)}
 
 
-def _rows(parts: Sequence[Composed], folder: Path) -> Iterator[dict[str, Any]]:
+def _rows(parts: Sequence[Composed], folder: Path | None) -> Iterator[dict[str, Any]]:
     """Prompts with kind and split. A prompt that stands in two places stays in the first: no split has another's."""
     known: set[str] = set()
     for part in parts:
@@ -56,8 +59,8 @@ def _holds(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
     return all(row.get(key) == value for key, value in where.items())
 
 
-def _there(folder: Path, name: str) -> Path:
-    path = folder / name
+def _there(folder: Path | None, name: str) -> Path:
+    path = Path(name) if folder is None else folder / name
     if not path.is_file():
         raise FileError(
             "the folder of the sets lacks prompts",

@@ -16,13 +16,15 @@ from typing import Any
 from ..edits import AnyEdit, Edit
 from ..engines.host import Host
 from ..errors import FileError
+from ..files.reading import read_json
 from ..files.writing import write_text
-from ..pipeline.names import EDIT
+from ..pipeline.names import CHOICE, EDIT
 from ..pipeline.run import Run
+from ..pipeline.stages import chosen_of
 from ..progress import say, showing
 from ..recipe import load_recipe
 from ..report.page import _markdown
-from ..searching.candidates import BASE, Candidate
+from ..searching.candidates import Candidate
 from ..searching.statistics import interval, paired_difference
 from ..searching.utility import refuse_other_base
 
@@ -132,24 +134,30 @@ def _on_items_of(
     name: str, run: Run, edits: Mapping[str, AnyEdit], host: Host, out: Path
 ) -> tuple[list[SideEffect], list[str]]:
     """Every edit on one run's test items."""
-    ids = {other: f"{other}-{edit.id[:12]}" for other, edit in edits.items()}
-    given = {ids[other]: edit.intervention(ids[other]) for other, edit in edits.items()}
-    tried = [BASE, *(Candidate(id, "edit", {"of": other}) for other, id in ids.items())]
+    # The run's own test has asked the original model and the run's edit already: its journal holds the answers.
+    of_run = run.bench("test", run.journal("test"), host.engine)
+    known = {trial.candidate.kind: trial for trial in of_run.run(chosen_of(read_json(run.path(CHOICE))), "test")}
+    base, trials = known["base"], {name: known["edit"]}
+    ids = {other: f"{other}-{edit.id[:12]}" for other, edit in edits.items() if other != name}
+    given = {ids[other]: edits[other].intervention(ids[other]) for other in ids}
+    tried = [Candidate(id, "edit", {"of": other}) for other, id in ids.items()]
     recipe = run.recipe
     asked = hashlib.sha256(f"{run.keys['test answers']} {sorted(ids.values())}".encode()).hexdigest()[:16]
     bench = run.bench("test", out / f"{name}-{asked}.jsonl", host.engine, scores={}, given=given)
+    bench.base = of_run.base
     with showing(f"side effects on {name}") as progress:
-        base, *trials = bench.run(tried, "side effects", progress)
+        new = bench.run(tried, "side effects", progress)
+    trials |= {trial.candidate.config["of"]: trial for trial in new}
     rows, left_out = [], []
     plan = recipe.evaluation
-    for trial in trials:
+    for other in edits:
+        trial = trials[other]
         for m in recipe.behaviour.measures:
             values, of_base = trial.values[m.name], base.values[m.name]
             if not values or not m.column:
                 continue
             apart = paired_difference(values, of_base, plan.resamples, recipe.seed)
             means = [interval(some, m.rate, plan.resamples, recipe.seed)["mean"] for some in (of_base, values)]
-            other = trial.candidate.config["of"]
             if apart["mean"] is None or None in means:
                 left_out.append(f"{m.title} of {name} under the edit of {other} is not finite")
                 continue

@@ -13,6 +13,7 @@ from ..behaviours.base import UTILITY_LOSS, Measure
 from ..method.variants import FULL, PAPERS
 from ..recipe import Recipe
 from ..report.page import describe
+from ..searching.candidates import TITLES as KINDS
 from ..tasks.known import TASKS
 from .facts import published
 from .plan import Planned
@@ -24,7 +25,7 @@ ATTRIBUTE, UTILITY, PRODUCT, PER_TOKENS = "attribute", "utility", "product", "ut
 CHOSEN = ("chosen", "equal budget")
 # Conditions whose rows are ranked among each other.
 _RANKED = ("chosen", "same numbers", "equal budget", "equal KL")
-TITLES = {FULL: "edit", "original": "original model"}
+TITLES = {**KINDS, FULL: "edit", "original": "original model"}
 
 
 @dataclass(frozen=True)

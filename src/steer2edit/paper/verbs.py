@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 def paper(
     suite: Annotated[
         str,
-        typer.Argument(help="safety, truthfulness, efficiency, ablations, sensitivity, training or all."),
+        typer.Argument(help="safety, truthfulness, efficiency, ablations, sensitivity, training, all or styles."),
     ],
     model: Annotated[
         str | None, typer.Option("--model", help="One of the paper's six models by any of its names, or another model.")
@@ -38,6 +38,10 @@ def paper(
         int | None, typer.Option(help="How many seeds each run has; the profile's by default.", min=1)
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what it would cost.")] = False,
+    pages: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also write the finished suite as a page with its figures there."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A recipe key to override in every run; may be given again.")
     ] = None,
@@ -64,7 +68,13 @@ def paper(
         say(line)
     from .work import PAGE, run_suite
 
-    result = run_suite(planned, place)
+    result = run_suite(planned, place, found)
+    if pages is not None:
+        from .pages import command_of, write_pages
+
+        options = {"--model": model, "--as": like, "--profile": profile, "--data": data, "--seeds": seeds}
+        command = command_of(suite, {**options, "--set": overrides})
+        result.files += write_pages(place, pages, f"{suite}-{profile}", command)
     if json:
         print_json(
             {"page": str(place / PAGE), "files": [str(file) for file in result.files], "failures": result.failures}

@@ -6,8 +6,9 @@ where it stopped, and ends with the same tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..edits import Edit
@@ -18,17 +19,24 @@ from ..pipeline.run import Run
 from ..pipeline.stages import run_all
 from ..progress import say
 from ..report.figures import heat_map
+from .clock import Clock
+from .cost import SIDE_EFFECTS, TABLES
 from .facts import published
 from .figures import figure_of
+from .forecast import Forecast
 from .overall import averages_csv, averages_markdown, averages_of
 from .parts import measure_part
 from .plan import SUITES, Part, Planned, SuitePlan
 from .rows import PartResult
 from .side_effects import SideEffects, measure_side_effects, side_effects_csv, side_effects_markdown
+from .spent import Spent, said_of, spent_markdown, spent_of, write_spent
 from .tables import Of, Table, table_of
 from .writing import csv_of, markdown_of
 
 PAGE = "paper.md"
+CLOCK = "clock.json"
+# In the clock's file, whose time belongs to no run.
+_ALL = "all runs"
 TITLES: Mapping[str, str] = {
     "trade_off": "Trade-off",
     "ablations": "Ablations and component-wise budgets",
@@ -59,27 +67,43 @@ class SuiteResult:
         self.first_error = self.first_error or error
 
 
-def run_suite(plan: SuitePlan, out: str | Path) -> SuiteResult:
+def run_suite(plan: SuitePlan, out: str | Path, found: Sequence[Forecast] = ()) -> SuiteResult:
     """Every run and part of a suite, then the tables and figures of those that could be measured.
 
     Args:
         out: a directory; `runs/` in it holds the runs.
+        found: what the runs were estimated to cost, which the page has beside what they took.
     """
     out, result = Path(out), SuiteResult()
+    out.mkdir(parents=True, exist_ok=True)
+    clock = Clock(out / CLOCK)
     for number, planned in enumerate(plan.runs, start=1):
         say(f"run {number} of {len(plan.runs)}: {planned.name}")
-        _run(planned, plan, out, result)
-    side_effects = _side_effects(plan, out, result) if plan.suite == "all" else None
-    _write(plan, out, result, side_effects, set(SUITES[plan.suite]) - set(plan.parts))
+        _run(planned, plan, out, clock, result)
+    side_effects = None
+    if plan.suite == "all":
+        with clock.counting(_ALL, SIDE_EFFECTS):
+            side_effects = _side_effects(plan, out, result)
+    with clock.counting(_ALL, TABLES):
+        page = _page(plan, out, result, side_effects, set(SUITES[plan.suite]) - set(plan.parts))
+    spent = spent_of(found, clock.taken)
+    result.files.append(write_spent(spent, out))
+    _file(out / PAGE, "\n".join([*page, *_spent_lines(spent)]).rstrip() + "\n", result)
+    say(said_of(spent))
     return result
+
+
+def _spent_lines(spent: Spent) -> list[str]:
+    return ["# What it took", "", spent_markdown(spent)]
 
 
 def run_of(out: Path, planned: Planned) -> Run:
     return Run(out / "runs" / planned.name, planned.recipe)
 
 
-def _run(planned: Planned, plan: SuitePlan, out: Path, result: SuiteResult) -> None:
+def _run(planned: Planned, plan: SuitePlan, out: Path, clock: Clock, result: SuiteResult) -> None:
     run = run_of(out, planned)
+    run.during = partial(clock.counting, planned.name)
     try:
         run_all(run)
     except Steer2EditError as error:
@@ -89,7 +113,8 @@ def _run(planned: Planned, plan: SuitePlan, out: Path, result: SuiteResult) -> N
     with run.working():
         for part in plan.parts:
             try:
-                result.parts[planned.name, part] = measure_part(part, run, planned, plan.profile)
+                with clock.counting(planned.name, part):
+                    result.parts[planned.name, part] = measure_part(part, run, planned, plan.profile)
             except Steer2EditError as error:
                 result.failed(f"{planned.name}, {TITLES[part].lower()}", error)
 
@@ -115,10 +140,11 @@ def _side_effects(plan: SuitePlan, out: Path, result: SuiteResult) -> SideEffect
 # Tables and figures --------------------------------------------------------------------------------------------------
 
 
-def _write(
+def _page(
     plan: SuitePlan, out: Path, result: SuiteResult, side_effects: SideEffects | None, left_out: set[Part]
-) -> None:
-    page = [f"# The paper's experiments: {plan.suite}, profile {plan.profile_name}", "", *_introduction(plan)]
+) -> list[str]:
+    """Writes tables and figures; the lines of the page that shows them."""
+    page = [f"# {_title(plan)}, profile {plan.profile_name}", "", *_introduction(plan)]
     for part in plan.parts:
         measured = list(_measured(part, plan, result))
         tables = [table_of(part, of) for of in measured]
@@ -150,7 +176,7 @@ def _write(
     missing += [f"- {name}: {why}" for name, why in result.failures.items()]
     if missing:
         page += ["# Not measured", "", *missing, ""]
-    _file(out / PAGE, "\n".join(page).rstrip() + "\n", result)
+    return page
 
 
 def _averages(ablations: list[Of], out: Path, result: SuiteResult) -> list[str]:
@@ -164,16 +190,25 @@ def _averages(ablations: list[Of], out: Path, result: SuiteResult) -> list[str]:
     return ["## All models and behaviours", "", text]
 
 
+def _title(plan: SuitePlan) -> str:
+    return "Styles, which are not the paper's" if plan.suite == "styles" else f"The paper's experiments: {plan.suite}"
+
+
 def _introduction(plan: SuitePlan) -> Iterator[str]:
+    of_paper = "" if plan.suite == "styles" else f"; *paper* is {published().source}"
     yield (
-        f"Numbers in brackets are 95 % intervals; *paper* is {published().source}. Every choice was made on validation;"
-        " every number below was measured on test."
+        f"Numbers in brackets are 95 % intervals{of_paper}. Every choice was made on validation; every number below was"
+        " measured on test."
     )
-    if plan.profile_name != "paper":
+    if plan.profile_name != "paper" and plan.suite != "styles":
         yield (
             f"\nThe profile {plan.profile_name} has fewer prompts, shorter answers and other sets than the paper: its"
             " numbers cannot be compared with the paper's one by one."
         )
+    few = {"ablations": plan.profile.ablations.prompts, "sensitivity": plan.profile.sensitivity.prompts}
+    for part in plan.parts:
+        if few.get(part) is not None:
+            yield f"\n{TITLES[part]}: measured on the first {few[part]} test prompts of each kind."
     yield ""
 
 

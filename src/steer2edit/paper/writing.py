@@ -125,7 +125,7 @@ def _budget_lines(table: Table) -> list[str]:
     lines = []
     for budget in table.budgets:
         seed = f", seed {budget['seed']}" if table.seeds > 1 else ""
-        if budget["why"]:
+        if budget["why"] and not budget["configurations"]:
             lines.append(f"- {budget['method']}{seed}: not tried: {budget['why']}.")
             continue
         text = f"- {budget['method']}{seed}: {budget['configurations']} configurations"
@@ -134,5 +134,7 @@ def _budget_lines(table: Table) -> list[str]:
         if budget["mean"] is not None:
             text += f"; hypervolume {budget['mean']:.2f} [{budget['low']:.2f}, {budget['high']:.2f}]"
             text += f" up to a KL of {budget['reference']:g}"
+        if budget["why"]:
+            text += f"; {budget['why']}"
         lines.append(text + ".")
     return lines

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class Run:
             raise RecipeError("the run directory is a file", got=self.folder, fix="Give another --out.")
         self.keys = stage_keys(recipe)
         self.notes: dict[str, Any] = {}  # what a stage adds to its entry in the manifest
+        # What is open while a stage works, like a clock.
+        self.during: Callable[[str], AbstractContextManager[object]] = lambda stage: contextlib.nullcontext()
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -140,18 +143,21 @@ class Run:
         *,
         scores: Mapping[str, Scores] | None = None,
         given: Mapping[str, Intervention] | None = None,
+        most: int | None = None,
     ) -> Bench:
         """Where candidates are tried on a split.
 
         Args:
             engine: None if the journal is only judged again.
             scores: in place of the run's own. given: a candidate's id → what it does, where no scores say it.
+            most: at most so many items of each kind are asked; None is all.
         """
         recipe = self.recipe
         journal.parent.mkdir(exist_ok=True)
         if scores is None:
             scores = {} if engine is None else self.scores
         items = self.completed(split, self.items(split, locked=engine is not None), engine)
+        items = items if most is None else first_of_each_kind(items, most)
         return Bench(
             engine,
             scores,
@@ -275,3 +281,18 @@ class Run:
         entries = manifest["stages"]
         manifest["stages"] = {name: entries[name] for name in stages_of(self.recipe) if name in entries}
         write_json(self.path(MANIFEST), manifest)
+
+
+def first_of_each_kind(items: Sequence[Item], most: int) -> list[Item]:
+    """The first items of each kind, in their order.
+
+    >>> [item.text for item in first_of_each_kind([Item("a", "1"), Item("b", "2"), Item("a", "3")], 1)]
+    ['1', '2']
+    """
+    counts: dict[str, int] = {}
+    kept = []
+    for item in items:
+        counts[item.kind] = counts.get(item.kind, 0) + 1
+        if counts[item.kind] <= most:
+            kept.append(item)
+    return kept

@@ -406,7 +406,8 @@ def _run_stage(run: Run, stage: str) -> None:
     say(f"{stages.index(stage) + 1}/{len(stages)} {stage}:")
     started = time.monotonic()
     todo = TRAIN if stage == "train" else STAGES[stage]
-    files = todo.work(run)
+    with run.during(stage):
+        files = todo.work(run)
     run.record(stage, time.monotonic() - started, files, todo.reads)
 
 

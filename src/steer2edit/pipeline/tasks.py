@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..behaviours.prompts import data_path
@@ -117,8 +118,13 @@ def judged_again(run: Run, tried: Sequence[Candidate], before: Mapping[str, Any]
                 of_pair[measure["name"]] = differences[measure["name"]]
 
 
+def tasks_journal(run: Run) -> Path:
+    """The journal of what the tasks asked of a run's chosen systems."""
+    return run.path(f"evaluation/tasks-{run.keys['task answers']}.jsonl")
+
+
 def _asking(run: Run, tried: Sequence[Candidate], replay: bool) -> tuple[Asking, list[Group]]:
-    journal = Journal(run.path(f"evaluation/tasks-{run.keys['task answers']}.jsonl"), replay)
+    journal = Journal(tasks_journal(run), replay)
     asking = Asking(None if replay else run.engine, journal, tried, run.recipe.evaluation.rows)
     if replay:  # what the candidates do inside the model is not needed to read what they gave
         return asking, groups(tried, lambda candidate: NOTHING)
