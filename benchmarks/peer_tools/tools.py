@@ -33,11 +33,14 @@ class Tool:
 STEER2EDIT = Tool(OURS, SCRIPTS / "with_steer2edit.py")
 TOOLS = (
     Tool(
-        "repeng",
-        SCRIPTS / "with_repeng.py",
-        {"vectors-last": "it: PCA of paired differences, we: difference of means", "sweep-steer": ""},
-        "repeng==0.4.0",
-        beyond="vectors by PCA or UMAP, and in the features of a sparse autoencoder; control vectors as GGUF files.",
+        "one at a time",
+        SCRIPTS / "one_at_a_time.py",
+        {
+            "vectors-span": "with the process and the load",
+            "sweep-steer": "with a process and a load a strength",
+            "edit": "with the process",
+        },
+        beyond="nothing to install: it is a page of code over transformers.",
     ),
     Tool(
         "steering-vectors",
@@ -56,15 +59,6 @@ TOOLS = (
         " remote machines.",
     ),
     Tool(
-        "TransformerLens",
-        SCRIPTS / "with_transformer_lens.py",
-        {"vectors-span": "", "sweep-steer": ""},
-        "transformer-lens==4.3.0",
-        pins=("torch", "transformers"),
-        beyond="the same names of hooks and weights in all families, and a kit for finding circuits: patching, logit"
-        " lens, SVD of weights.",
-    ),
-    Tool(
         "heretic",
         SCRIPTS / "with_heretic.py",
         {"vectors-prompt": "", "sweep-ablate": "", "edit": ""},
@@ -73,13 +67,19 @@ TOOLS = (
         " and ablation that keeps the norms of rows.",
     ),
     Tool(
-        "one at a time",
-        SCRIPTS / "one_at_a_time.py",
-        {
-            "vectors-span": "with the process and the load",
-            "sweep-steer": "with a process and a load a strength",
-            "edit": "with the process",
-        },
-        beyond="nothing to install: it is a page of code over transformers.",
+        "repeng",
+        SCRIPTS / "with_repeng.py",
+        {"vectors-last": "it: PCA of paired differences, we: difference of means", "sweep-steer": ""},
+        "repeng==0.4.0",
+        beyond="vectors by PCA or UMAP, and in the features of a sparse autoencoder; control vectors as GGUF files.",
+    ),
+    Tool(
+        "TransformerLens",
+        SCRIPTS / "with_transformer_lens.py",
+        {"vectors-span": "", "sweep-steer": ""},
+        "transformer-lens==4.3.0",
+        pins=("torch", "transformers"),
+        beyond="the same names of hooks and weights in all families, and a kit for finding circuits: patching, logit"
+        " lens, SVD of weights.",
     ),
 )
