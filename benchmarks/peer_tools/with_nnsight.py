@@ -14,7 +14,8 @@ def load(plan: Plan):
     import torch
     from nnsight import TransformersModel
 
-    return TransformersModel(plan.model, dispatch=True, dtype=torch.float32, device_map="cpu")
+    # The task is named, since it would be asked for on the Hub.
+    return TransformersModel(plan.model, task="text-generation", dispatch=True, dtype=torch.float32, device="cpu")
 
 
 def vectors(plan: Plan, out: Path) -> Work:
