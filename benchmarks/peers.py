@@ -71,9 +71,10 @@ def environment_of(tool: Tool) -> dict[str, str]:
 
 
 def last_words(text: str) -> str:
-    """The last line of what a process said, as a cell of a table."""
+    """The last line of what a process said, or pip's last error, as a cell of a table."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[-1] if lines else "it said nothing").replace("|", "/")[:200]
+    errors = [line for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["it said nothing"])[-1].replace("|", "/")[:200]
 
 
 def measure(tool: Tool, python: str, task: str, folder: Path, out: Path) -> dict[str, Any]:
