@@ -18,14 +18,17 @@ def _number(value: Any) -> Any:
     return value
 
 
+# No count of anything is larger; a larger one would ask for more memory or time than there is.
+_MOST = 10**9
+
 # Bounds stand before the validator, which runs first all the same: behind it the JSON schema would not have them.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 
-Count = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(_number)]
 
-Many = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Many = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(_number)]
 
 Text = Annotated[str, Field(pattern=r"\S")]
 

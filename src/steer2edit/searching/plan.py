@@ -127,7 +127,7 @@ class Evaluation(Section):
     top_k: Count = 0
     rows: Many = 128
     batch: Many = 512
-    resamples: Many = 2000
+    resamples: Annotated[Many, Field(le=100_000)] = 2000
     task_tokens: Many = 512
     task_samples: Many = 1
     task_sampling: Literal["greedy", "model"] = "greedy"
