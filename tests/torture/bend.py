@@ -12,18 +12,20 @@ import yaml
 
 # What stands where something else should.
 STRANGE: list[Any] = [
-    None, True, False, -1, 0, 1, 3, 10**18, 10**400, -(10**30), 1.5, 1e308, -0.0, float("inf"), float("nan"), "", " ", "x",
-    "../x", "/etc/passwd", "0", "\x1b[31mred\x1b[0m", "\u202egnp.exe", "a\nb", "é" * 300, "{{ 7 * 7 }}", "[bold]", "%s%n",
-    [], [[]], [None], [7], ["a", "b"], {}, {"a": 1}, {"": {}}, [["a", 1]], "x" * 10_000,
+    None, True, False, -1, 0, 1, 3, 10**18, 10**400, -(10**30), 1.5, 1e308, -0.0, float("inf"), float("nan"), "", " ",
+    "x", "../x", "/etc/passwd", "0", "\x1b[31mred\x1b[0m", "\u202egnp.exe", "a\nb", "é" * 300, "{{ 7 * 7 }}",
+    "[bold]", "%s%n", [], [[]], [None], [7], ["a", "b"], {}, {"a": 1}, {"": {}}, [["a", 1]], "x" * 10_000,
 ]  # fmt: skip
 # YAML that is a trap for its reader.
 TRAPS = [
     "a: &a [x, x]\n" + "\n".join(f"b{i}: &b{i} [*{'a' if i == 0 else f'b{i - 1}'}, *{'a' if i == 0 else f'b{i - 1}'}]"
                                  for i in range(40)),
-    "&a [*a]", "a: &a {b: *a}", "[" * 5000, "{a: " * 3000, "- " * 2000, "a: 2001-99-99", "a: !!int x", "a: !!timestamp x",
-    "a: !!bool x", "a: !!python/object/apply:os.system [id]", "a: !!binary '///'", "%YAML 9.9\n---\na: 1", "a: 1\n---\nb: 2",
+    "&a [*a]", "a: &a {b: *a}", "[" * 5000, "{a: " * 3000, "- " * 2000, "a: 2001-99-99", "a: !!int x",
+    "a: !!timestamp x", "a: !!bool x", "a: !!python/object/apply:os.system [id]", "a: !!binary '///'",
+    "%YAML 9.9\n---\na: 1", "a: 1\n---\nb: 2",
     "a: " + "9" * 6000, 'a: "\\ud800"', 'a: "\\0"', "? [a]\n: b", "? {a: 1}\n: b", "<<: 3", "a: *nothing", "\tname: x",
-    "name: x\nname: y", "\ufeffname: x", "? !!set {a, b}\n: 1", "a: 0x", "a: !!float _", "2: 3", "null: 1", "a" * 1_100_000,
+    "name: x\nname: y", "\ufeffname: x", "? !!set {a, b}\n: 1", "a: 0x", "a: !!float _", "2: 3",
+    "null: 1", "a" * 1_100_000,
 ]  # fmt: skip
 
 

@@ -44,7 +44,8 @@ class Tap:
             path = os.readlink(f"/proc/self/fd/{path}")
         if not str(path).startswith(self.root):
             return
-        self.log.append(f"{what} {re.sub(r'\.\w{8}\.tmp', '.tmp', str(path).removeprefix(self.root))}")
+        name = re.sub(r"\.\w{8}\.tmp", ".tmp", str(path).removeprefix(self.root))
+        self.log.append(f"{what} {name}")
         if self.fail_at is not None and len(self.log) > self.fail_at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

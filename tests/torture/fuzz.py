@@ -1,6 +1,7 @@
 """b. Bent recipes, prompts, traces, probes, scores, edits, indices, shards and GGUF files, through the command line.
 
-Each is refused in one sentence with exit code 2 and nothing written, or it is taken; no traceback, no hang, no gigabytes.
+Each is refused in one sentence with exit code 2 and nothing written, or it is taken; no traceback, no hang, no
+gigabytes.
 """
 
 from __future__ import annotations

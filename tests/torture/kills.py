@@ -1,4 +1,4 @@
-"""a. SIGKILL at seeded random moments of run, search, apply and serve; the same command then goes on to the same end."""
+"""a. SIGKILL at random moments of run, search, apply and serve; the same command then ends as if it had not been."""
 
 from __future__ import annotations
 

@@ -76,8 +76,7 @@ class Child:
             signal.signal(signal.SIGXCPU, signal.SIG_DFL)
             for number, file in zip((1, 2), self.files, strict=True):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
             code = work()
         except BaseException:
             traceback.print_exc()
