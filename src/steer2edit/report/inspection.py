@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 
 from ..edits import Combination, Edit, Scores
 from ..errors import FileError
-from ..files.reading import read_json
+from ..files.reading import read_json, sha256
 from ..files.tensors import read_header
 from ..probing.probe import Probe
 
 MANIFEST = "manifest.json"
+# Larger files are a checkpoint's.
+_HASHED = 100 * 2**20
 
 
 def describe(path: Path, top: int = 10) -> dict[str, Any]:
@@ -93,8 +96,30 @@ def _combination(both: Combination) -> dict[str, Any]:
     return {"kind": "combination", "id": both.id, "edits": rows, "interference": meetings(both)}
 
 
+def changed_files(folder: Path) -> list[str]:
+    """The files of a run that are not as the run wrote them, by its manifest. Files of gigabytes are not looked at.
+
+    Raises:
+        FileError: the manifest is not a run's.
+    """
+    manifest = read_json(folder / MANIFEST)
+    try:
+        digests = {name: digest for entry in manifest["stages"].values() for name, digest in entry["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{folder / MANIFEST} is not a run's", got=repr(error), fix="Give a run directory.") from None
+    small = [name for name in digests if (folder / name).is_file() and (folder / name).stat().st_size < _HASHED]
+    return [name for name in small if sha256(folder / name) != digests[name]]
+
+
+def _state(entry: Mapping[str, Any], changed: Sequence[str]) -> str:
+    if own := [name for name in entry["files"] if name in changed]:
+        return f"changed: {', '.join(own)}"
+    return "stale: another recipe's" if entry.get("stale") else "whole"
+
+
 def _run(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
+    changed = changed_files(path)
     try:
         contents = {
             "kind": "run",
@@ -105,7 +130,7 @@ def _run(path: Path) -> dict[str, Any]:
                     "stage": name,
                     "seconds": e["seconds"],
                     "files": ", ".join(e["files"]),
-                    "state": "stale: another recipe's" if e.get("stale") else "whole",
+                    "state": _state(e, changed),
                 }
                 for name, e in manifest["stages"].items()
             ],
