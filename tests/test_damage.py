@@ -1,4 +1,4 @@
-"""Damage of many kinds, each found by the torture (tests/torture) and mended: said in one sentence, and nothing lost."""
+"""Damage that the torture (tests/torture) found, and that was mended: each is said in one sentence, nothing is lost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BILLIONS = "a: &a0 [x, x]\n" + "\n".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]" for i
 @pytest.mark.parametrize(
     "text",
     [BILLIONS, "&a [*a]", "a: &a {b: *a}", "[" * 5000, "a: 2001-99-99", "a: !!int x", "a: !!timestamp x", "a: !!bool x",
-     "a: " + "9" * 6000, 'a: "\\ud800"', 'a: "\\0"', "x" * 1_100_000, "a: {b: " * 60 + "1" + "}" * 60],
+     "a: " + "9" * 6000, 'a: "\\ud800"', 'a: "\\0"', "x" * 1_100_000, "{b: " * 60 + "1" + "}" * 60],
     ids=lambda text: text[:20],
 )  # fmt: skip
 def test_yaml_that_is_a_trap_is_refused_at_once(text: str, tmp_path: Path) -> None:
@@ -60,9 +60,14 @@ def test_aliases_of_a_few_values_are_read() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("seed", 2**32), ("evaluation__rows", 10**400), ("evaluation__resamples", 10**9), ("data__test", {"harmful": 1e400}),
-     ("search__layers", ["0-" + "9" * 30])],
-)  # fmt: skip
+    [
+        ("seed", 2**32),
+        ("evaluation__rows", 10**400),
+        ("evaluation__resamples", 10**9),
+        ("data__test", {"harmful": 1e400}),
+        ("search__layers", ["0-" + "9" * 30]),
+    ],
+)
 def test_a_number_beyond_all_use_is_refused(key: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=key.replace("__", r"\.")):
         tiny_recipe(**{key: value})
@@ -101,8 +106,7 @@ def test_every_bit_of_a_journal_that_flips_is_noticed_or_changes_nothing(tmp_pat
             file.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
             try:
                 read = read_journal(file)
-            except FileError as error:
-                assert "is damaged" in str(error)
+            except FileError:
                 noticed += 1
                 continue
             for row in read:  # the key of the checksum is all that may have become another
@@ -155,9 +159,9 @@ def test_a_bit_that_flips_in_an_edit_is_noticed(edit_file: Path) -> None:
 def test_an_edit_without_a_seal_is_read(edit_file: Path) -> None:
     told = s2e.Edit.load(edit_file).id
     with safe_open(str(edit_file), framework="pt") as file:
-        metadata = file.metadata()
-    assert set(metadata) == {"steer2edit", "sha256"}
-    save_file(load_file(edit_file), edit_file, metadata={"steer2edit": metadata["steer2edit"]})
+        header = json.loads(file.metadata()["steer2edit"])
+    assert len(header.pop("sha256")) == 64
+    save_file(load_file(edit_file), edit_file, metadata={"steer2edit": json.dumps(header)})
     assert s2e.Edit.load(edit_file).id == told
 
 

@@ -112,6 +112,8 @@ def bent_safetensors(draw: random.Random, data: bytes) -> bytes:
     if how < 0.7 or ours is None:
         header = bent_value(draw, header)
     else:  # without the seal, so that the values themselves are looked at
-        header["__metadata__"] = {"steer2edit": json.dumps(bent_value(draw, json.loads(ours)))}
+        value = json.loads(ours)
+        value.pop("sha256")
+        header["__metadata__"] = {"steer2edit": json.dumps(bent_value(draw, value))}
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + rest

@@ -122,6 +122,7 @@ def _header(world: World, text: Any, folder: Path) -> Outcome:
     ours = json.loads(header["__metadata__"]["steer2edit"])
     ours["provenance"]["probe"]["model"] = text
     ours["config"]["note"] = text
+    ours.pop("sha256")
     header["__metadata__"] = {"steer2edit": json.dumps(ours)}
     packed = json.dumps(header).encode("utf-8", "surrogatepass")
     bent, out = folder / "bent.safetensors", folder / "out"
@@ -148,7 +149,9 @@ def _tensors(world: World, text: Any, folder: Path, kind: str) -> Outcome:
 
     source, bent, out = world.file(kind), folder / "bent.safetensors", folder / "out"
     with safe_open(str(source), framework="pt") as file:
-        metadata = {"steer2edit": file.metadata()["steer2edit"]}
+        ours = json.loads(file.metadata()["steer2edit"])
+    ours.pop("sha256")
+    metadata = {"steer2edit": json.dumps(ours)}
     tensors = load_file(source)
     name = sorted(tensors)[3]
     if isinstance(text, float):

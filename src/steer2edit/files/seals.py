@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SEAL = re.compile(r'(.+), "crc32": "([0-9a-f]{8})"\}', re.DOTALL)
+_DIGEST = re.compile(r'(.+), "sha256": "([0-9a-f]{64})"\}', re.DOTALL)
 
 
 def sealed(line: str) -> str:
@@ -40,8 +41,26 @@ def unsealed(line: str) -> str:
     return text
 
 
-def digest_of(tensors: Mapping[str, Tensor], header: str) -> str:
-    """The SHA-256 of tensors on the CPU, by name, and of the header that goes with them."""
+def sealed_header(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """A header, a JSON object that is not empty, with a SHA-256 of itself and of its tensors as its last key.
+
+    It has no key of its own in a file's metadata, since `safetensors` writes those in any order.
+    """
+    return f'{header[:-1]}, "sha256": "{_digest_of(tensors, header)}"}}'
+
+
+def unsealed_header(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """The header without its SHA-256. Raises ValueError if it is not the one of the header and of the tensors."""
+    match = _DIGEST.fullmatch(text)
+    if match is None:
+        return text
+    header = match[1] + "}"
+    if _digest_of(tensors, header) != match[2]:
+        raise ValueError("not as it was written: its checksum is another")
+    return header
+
+
+def _digest_of(tensors: Mapping[str, Tensor], header: str) -> str:
     import torch
 
     digest = hashlib.sha256(header.encode())

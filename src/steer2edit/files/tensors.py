@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError
-from .seals import digest_of
+from .seals import sealed_header, unsealed_header
 from .writing import replacing
 
 if TYPE_CHECKING:
@@ -22,12 +22,11 @@ BYTES = ".evidence"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes a `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`, and a seal of all
-    under the key `sha256`."""
+    """Writes a `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`, sealed."""
     text = json.dumps(header, ensure_ascii=False, allow_nan=False)
     stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_tensors(stored, temporary, {"steer2edit": text, "sha256": digest_of(stored, text)})
+        save_tensors(stored, temporary, {"steer2edit": sealed_header(text, stored)})
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -80,10 +79,11 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         if tensor.dtype is not dtype or not torch.isfinite(tensor).all():
             kind = f"{dtype}".removeprefix("torch.")
             raise FileError(f"tensor {name} of {path} is not finite {kind}", got=tensor.dtype, fix="Write it again.")
-    if metadata.get("sha256", (actual := digest_of(tensors, metadata["steer2edit"]))) != actual:
-        raise FileError(
-            f"{path} is not as it was written", got="another checksum than its own", fix="Write or copy it again."
-        )
+    try:
+        unsealed_header(metadata["steer2edit"], tensors)
+    except ValueError as error:
+        raise FileError(f"{path} is damaged", got=error, fix="Write or copy it again.") from None
+    header.pop("sha256", None)
     return tensors, header
 
 
