@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -215,6 +216,20 @@ def test_an_error_never_acts_on_the_terminal_and_is_no_book(monkeypatch: Any, ca
     said = capsys.readouterr().err
     assert len(said) < 4000
     assert said.count("\n") == 1
+
+
+def test_a_diff_of_checkpoints_whose_other_tensors_differ_is_shown(
+    monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    model = make_pico()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.norm.weight += 1
+        model.model.layers[0].input_layernorm.weight += 1
+    model.save_pretrained(tmp_path / "other")
+    assert command(monkeypatch, "diff", tmp_path / "base", tmp_path / "other") == 0
+    said = capsys.readouterr().out
+    assert "others: model.layers.0.input_layernorm.weight, model.norm.weight" in said
 
 
 # A run --------------------------------------------------------------------------------------------------------------

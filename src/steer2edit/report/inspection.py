@@ -13,6 +13,7 @@ from ..errors import FileError
 from ..files.reading import read_json, sha256
 from ..files.tensors import read_header
 from ..probing.probe import Probe
+from .visible import visible
 
 MANIFEST = "manifest.json"
 # Larger files are a checkpoint's.
@@ -152,15 +153,16 @@ def show(console: Any, contents: dict[str, Any]) -> None:
 
     results = contents.pop("results", None)
     for name, value in contents.items():
-        if isinstance(value, list) and value:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             table = Table(title=name)
             for column in value[0]:
                 table.add_column(column)
             for row in value:
-                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else escape(str(x)) for x in row.values()))
+                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else escape(visible(str(x))) for x in row.values()))
             console.print(table)
         else:
-            console.print(f"[bold]{name}[/bold]: {escape(str(value))}", highlight=False)
+            text = ", ".join(map(str, value)) if isinstance(value, list) and value else str(value)
+            console.print(f"[bold]{name}[/bold]: {escape(visible(text))}", highlight=False)
     if results:
         from .page import print_results
 
