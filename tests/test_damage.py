@@ -27,6 +27,7 @@ from steer2edit.files.reading import read_journal, read_jsonl
 from steer2edit.files.writing import append_jsonl, claimed, replacing_folder, write_json
 from steer2edit.models.load import load_config
 from steer2edit.pipeline.run import Run
+from steer2edit.probing.spans import response_span
 from steer2edit.probing.traces import read_traces
 from steer2edit.recipe import load_recipe, parse_recipe
 from steer2edit.report.inspection import describe
@@ -316,6 +317,32 @@ def test_a_folder_that_another_process_has_just_written_is_not_replaced(tmp_path
         (temporary / "ours").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["of the other"]
+
+
+@pytest.mark.parametrize("part", ["both", "thinking", "answer"])
+@pytest.mark.parametrize(
+    ("prompt", "response"), [("how?", "word " * 9000), ("how? " * 9000, "word"), (" " * 40_000, "a")]
+)
+def test_a_text_of_megabytes_gives_the_span_of_all_its_tokens(
+    prompt: str, response: str, part: Any, monkeypatch: Any
+) -> None:
+    trace = s2e.Trace(prompt, response, "positive", answer_start=len(response) // 2)
+    asked: list[int] = []
+    tokenizer = make_tokenizer()
+
+    def watched(text: str, **options: Any) -> Any:
+        asked.append(len(text))
+        return make_tokenizer()(text, **options)
+
+    for name in ("is_fast", "all_special_ids", "chat_template", "apply_chat_template"):
+        setattr(watched, name, getattr(tokenizer, name))
+    for positions in ("predicting", "response"):
+        spans = []
+        for characters in (512, 10**9):
+            monkeypatch.setattr("steer2edit.probing.spans._CHARACTERS", characters)
+            spans.append(response_span(watched, trace, part=part, positions=positions, max_tokens=16))
+        assert spans[0] == spans[1]
+    assert min(asked) == 512 * 24
 
 
 # Models -------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def cases(world: World, scale: float) -> Iterator[Case]:
         cycles = max(10, round(count * scale))
 
         def run(draw: random.Random, folder: Path, kind: str = kind, cycles: int = cycles) -> Outcome:
-            ended = Child(lambda: _cycle(kind, cycles), folder, cpu=1000).wait()
+            ended = Child(lambda: _cycle(kind, cycles), folder, cpu=1000).wait(wall=1000)
             bad = "" if ended.code == 0 else (ended.err or ended.out).strip()[-300:]
             return Outcome("as at the start", bad)
 

@@ -90,19 +90,15 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
-    def wait(self, kill_at: float | None = None, kill_when: Callable[[], bool] | None = None) -> Ended:
-        """Waits for the end, and brings it about when a moment has come or a condition holds.
-
-        Args:
-            kill_at: seconds after the start.
-        """
+    def wait(self, kill_at: float | None = None, wall: float = WALL) -> Ended:
+        """Waits for the end, and brings it about `kill_at` or at the latest `wall` seconds after the start."""
         pause = 0.0005
         while True:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 break
             age = time.monotonic() - self.started
-            if age > WALL or (kill_at is not None and age >= kill_at) or (kill_when is not None and kill_when()):
+            if age > wall or (kill_at is not None and age >= kill_at):
                 self.kill()
             time.sleep(pause)
             pause = min(0.01, pause * 1.2) if kill_at is None else 0.001
