@@ -18,7 +18,7 @@ from .engines.plan import EnginePlan, Model
 from .errors import FileError, RecipeError
 from .files.plain_yaml import read_yaml
 from .files.reading import read_text
-from .files.schema import Count, Many, Section, Text, _number, nearest, parse
+from .files.schema import Count, Many, Section, Text, _number, at_most, nearest, parse
 from .method.variants import PRESERVE
 from .searching.front import Aim
 from .searching.plan import Evaluation, Search
@@ -129,7 +129,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_number)] = 0
+    seed: Annotated[int, Field(ge=0), BeforeValidator(_number), at_most(2**32 - 1)] = 0
     model: Model
     behaviour: Annotated[SerializeAsAny[Behaviour], BeforeValidator(_behaviour)]
     data: Data
