@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,9 @@ def _make_gguf(world: World) -> None:
     s2e.score(model, probe).edit(rho_attn=0.3, rho_mlp=0.3, alpha=0.2).save(world.file("small"))
 
 
+@cache
 def _warm(world: World) -> None:
-    """Imports, once, what children need, so that none of them does."""
+    """Imports, once a process, what children need, so that none of them does."""
     import fastapi  # noqa: F401
     import uvicorn  # noqa: F401
 
