@@ -18,6 +18,8 @@ from .visible import visible
 MANIFEST = "manifest.json"
 # Larger files are a checkpoint's.
 _HASHED = 100 * 2**20
+# So many characters of a value are shown; `--json` has all.
+_SHOWN = 5000
 
 
 def describe(path: Path, top: int = 10) -> dict[str, Any]:
@@ -147,6 +149,11 @@ def _run(path: Path) -> dict[str, Any]:
     return contents
 
 
+def _shown(text: str) -> str:
+    """As much of a text as people read, with nothing in it that acts on a terminal."""
+    return visible(text[:_SHOWN]) + ("…" if len(text) > _SHOWN else "")
+
+
 def show(console: Any, contents: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -158,11 +165,11 @@ def show(console: Any, contents: dict[str, Any]) -> None:
             for column in value[0]:
                 table.add_column(column)
             for row in value:
-                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else escape(visible(str(x))) for x in row.values()))
+                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else escape(_shown(str(x))) for x in row.values()))
             console.print(table)
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list) and value else str(value)
-            console.print(f"[bold]{name}[/bold]: {escape(visible(text))}", highlight=False)
+            console.print(f"[bold]{name}[/bold]: {escape(_shown(text))}", highlight=False)
     if results:
         from .page import print_results
 
