@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from torture.ledger import Case, Outcome, times
+from torture.ledger import Case, Outcome, miniature, times
 from torture.warm import say
 from torture.world import World, contents, difference
 
@@ -16,6 +16,13 @@ ROUNDS = 3
 
 
 def cases(world: World, scale: float) -> Iterator[Case]:
+    if not miniature(scale):
+        yield from _of_a_run(world, scale)
+    for number in times(30 * ROUNDS, scale):
+        yield Case("bit flip", "in an edit that is applied", number, lambda draw, folder: _edit(world, draw, folder))
+
+
+def _of_a_run(world: World, scale: float) -> Iterator[Case]:
     names = sorted(name for name, data in contents(world.whole, {".lock"}).items() if data)
     chosen = names if scale >= 0.2 else [name for name in names if name in ("choice.json", "edit.safetensors")]
     for number in times(ROUNDS, scale):
@@ -33,8 +40,6 @@ def cases(world: World, scale: float) -> Iterator[Case]:
                 return _journal(world, name, draw, folder)
 
             yield Case("bit flip", "in a journal that is read again", number * len(journals) + at, again)
-    for number in times(30 * ROUNDS, scale):
-        yield Case("bit flip", "in an edit that is applied", number, lambda draw, folder: _edit(world, draw, folder))
 
 
 def _flip(file: Path, draw: random.Random) -> bytes:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torture.ledger import Case, Outcome, times
+from torture.ledger import Case, Outcome, miniature, times
 from torture.warm import Child, Ended, command, say
 from torture.world import World, contents, difference, half_written
 
@@ -116,7 +116,8 @@ class _Tapped:
 
 
 def cases(world: World, scale: float) -> Iterator[Case]:
-    for kind in COUNTS:
+    kinds = ["apply"] if miniature(scale) else list(COUNTS)
+    for kind in kinds:
         for number, place in enumerate(_places(world, kind)[: len(times(COUNTS[kind], scale))]):
 
             def injected(draw: random.Random, folder: Path, kind: str = kind, place: int = place) -> Outcome:
@@ -126,7 +127,7 @@ def cases(world: World, scale: float) -> Iterator[Case]:
             yield Case("full disk", f"from the n-th write of {kind}", number, injected)
     if not _can_mount(world.folder):
         return
-    for kind in SIZES:
+    for kind in kinds:
         many = times(SIZES[kind], scale)
         for number in many:
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torture import bend
-from torture.ledger import Case, Outcome, times
+from torture.ledger import Case, Outcome, miniature, times
 from torture.warm import Ended, say
 from torture.world import World
 
@@ -44,6 +44,8 @@ def cases(world: World, scale: float) -> Iterator[Case]:
         "gguf": _gguf,
     }
     for kind, count in COUNTS.items():
+        if miniature(scale) and kind in ("traces", "prompts", "scores", "shard"):
+            continue
         for number in times(count, scale):
 
             def run(draw: random.Random, folder: Path, kind: str = kind) -> Outcome:

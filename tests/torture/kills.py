@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torture.ledger import Case, Outcome, times
+from torture.ledger import Case, Outcome, miniature, times
 from torture.warm import Child, command
 from torture.world import World, contents, difference, half_written
 
@@ -57,7 +57,10 @@ def cases(world: World, scale: float) -> Iterator[Case]:
     def killed_serve(draw: random.Random, folder: Path) -> Outcome:
         return _serve(world, draw, folder)
 
-    for kind, run in (("run", killed_run), ("search", killed_search), ("apply", killed_apply), ("serve", killed_serve)):
+    kinds = {"run": killed_run, "search": killed_search, "apply": killed_apply, "serve": killed_serve}
+    for kind, run in kinds.items():
+        if miniature(scale) and kind != "apply":
+            continue
         for number in times(COUNTS[kind], scale):
             yield Case("SIGKILL", kind, number, run)
 

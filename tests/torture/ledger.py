@@ -124,3 +124,8 @@ def _table(summary: list[dict[str, Any]]) -> Iterator[list[str]]:
 def times(count: int, scale: float) -> range:
     """The numbers of a kind's cases at a scale; at least one."""
     return range(max(1, round(count * scale)))
+
+
+def miniature(scale: float) -> bool:
+    """Whether only what takes no whole run is done, as in the tests."""
+    return scale < 0.0005

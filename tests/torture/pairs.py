@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torture.ledger import Case, Outcome, times
+from torture.ledger import Case, Outcome, miniature, times
 from torture.warm import Child, Ended, command
 from torture.world import World, difference
 
@@ -22,6 +22,8 @@ COUNTS = {
 
 def cases(world: World, scale: float) -> Iterator[Case]:
     for kind, count in COUNTS.items():
+        if miniature(scale) and kind != "two edits to one output":
+            continue
         for number in times(count, scale):
 
             def run(draw: random.Random, folder: Path, kind: str = kind) -> Outcome:

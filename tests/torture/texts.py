@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from torture.fuzz import judged
-from torture.ledger import Case, Outcome
+from torture.ledger import Case, Outcome, miniature
 from torture.warm import Ended, say
 from torture.world import World
 
@@ -48,7 +48,8 @@ def cases(world: World, scale: float) -> Iterator[Case]:
     number = 0
     for place, put in places.items():
         for name, text in TEXTS.items():
-            if scale < 0.2 and not (place in ("a prompt", "an edit's numbers") and name in ("NaN", "terminal escapes")):
+            few = ("an edit's numbers",) if miniature(scale) else ("a prompt", "an edit's numbers")
+            if scale < 0.2 and not (place in few and name in ("NaN", "terminal escapes")):
                 continue
 
             def run(draw: random.Random, folder: Path, put: Any = put, text: Any = text, name: str = name) -> Outcome:

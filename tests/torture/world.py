@@ -37,7 +37,8 @@ class World:
 
     @property
     def whole(self) -> Path:
-        """A finished run."""
+        """A finished run. It is made by this process, which has then imported whatever a run needs."""
+        _make_whole(self)
         return self.folder / "whole"
 
     @property
@@ -60,7 +61,7 @@ class World:
 
 
 def make_world(folder: Path) -> World:
-    """Makes it, or takes what an earlier call made, and warms this process up by a run in it."""
+    """Makes it, or takes what an earlier call made."""
     world = World(folder)
     if not (folder / "ready").is_file():
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,14 +70,8 @@ def make_world(folder: Path) -> World:
         world.recipe.write_text(tiny_recipe(str(world.model)).to_yaml(), encoding="utf-8")
         _make_base(world)
         _make_gguf(world)
-    _warm(world)
-    if not (folder / "ready").is_file():
-        for arguments in (
-            ("run", world.recipe, "--out", world.whole, "--quiet"),
-            ("apply", world.base, world.file("edit"), "--to", world.edited),
-        ):
-            ended = say(folder, *arguments, cpu=120)
-            assert ended.code == 0, ended.err
+        ended = say(folder, "apply", world.base, world.file("edit"), "--to", world.edited, cpu=120)
+        assert ended.code == 0, ended.err
         (folder / "ready").touch()
     return world
 
@@ -130,19 +125,21 @@ def _make_gguf(world: World) -> None:
 
 
 @cache
-def _warm(world: World) -> None:
-    """Imports, once a process, what children need, so that none of them does."""
+def _make_whole(world: World) -> None:
+    """The finished run; if it is there, another one, so that no child has to import what this process can."""
     import fastapi  # noqa: F401
     import uvicorn  # noqa: F401
 
     from steer2edit.progress import be_quiet
 
-    out = world.folder / "warm"
+    whole, out = world.folder / "whole", world.folder / "making"
     shutil.rmtree(out, ignore_errors=True)
-    code = command("run", world.recipe, "--out", out, "--quiet", "--json")()
-    assert code == 0
+    assert command("run", world.recipe, "--out", out, "--quiet", "--json")() == 0
     be_quiet()
-    shutil.rmtree(out)
+    if whole.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.rename(whole)
 
 
 def contents(folder: Path, leave: set[str] = UNLIKE) -> dict[str, bytes]:

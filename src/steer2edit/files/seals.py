@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SEAL = re.compile(r'(.+), "crc32": "([0-9a-f]{8})"\}', re.DOTALL)
-_DIGEST = re.compile(r'(.+), "sha256": "([0-9a-f]{64})"\}', re.DOTALL)
+_SEAL = re.compile(r'(.+), "crc32": "([^"]*)"\}', re.DOTALL)
+_DIGEST = re.compile(r'(.+), "sha256": "([^"]*)"\}', re.DOTALL)
 
 
 def sealed(line: str) -> str:
