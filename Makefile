@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM := .venv-vllm
 NODE := .node
 
-.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser test-wheel test-versions lint docs dist bench bench-peers clean
+.PHONY: demo test test-slow test-all test-vllm test-llama-cpp test-browser test-wheel test-versions torture lint docs dist bench bench-peers clean
 
 demo: $(READY)
 	$(VENV)/bin/steer2edit demo
@@ -38,6 +38,12 @@ test-wheel: $(READY)
 test-versions: $(READY)
 	$(PY) tests/versions.py oldest
 	$(PY) tests/versions.py newest
+
+# Kills, bent files, full disks, flipped bits, two processes at once: docs/reliability.md. `make torture SCALE=0.2` does a
+# fifth; a second call goes on with one that was stopped.
+SCALE ?= 1
+torture: $(READY)
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(PY) -m torture --out runs/torture --scale $(SCALE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -61,7 +61,8 @@ def world(tmp_path_factory: Any) -> World:
     other = copy.deepcopy(edit).only(layers=[0]).with_strength(-0.5)
     for kind, made in zip(KINDS, (probe, scores, edit, combine(edit, other)), strict=True):
         made.save(folder / f"{kind}.safetensors")
-    files = {kind: (folder / f"{kind}.safetensors").read_bytes() for kind in KINDS}
+    # Without their checksums, which would refuse all of it before anything else is looked at.
+    files = {kind: unsealed((folder / f"{kind}.safetensors").read_bytes()) for kind in KINDS}
     model.save_pretrained(folder / "base", max_shard_size="20KB")
     return World(model, probe, edit, files, folder / "base")
 
@@ -75,6 +76,14 @@ def unpacked(data: bytes) -> tuple[dict[str, Any], bytes]:
 def packed(header: Any, rest: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + rest
+
+
+def unsealed(data: bytes) -> bytes:
+    """The file without its checksum, as older versions wrote it."""
+    outer, rest = unpacked(data)
+    header = json.loads(outer["__metadata__"]["steer2edit"])
+    del header["sha256"]
+    return packed(outer | {"__metadata__": {"steer2edit": json.dumps(header, ensure_ascii=False)}}, rest)
 
 
 def with_header(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import Interrupted, Steer2EditError
+from .errors import Interrupted, Steer2EditError, refused_by_the_system
 from .guided import verb as guided
 from .paper import verbs as paper
 from .pipeline import file_verbs, share_verbs
 from .pipeline.options import Json, Quiet, TrustCode, console, print_json
 from .progress import be_quiet
+from .report.visible import one_line
 from .serving import verbs as serving
 
 app = typer.Typer(
@@ -36,6 +37,8 @@ ModelName = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs/NAME by default.")]
 _INTERRUPTED = 130
+# So many characters of each part of an error are shown.
+_SHOWN = 600
 
 
 def _version(wanted: bool) -> None:
@@ -67,31 +70,27 @@ def main() -> None:
     try:
         app(prog_name="steer2edit")
     except Steer2EditError as error:
-        from .report.visible import visible
-
-        print(f"steer2edit: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     except Interrupted as stop:
         print(f"\nsteer2edit: stopped; {stop}.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        print(
-            f"steer2edit: {error.filename or 'a file'} cannot be used (got: {error.strerror}). Check the path.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     except OSError as error:
-        if error.errno != 28:
+        if (refusal := refused_by_the_system(error)) is None:
             raise
-        print(
-            "steer2edit: the disk is full (got: no space left). Free some space and run the same command again.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        _refuse(refusal)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # Typer turns Ctrl-C into this exit code, and says nothing
             print("\nsteer2edit: stopped; the same command goes on from here.", file=sys.stderr)
         raise
+
+
+def _refuse(error: Steer2EditError) -> None:
+    """Says in one line what the user can act on, and exits with code 2. What was got may be megabytes of anything."""
+    parts = [
+        one_line(text, _SHOWN) + ("…" if len(text) > _SHOWN else "") for text in (error.what, error.got, error.fix)
+    ]
+    print("steer2edit: {} (got: {}). {}".format(*parts), file=sys.stderr)
+    sys.exit(2)
 
 
 def _open(

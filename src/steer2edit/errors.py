@@ -6,7 +6,23 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a disk, a folder or a path says no to, whatever this program does.
+_REFUSED = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+}
 
 
 class Steer2EditError(Exception):
@@ -32,6 +48,26 @@ class Steer2EditError(Exception):
 
 def _again(kind: type[Steer2EditError], what: str, got: str, fix: str) -> Steer2EditError:
     return kind(what, got=got, fix=fix)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, a quota or a limit on files has no room for what was written."""
+    return error.errno in _FULL
+
+
+def refused_by_the_system(error: OSError) -> Steer2EditError | None:
+    """The sentence for an error of the machine that the user can act on; None for one that may be a bug of ours.
+
+    >>> refused_by_the_system(OSError(errno.ENOSPC, "No space left on device")).what
+    'the disk is full'
+    """
+    if is_full(error):
+        fix = "Free some space and run the same command again."
+        return Steer2EditError("the disk is full", got=error.filename or "no space left", fix=fix)
+    if error.errno in _REFUSED:
+        what = f"{error.filename or 'a file'} cannot be used"
+        return Steer2EditError(what, got=error.strerror, fix="Check the path, its rights and its disk.")
+    return None
 
 
 class Interrupted(Exception):

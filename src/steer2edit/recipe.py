@@ -16,8 +16,9 @@ from .behaviours.base import SPLITS, Behaviour, Source
 from .behaviours.known import BEHAVIOURS
 from .engines.plan import EnginePlan, Model
 from .errors import FileError, RecipeError
+from .files.plain_yaml import read_yaml
 from .files.reading import read_text
-from .files.schema import Count, Many, Section, Text, nearest, parse
+from .files.schema import Count, Many, Section, Text, _number, at_most, nearest, parse
 from .method.variants import PRESERVE
 from .searching.front import Aim
 from .searching.plan import Evaluation, Search
@@ -128,7 +129,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0), BeforeValidator(_number), at_most(2**32 - 1)] = 0
     model: Model
     behaviour: Annotated[SerializeAsAny[Behaviour], BeforeValidator(_behaviour)]
     data: Data
@@ -282,10 +283,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = read_text(name)
     else:
         raise FileError("no such recipe", got=name, fix=f"Give a YAML file or a shipped recipe: {', '.join(shipped)}.")
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not YAML", got=str(error).replace("\n", " "), fix="Mend its syntax.") from None
+    raw = read_yaml(text, str(name))
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{name} is not a recipe", got=type(raw).__name__, fix="Write keys and values, see `steer2edit recipes`."
@@ -305,10 +303,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         place = place.setdefault(parent, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
         raise RecipeError("an override goes through a key that holds a plain value", got=path, fix="Check the key.")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"the value of {path} is not YAML", got=value, fix="Quote it.") from None
+    place[last] = read_yaml(value, f"the value of {path}")
 
 
 def parse_recipe(raw: dict[str, Any]) -> Recipe:

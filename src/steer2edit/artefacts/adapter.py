@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EditError
+from ..files.tensors import save_tensors
 from ..files.writing import replacing_folder
 from ..method.change import Changes
 from ..method.site import Site
@@ -37,7 +38,6 @@ def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> 
     """
     quiet_kernels()
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     changes = edit.changes()
     if not changes:
@@ -76,7 +76,7 @@ def save_adapter(edit: Changes, folder: str | Path, base: str | None = None) -> 
         target_parameters=parameters or None,
     )
     with replacing_folder(folder, ours=_NOTE) as temporary:
-        save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_tensors(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         config.save_pretrained(str(temporary))
         parts = [{"id": p.id, "config": dict(p.config), "strength": p.strength} for p in edit.parts]
         note = {"edit": edit.id, "parts": parts}

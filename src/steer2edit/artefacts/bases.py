@@ -69,7 +69,7 @@ class Base:
     def _gguf_packed(self, site: Site) -> Packed | None:
         name = _gguf_name(self.architecture, site)
         file, stored = self.held.get(name, ("", None))
-        if stored is None or stored.dtype_name not in KINDS:
+        if stored is None or stored.dtype_name not in KINDS or len(stored.shape) < 2:
             return None
         kind = KINDS[stored.dtype_name]
         *experts, rows, columns = stored.shape

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import FileError, ModelError
 from ..files.reading import read_json
 from ..files.shards import checkpoint_reader, open_shard, shards
+from ..files.tensors import save_tensors
 from ..files.writing import replacing_folder
 from ..models.load import empty_model, load_config
 from ..models.sites import find_sites
@@ -99,9 +100,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def _add_shard(folder: Path, where: Mapping[str, str], new: Mapping[str, Tensor]) -> None:
     """Adds a file to a checkpoint, and an index if the checkpoint was a single file."""
-    from safetensors.torch import save_file
-
-    save_file(dict(new), str(folder / _NEW), metadata={"format": "pt"})
+    save_tensors(new, folder / _NEW, {"format": "pt"})
     index: dict[str, Any] = {"metadata": {}}
     files = dict(where)
     if (folder / _INDEX).is_file():

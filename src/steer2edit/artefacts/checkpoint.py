@@ -18,10 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..errors import EditError, FileError, ModelError
+from ..errors import EditError, FileError, ModelError, is_full
 from ..files.ranges import stored_size
 from ..files.reading import read_journal
-from ..files.writing import append_jsonl, clear_temporaries, make_folder, sync
+from ..files.writing import append_jsonl, claimed, clear_temporaries, remove, sync
 from ..method.change import Changes
 from ..method.fingerprint import QUANTISED_TOLERANCE, TOLERANCE
 from ..method.presence import Presence, check_weights, decide
@@ -79,8 +79,11 @@ def export_checkpoint(
     (True, True)
     """
     base, out = checkpoint_folder(base), Path(out)
+    partial = out.with_name(f".{out.name}.partial")
     if out.exists():
-        raise FileError("the output folder exists already", got=out, fix="Give a new folder, or remove that one.")
+        if partial.is_dir() and not (partial / JOURNAL).exists():  # a kill left it after all was written
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _exists(out)
     if not edit.changes():
         raise EditError("the edit changes nothing", got="λ = 0 everywhere", fix="Lower ρ or α.")
     if out.resolve().is_relative_to(base.resolve()):
@@ -99,47 +102,54 @@ def export_checkpoint(
         say(f"  the export's {MANIFEST} replaces the base's own")
         rest.remove(MANIFEST)
 
-    partial = out.with_name(f".{out.name}.partial")
-    done = _resume(partial, _key(edit, base, opened.folder, files))
-    try:
-        _room(partial, sum(stored_size(opened.folder / name) for name in (*rest, *shards) if name not in done))
-        work = _Work(edit, opened.folder, partial, hashes, progress, sum(files[name] for name in shards))
-        work.checked(done)
-        work.run({name: pieces.get(name, []) for name in shards if name not in done})
-        decide(edit.parts, work.presence, work.other)
-        if not accept_rounding:
-            refuse_lost(work.rounding)
-        for name in rest:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / name, partial / name)
-            sync(partial / name)
-        text = json.dumps(_manifest(edit, base, work, left_out), indent=2) + "\n"
-        (partial / MANIFEST).write_text(text, encoding="utf-8")
-        sync(partial / MANIFEST)
-        (partial / JOURNAL).unlink()
-        if one_file:
-            (partial / MANIFEST).replace(manifest_beside(out))
-            (partial / base.name).replace(out)
+    with claimed(partial, out):
+        if out.exists():  # another process has just written it
             shutil.rmtree(partial)
-        else:
-            partial.rename(out)
-        sync(out.parent)
-    except (EditError, ModelError):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except OSError as error:
-        if error.errno != 28:
+            raise _exists(out)
+        done = _resume(partial, _key(edit, base, opened.folder, files))
+        try:
+            _room(partial, sum(stored_size(opened.folder / name) for name in (*rest, *shards) if name not in done))
+            work = _Work(edit, opened.folder, partial, hashes, progress, sum(files[name] for name in shards))
+            work.checked(done)
+            work.run({name: pieces.get(name, []) for name in shards if name not in done})
+            decide(edit.parts, work.presence, work.other)
+            if not accept_rounding:
+                refuse_lost(work.rounding)
+            for name in rest:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(base / name, partial / name)
+                sync(partial / name)
+            text = json.dumps(_manifest(edit, base, work, left_out), indent=2) + "\n"
+            (partial / MANIFEST).write_text(text, encoding="utf-8")
+            sync(partial / MANIFEST)
+            (partial / JOURNAL).unlink()
+            if one_file:
+                (partial / MANIFEST).replace(manifest_beside(out))
+                (partial / base.name).replace(out)
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.rename(out)
+            sync(out.parent)
+        except (EditError, ModelError):
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        raise FileError(
-            f"the disk is full: {out} was not written",
-            got="no space left",
-            fix=f"Free some space and run it again, or remove {partial} to give it up.",
-        ) from None
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise FileError(
+                f"the disk is full: {out} was not written",
+                got="no space left",
+                fix=f"Free some space and run it again, or remove {partial} to give it up.",
+            ) from None
     if work.rounding:
         say(f"  {described(work.rounding)}")
     if left_out:
         say(f"  not copied, since they hold the base's weights in another form: {', '.join(left_out)}")
     return out
+
+
+def _exists(out: Path) -> FileError:
+    return FileError("the output folder exists already", got=out, fix="Give a new folder, or remove that one.")
 
 
 def compare(edit: Changes, base: Path) -> None:
@@ -220,8 +230,8 @@ def _resume(partial: Path, key: str) -> dict[str, Any]:
     """The journal's lines of complete shards, by file name. Another export's journal and shards are deleted."""
     lines = read_journal(partial / JOURNAL)
     if not lines or lines[0].get("key") != key:
-        shutil.rmtree(partial, ignore_errors=True)
-        make_folder(partial)
+        for path in partial.iterdir():  # the folder itself stays: it is what keeps other processes out
+            remove(path)
         append_jsonl(partial / JOURNAL, {"key": key})
         return {}
     clear_temporaries(partial)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from .seals import unsealed
 
 
 def read_text(path: str | Path) -> str:
@@ -43,7 +44,8 @@ def numbered_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            _refuse_halves(line, row)
+        except (RecursionError, ValueError) as error:
             raise FileError(
                 f"line {number} of {path} is not JSON",
                 got=error,
@@ -59,8 +61,21 @@ def numbered_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
+def _refuse_halves(line: str, value: Any) -> None:
+    """Raises ValueError if a text holds half a character, which no file and no tokenizer can take."""
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character, \\u{ord(error.object[error.start]):x}") from None
+
+
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal. A last line that a kill cut short is removed from the file."""
+    """The complete lines of a journal. A last line that a kill cut short is removed from the file.
+
+    Raises:
+        FileError: a line is not as it was written.
+    """
     path = Path(path)
     if not path.exists():
         return []
@@ -70,9 +85,12 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     try:
-        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-    except ValueError as error:
+        rows = [json.loads(unsealed(line)) for line in whole.decode("utf-8").split("\n") if line]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line that is not an object")
+    except (RecursionError, ValueError) as error:
         raise FileError(f"{path} is damaged", got=error, fix="Delete it; its batches then run again.") from None
+    return rows
 
 
 def sha256(path: str | Path) -> str:

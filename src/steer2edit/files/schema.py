@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError
 
@@ -18,14 +18,25 @@ def _number(value: Any) -> Any:
     return value
 
 
+def at_most(most: int) -> AfterValidator:
+    """A bound that no recipe comes near, so that the reference of the recipe need not name it."""
+
+    def check(value: int) -> int:
+        if value > most:
+            raise ValueError(f"Input should be at most {most}")
+        return value
+
+    return AfterValidator(check)
+
+
 # The bounds stand before the validator, so that the JSON schema has them. The validator runs first all the same.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 
-Count = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_number), at_most(10**9)]
 
-Many = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Many = Annotated[int, Field(ge=1), BeforeValidator(_number), at_most(10**9)]
 
 Text = Annotated[str, Field(pattern=r"\S")]
 

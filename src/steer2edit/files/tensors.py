@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError
 from .gallery import edit_file
+from .seals import sealed_header, unsealed_header
 from .writing import replacing
 
 if TYPE_CHECKING:
@@ -20,15 +23,24 @@ BYTES = ".evidence"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes a `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`."""
+    """Writes a `safetensors` file whose metadata holds `header` as JSON under the key `steer2edit`, sealed."""
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False)
+    stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_tensors(stored, temporary, {"steer2edit": sealed_header(text, stored)})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a `safetensors` file. Raises OSError, as Python's own files do, where the disk does not take it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-            str(temporary),
-            metadata={"steer2edit": json.dumps(header, ensure_ascii=False, allow_nan=False)},
-        )
+    try:
+        save_file(dict(tensors), str(path), metadata=dict(metadata))
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,7 +50,8 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         kind: the `kind` that the header must have, such as "probe", "scores" or "edit".
 
     Raises:
-        FileError: the file is missing, cut short, of another kind, or holds a number that is not finite.
+        FileError: the file is missing, cut short, of another kind, holds a number that is not finite, or a bit of it
+            has changed.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -67,6 +80,11 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         if tensor.dtype is not dtype or not torch.isfinite(tensor).all():
             kind = f"{dtype}".removeprefix("torch.")
             raise FileError(f"tensor {name} of {path} is not finite {kind}", got=tensor.dtype, fix="Write it again.")
+    try:
+        unsealed_header(metadata["steer2edit"], tensors)
+    except ValueError as error:
+        raise FileError(f"{path} is damaged", got=error, fix="Write or copy it again.") from None
+    header.pop("sha256", None)
     return tensors, header
 
 

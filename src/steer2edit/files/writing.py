@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from .seals import sealed
 
-_TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp(\.\w+)?")
+# Ours, and those of the safetensors package, which writes to a temporary file of its own.
+_TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp(\.\w+)?|\.tmp\w{6}")
 
 
 def make_folder(path: str | Path) -> None:
@@ -91,11 +93,55 @@ def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
                 sync(file)
         if path.exists():
             path.replace(old)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise FileError(
+                "another process has just written this folder", got=path, fix="Give another folder, or write it again."
+            ) from None
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, output: Path) -> Iterator[None]:
+    """Makes a folder, if there is none, in which no other process works while the context lasts.
+
+    The lock is on the folder itself, so that nothing is left of it: not after a kill, and not after a rename.
+
+    Args:
+        output: what is written there, for the error.
+
+    Raises:
+        FileError: another process works there, or has just ended.
+    """
+    import fcntl
+
+    taken = FileError(
+        "another steer2edit process is writing this output", got=output, fix="Wait for it, or give another output."
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise taken from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        except OSError as error:  # some network file systems know no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+        if not folder.is_dir() or not os.path.samestat(os.fstat(handle), folder.stat()):
+            raise taken
+        yield
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -126,16 +172,17 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Adds one line and syncs it. A kill in the middle leaves an incomplete line, which `read_journal` removes."""
+    """Adds one line, with a checksum, and syncs it. A kill in the middle leaves an incomplete line, which
+    `read_journal` removes."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(sealed(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def clear_temporaries(folder: str | Path) -> None:
     """Removes what `replacing` and `replacing_folder` left in a folder when their process was killed."""
-    for path in list(Path(folder).glob(".*.tmp*")):
+    for path in [*Path(folder).glob(".*.tmp*"), *Path(folder).glob(".tmp*")]:
         if _TEMPORARY.fullmatch(path.name):
             remove(path)
 

@@ -132,10 +132,10 @@ def same_sites(model_sites: Sequence[Site], wanted: Sequence[Site], wanted_by: s
 
 def are_layers(text: str) -> bool:
     """Whether a text names layers: `8-20`, `8`, or shares of the depth like `50%-100%`."""
-    shares = re.fullmatch(r"(\d+)%-(\d+)%", text)
+    shares = re.fullmatch(r"(\d{1,3})%-(\d{1,3})%", text)
     if shares:
         return int(shares[1]) < int(shares[2]) <= 100
-    return bool(re.fullmatch(r"\d+(-\d+)?", text) and layers_of(text))
+    return bool(re.fullmatch(r"\d{1,6}(-\d{1,6})?", text) and layers_of(text))
 
 
 def layers_of(text: str) -> range:

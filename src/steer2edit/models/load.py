@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# What transformers and its readers raise for a configuration, weights or a tokenizer that are not what they should be.
+_OF_A_BAD_MODEL = (
+    *(RuntimeError, OSError, ValueError, ImportError, KeyError),
+    *(ArithmeticError, AssertionError, AttributeError, IndexError, TypeError, MemoryError),
+)
+# Far above every model that there is.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "vocab_size": 2**26,
+}
+
 
 def load_model(
     name: str | Path,
@@ -105,7 +120,18 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
 
     source, where = _source(str(name), revision, trust_remote_code)
     with _loading(str(name)), without_vocabulary():
-        return AutoConfig.from_pretrained(source, **where)
+        config = AutoConfig.from_pretrained(source, **where)
+        _refuse_absurd(config)
+    return config
+
+
+def _refuse_absurd(config: Any) -> None:
+    """Raises ValueError for a model that would fill any memory as soon as it is built: its file is damaged."""
+    text = config.get_text_config()
+    for key, most in _MOST.items():
+        value = getattr(text, key, None)
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise ValueError(f"its configuration says {key}: {value}")
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
@@ -163,7 +189,7 @@ def _loading(name: str) -> Iterator[None]:
             got=str(error).splitlines()[0],
             fix="Set model.device_map: auto, or a smaller dtype.",
         ) from None
-    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
+    except _OF_A_BAD_MODEL as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "gated repo" in str(error):
             raise ModelError(

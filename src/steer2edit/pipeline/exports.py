@@ -46,6 +46,8 @@ def export(run: Run) -> list[str]:
     for old in EXPORTS:
         remove(run.path(old))
     wanted: set[str] = set(run.recipe.exports)
+    if "checkpoint" not in wanted:
+        remove(run.path(".checkpoint.partial"))  # of an export that was killed, and is not wanted any more
     not_written: dict[str, str] = {}
     if "adapter" in wanted and (reason := obstacle(edit)):
         not_written["adapter"] = (

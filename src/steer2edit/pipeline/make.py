@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..behaviours.prompts import BUILTIN
 from ..errors import RecipeError
+from ..files.plain_yaml import read_yaml
 from ..recipe import Recipe, parse_recipe
 from ..report.page import shortened
 
@@ -42,11 +41,9 @@ def made_recipe(
     behaviour: dict[str, Any] = {"name": "custom", "title": title or _title(more), **sides}
     if score is not None:
         try:
-            behaviour["score"] = yaml.safe_load(score)
-        except yaml.YAMLError:
-            raise RecipeError(
-                "--score is not YAML", got=score, fix="Write it like --score '{pattern: \"(?i)ahoy\"}'."
-            ) from None
+            behaviour["score"] = read_yaml(score, "--score")
+        except RecipeError as error:
+            raise RecipeError(error.what, got=score, fix="Write it like --score '{pattern: \"(?i)ahoy\"}'.") from None
     raw: dict[str, Any] = {
         "name": re.sub(r"[/\\]|^\.+", "-", name) or "made",
         "model": {"name": model},

@@ -31,7 +31,19 @@ from ..searching.bench import Bench
 from ..searching.own_answers import Journalled
 from .keys import rival_files, score_files, stage_keys, stages_of
 
-_FOLDERS = (".", "traces", "search", "training", "evaluation", "figures")
+# Where a kill may leave temporary files; the report writes cards into the folders of the exports.
+_FOLDERS = (
+    *(".", "traces", "search", "training", "evaluation", "figures"),
+    *("adapter", "checkpoint", "gguf", "steering"),
+)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a value of the manifest is what `record` writes of a stage."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+        return False
+    digests = [entry.get("files"), entry.get("read", {})]
+    return all(isinstance(d, dict) and all(isinstance(x, str) for x in d.values()) for d in digests)
 
 
 class Run:
@@ -237,8 +249,14 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         path = self.path(MANIFEST)
         manifest = read_json(path) if path.is_file() else {"stages": {}}
-        if not (isinstance(manifest, dict) and isinstance(manifest.get("stages"), dict)):
-            raise FileError(f"{path} is not a run's manifest", got=type(manifest).__name__, fix="Give another --out.")
+        stages = manifest.get("stages") if isinstance(manifest, dict) else None
+        if not isinstance(stages, dict) or not all(_is_entry(entry) for entry in stages.values()):
+            raise FileError(
+                f"{path} is not a run's manifest",
+                got="damaged, or another file",
+                fix="Delete it, so that the stages run again (what the journals hold is not made again), or give"
+                " another --out.",
+            )
         return manifest
 
     def entry(self, stage: str) -> Mapping[str, Any] | None:

@@ -13,6 +13,9 @@ from ..errors import ModelError, TraceError
 from .chat import CHAT, Chat, render
 from .traces import Part, Positions, Trace
 
+# No token is longer; a few more than `max_tokens`, since the last ones may be special.
+_CHARACTERS, _MORE = 512, 8
+
 
 @dataclass(frozen=True)
 class Span:
@@ -61,7 +64,7 @@ def response_span(
     gap = chat.gap(prompt, trace.response)
     prompt += gap
     text = prompt + trace.response
-    encoded = tokenizer(text, add_special_tokens=chat.adds_special_tokens, return_offsets_mapping=True)
+    encoded, is_whole = _encoded(tokenizer, text, max_tokens, chat)
     ids = encoded["input_ids"]
     # The space that sets a response off is the model's to write: where it is a token of its own, it belongs to it.
     first, last = len(prompt) + first - (len(gap) if first == 0 else 0), len(prompt) + last
@@ -70,7 +73,7 @@ def response_span(
     while holds and ids[holds[-1]] in special:
         holds.pop()
     if not holds:
-        return None, False
+        return None, not is_whole
     start, end = holds[0], holds[-1] + 1
     cut = end > max_tokens
     end = min(end, max_tokens)
@@ -84,3 +87,16 @@ def response_span(
             fix='Give a prompt, or take the mean over positions="response".',
         )
     return Span(tuple(ids[: end - shift]), start - shift, end - shift), cut
+
+
+def _encoded(tokenizer: Any, text: str, max_tokens: int, chat: Chat) -> tuple[Any, bool]:
+    """The tokens of a text, and whether they are all. A text of megabytes is read as far as `max_tokens` can reach."""
+    if len(text) > (most := _CHARACTERS * (max_tokens + _MORE)):
+        encoded = _tokenised(tokenizer, text[:most], chat)
+        if len(encoded["input_ids"]) > max_tokens + _MORE:
+            return encoded, False
+    return _tokenised(tokenizer, text, chat), True
+
+
+def _tokenised(tokenizer: Any, text: str, chat: Chat) -> Any:
+    return tokenizer(text, add_special_tokens=chat.adds_special_tokens, return_offsets_mapping=True)

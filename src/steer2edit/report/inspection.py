@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import torch
 
 from ..edits import Combination, Edit, Scores
 from ..errors import FileError
-from ..files.reading import read_json
+from ..files.reading import read_json, sha256
 from ..files.tensors import read_header
 from ..probing.probe import Probe
 from .visible import in_markup
 
 MANIFEST = "manifest.json"
+# Larger files are a checkpoint's.
+_HASHED = 100 * 2**20
+# So many characters of a value are shown; `--json` has all.
+_SHOWN = 5000
 
 
 def describe(path: Path, top: int = 10) -> dict[str, Any]:
@@ -94,8 +99,30 @@ def _combination(both: Combination) -> dict[str, Any]:
     return {"kind": "combination", "id": both.id, "edits": rows, "interference": meetings(both)}
 
 
+def changed_files(folder: Path) -> list[str]:
+    """The files of a run that are not as the run wrote them, by its manifest. Files of gigabytes are not looked at.
+
+    Raises:
+        FileError: the manifest is not a run's.
+    """
+    manifest = read_json(folder / MANIFEST)
+    try:
+        digests = {name: digest for entry in manifest["stages"].values() for name, digest in entry["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{folder / MANIFEST} is not a run's", got=repr(error), fix="Give a run directory.") from None
+    small = [name for name in digests if (folder / name).is_file() and (folder / name).stat().st_size < _HASHED]
+    return [name for name in small if sha256(folder / name) != digests[name]]
+
+
+def _state(entry: Mapping[str, Any], changed: Sequence[str]) -> str:
+    if own := [name for name in entry["files"] if name in changed]:
+        return f"changed: {', '.join(own)}"
+    return "stale: another recipe's" if entry.get("stale") else "whole"
+
+
 def _run(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
+    changed = changed_files(path)
     try:
         contents = {
             "kind": "run",
@@ -106,7 +133,7 @@ def _run(path: Path) -> dict[str, Any]:
                     "stage": name,
                     "seconds": e["seconds"],
                     "files": ", ".join(e["files"]),
-                    "state": "stale: another recipe's" if e.get("stale") else "whole",
+                    "state": _state(e, changed),
                 }
                 for name, e in manifest["stages"].items()
             ],
@@ -122,20 +149,28 @@ def _run(path: Path) -> dict[str, Any]:
     return contents
 
 
+def _shown(text: str) -> str:
+    """As much of a text as people read."""
+    return text[:_SHOWN] + ("…" if len(text) > _SHOWN else "")
+
+
 def show(console: Any, contents: dict[str, Any]) -> None:
     from rich.table import Table
 
     results = contents.pop("results", None)
     for name, value in contents.items():
-        if isinstance(value, list) and value:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             table = Table(title=name)
             for column in value[0]:
                 table.add_column(column)
             for row in value:
-                table.add_row(*(f"{x:.4g}" if isinstance(x, float) else in_markup(x) for x in row.values()))
+                table.add_row(
+                    *(f"{x:.4g}" if isinstance(x, float) else in_markup(_shown(str(x))) for x in row.values())
+                )
             console.print(table)
         else:
-            console.print(f"[bold]{name}[/bold]: {in_markup(value)}", highlight=False)
+            text = ", ".join(map(str, value)) if isinstance(value, list) and value else str(value)
+            console.print(f"[bold]{name}[/bold]: {in_markup(_shown(text))}", highlight=False)
     if results:
         from .page import print_results
 

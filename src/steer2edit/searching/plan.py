@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ..files.schema import Count, Many, Positive, Section, Share, Text, _number
+from ..files.schema import Count, Many, Positive, Section, Share, Text, _number, at_most
 from ..method.rivals import RIVALS, WITH_EVIDENCE, Rival
 from ..method.site import are_layers
 from ..method.variants import PRESERVE, Variant
@@ -138,7 +138,7 @@ class Evaluation(Section):
     top_k: Count = 0
     rows: Many = 128
     batch: Many = 512
-    resamples: Many = 2000
+    resamples: Annotated[Many, at_most(100_000)] = 2000
     task_tokens: Many = 512
     task_samples: Many = 1
     task_sampling: Literal["greedy", "model"] = "greedy"

@@ -17,6 +17,7 @@ from ..method.site import layers_of
 from ..method.variants import PRESERVE
 from ..models.embedded import EMBEDDED, HUB_NAMES
 from ..recipe import load_recipe
+from ..report.inspection import MANIFEST, changed_files
 
 # Signs with a meaning in a model's name: a strength follows one, another edit the other.
 STRENGTH, AND = "@", "+"
@@ -95,6 +96,8 @@ def open_source(text: str) -> Source:
         return Source(name, load_any(path))
     if not (path / "edit.safetensors").is_file():
         raise FileError("there is no edit in the folder", got=path, fix="Give an edit file, or a finished run.")
+    if (path / MANIFEST).is_file():
+        _refuse_changed(path)
     edit, scores, gamma, layers, model = load_any(path / "edit.safetensors"), None, None, None, None
     if (path / "scores.safetensors").is_file():
         scores = Scores.load(path / "scores.safetensors")
@@ -104,6 +107,17 @@ def open_source(text: str) -> Source:
     if (path / "recipe.yaml").is_file():
         model = load_recipe(path / "recipe.yaml").model
     return Source(name, edit, scores, gamma, layers, model)
+
+
+def _refuse_changed(run: Path) -> None:
+    """Raises FileError if what is served of a run is not as the run wrote it."""
+    for name in changed_files(run):
+        if name in ("edit.safetensors", "scores.safetensors", "choice.json"):
+            raise FileError(
+                f"{run / name} is not as the run wrote it",
+                got="another checksum than its manifest has",
+                fix=f"`steer2edit run {run}` makes it again.",
+            )
 
 
 def _config(choice: Any, kind: str) -> dict[str, Any]:
