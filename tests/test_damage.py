@@ -21,6 +21,7 @@ from conftest import make_pico, make_tokenizer, make_traces
 from runs import command, make_scores, save_pico, tiny_recipe
 from steer2edit.artefacts.checkpoint import export_checkpoint
 from steer2edit.behaviours.prompts import load_prompts
+from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError, ModelError, RecipeError, refused_by_the_system
 from steer2edit.files.plain_yaml import read_yaml
 from steer2edit.files.reading import read_journal, read_jsonl
@@ -41,7 +42,7 @@ BILLIONS = "a: &a0 [x, x]\n" + "\n".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]" for i
 
 @pytest.mark.parametrize(
     "text",
-    [BILLIONS, "&a [*a]", "a: &a {b: *a}", "[" * 5000, "a: 2001-99-99", "a: !!int x", "a: !!timestamp x", "a: !!bool x",
+    [BILLIONS, "&a [*a]", "a: &a {b: *a}", "[" * 1200, "a: 2001-99-99", "a: !!int x", "a: !!timestamp x", "a: !!bool x",
      "a: " + "9" * 6000, 'a: "\\ud800"', 'a: "\\0"', "x" * 1_100_000, "{b: " * 60 + "1" + "}" * 60],
     ids=lambda text: text[:20],
 )  # fmt: skip
@@ -338,10 +339,19 @@ def test_a_text_of_megabytes_gives_the_span_of_all_its_tokens(
     for positions in ("predicting", "response"):
         spans = []
         for characters in (512, 10**9):
-            monkeypatch.setattr("steer2edit.probing.spans._CHARACTERS", characters)
+            monkeypatch.setattr("steer2edit.probing.spans.LONGEST_TOKEN", characters)
             spans.append(response_span(watched, trace, part=part, positions=positions, max_tokens=16))
         assert spans[0] == spans[1]
     assert all(length == 512 * 24 for length in asked[::2])  # every second one reads all
+
+
+@pytest.mark.parametrize("text", ["bake " * 400_000, "x" * 2_000_000])
+def test_a_prompt_of_megabytes_is_refused_before_it_becomes_tokens(text: str, monkeypatch: Any) -> None:
+    engine = TransformersEngine(make_pico(), make_tokenizer())
+    assert len(engine.tokens([{"role": "user", "content": text[:2000]}])) > 100
+    monkeypatch.setattr("steer2edit.engines.base.prompt_tokens", None)
+    with pytest.raises(s2e.Steer2EditError, match="a prompt is longer than the model can read"):
+        engine.tokens([{"role": "user", "content": text}])
 
 
 # Models -------------------------------------------------------------------------------------------------------------

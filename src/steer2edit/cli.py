@@ -15,7 +15,7 @@ from .paper import verbs as paper
 from .pipeline import file_verbs, share_verbs
 from .pipeline.options import Json, Quiet, TrustCode, console, print_json
 from .progress import be_quiet
-from .report.visible import one_line
+from .report.visible import visible
 from .serving import verbs as serving
 
 app = typer.Typer(
@@ -86,9 +86,8 @@ def main() -> None:
 
 def _refuse(error: Steer2EditError) -> None:
     """Says in one line what the user can act on, and exits with code 2. What was got may be megabytes of anything."""
-    parts = [
-        one_line(text, _SHOWN) + ("…" if len(text) > _SHOWN else "") for text in (error.what, error.got, error.fix)
-    ]
+    texts = (error.what, error.got, error.fix)
+    parts = [visible(text[:_SHOWN]).replace("\n", " ") + ("…" if len(text) > _SHOWN else "") for text in texts]
     print("steer2edit: {} (got: {}). {}".format(*parts), file=sys.stderr)
     sys.exit(2)
 

@@ -205,7 +205,7 @@ def test_the_file_of_verdicts_has_no_text(serve: Any, tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache" / "judgements").glob("*.jsonl")
     assert file.name == f"{judge.identity}.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [sorted(row) for row in rows] == [["pair", "yes"]] * 12
+    assert [sorted(row) for row in rows] == [["crc32", "pair", "yes"]] * 12
     assert "Prompt" not in file.read_text()
 
 

@@ -128,7 +128,7 @@ def test_a_line_of_an_older_run_is_read_as_it_is(tmp_path: Path) -> None:
     _asked(journal)
     lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
     for line in lines:
-        del line["asked"]
+        del line["asked"], line["crc32"]
         if "outcomes" in line:
             made = line.pop("outcomes")
             line["texts"], line["starts"] = [o["text"] for o in made], [o["start"] for o in made]

@@ -40,7 +40,7 @@ def cases(world: World, scale: float) -> Iterator[Case]:
 def _cycle(kind: str, cycles: int) -> int:
     """Runs in a child; 0 if nothing grew and every weight is as it was."""
     torch.manual_seed(0)
-    model, tokenizer = make_pico(), make_tokenizer()
+    model, tokenizer = make_pico(num_hidden_layers=1), make_tokenizer()
     edit = s2e.score(model, s2e.collect(model, tokenizer, *make_traces())).edit(rho_attn=0.3, rho_mlp=0.3, alpha=0.3)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     once = _applied(edit, model) if kind == "apply and revert" else _generated(edit, model, tokenizer)

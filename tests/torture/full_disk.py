@@ -23,8 +23,8 @@ from torture.warm import Child, Ended, command, say
 from torture.world import World, contents, difference, half_written
 
 # At full scale: the places of injection, of which every distinct one comes first, and the sizes of file systems.
-COUNTS = {"run": 120, "apply": 120}
-SIZES = {"run": 20, "apply": 20}
+COUNTS = {"run": 60, "apply": 120}
+SIZES = {"run": 10, "apply": 20}
 _ROOM = 2**16  # kilobytes, when there is room again
 
 

@@ -8,7 +8,7 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torture.warm import Child, command
 from torture.world import World, contents, difference, half_written
 
 # How often each command is killed at full scale: 100 together.
-COUNTS = {"run": 40, "search": 20, "apply": 30, "serve": 10}
+COUNTS = {"run": 25, "search": 35, "apply": 30, "serve": 10}
 _QUESTION = {
     "messages": [{"role": "user", "content": "How do I bake bread?"}],
     "max_tokens": 200,
@@ -40,14 +40,13 @@ def cases(world: World, scale: float) -> Iterator[Case]:
     def killed_run(draw: random.Random, folder: Path) -> Outcome:
         arguments = ("run", world.recipe, "--quiet", "--out")
         moment = draw.uniform(0, usually("run", command(*arguments, folder / "usual"), folder))
-        return _run(world, folder, arguments, moment)
+        return _run(world, folder, arguments, moment, lambda: None)
 
     def killed_search(draw: random.Random, folder: Path) -> Outcome:
-        for name in ("usual", "out"):
-            _without_search(world, folder / name)
+        _without_search(world, folder / "usual")
         arguments = ("search", world.recipe, "--quiet", "--out")
         moment = draw.uniform(0, usually("search", command(*arguments, folder / "usual"), folder))
-        return _run(world, folder, arguments, moment, then=("run", world.recipe, "--quiet", "--out"))
+        return _run(world, folder, arguments, moment, lambda: _without_search(world, folder / "out"))
 
     def killed_apply(draw: random.Random, folder: Path) -> Outcome:
         arguments = ("apply", world.base, world.file("edit"), "--quiet", "--to")
@@ -74,26 +73,36 @@ def _without_search(world: World, folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _run(world: World, folder: Path, arguments: Any, moment: float, then: Any = None) -> Outcome:
+def _killed(work: Callable[[], int], folder: Path, moment: float, prepare: Callable[[], None]) -> None:
+    """Kills a command at a moment; if it had ended before, it runs again and is killed at half of it."""
+    while True:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        prepare()
+        ended = Child(work, folder).wait(kill_at=moment)
+        if ended.killed:
+            return
+        assert ended.code == 0, ended.err
+        moment /= 2
+
+
+def _run(world: World, folder: Path, arguments: Any, moment: float, prepare: Callable[[], None]) -> Outcome:
+    """After the kill the same command, and then the whole run, which has nothing more to do after a `run`."""
     out = folder / "out"
-    first = Child(command(*arguments, out), folder).wait(kill_at=moment)
-    if not first.killed:
-        assert first.code == 0, first.err
+    _killed(command(*arguments, out), folder, moment, prepare)
     if bad := half_written(out, world.whole):
         return Outcome("half written", bad)
     again = Child(command(*arguments, out), folder).wait()
-    if again.code == 0 and then is not None:
-        again = Child(command(*then, out), folder).wait()
+    if again.code == 0:
+        again = Child(command("run", *arguments[1:], out), folder).wait()
     if again.code:
         return Outcome("not resumed", again.err[-300:])
-    bad = difference(out, world.whole)
-    return Outcome("killed, same bytes" if first.killed else "too late, same bytes", bad)
+    return Outcome("the same bytes", difference(out, world.whole))
 
 
 def _apply(world: World, folder: Path, arguments: Any, moment: float) -> Outcome:
     shutil.rmtree(folder / "usual", ignore_errors=True)
     out = folder / "out"
-    first = Child(command(*arguments, out), folder).wait(kill_at=moment)
+    _killed(command(*arguments, out), folder, moment, lambda: None)
     if out.exists() and not (out / "manifest.json").is_file():
         return Outcome("half written", "a folder without a manifest")
     if out.exists() and (bad := difference(out, world.edited, set())):
@@ -104,7 +113,7 @@ def _apply(world: World, folder: Path, arguments: Any, moment: float) -> Outcome
             return Outcome("not resumed", again.err[-300:])
     left = sorted(path.name for path in folder.iterdir() if path != out)
     bad = f"left behind: {left}" if left else difference(out, world.edited, set())
-    return Outcome("killed, same bytes" if first.killed else "too late, same bytes", bad)
+    return Outcome("the same bytes", bad)
 
 
 def _serve(world: World, draw: random.Random, folder: Path) -> Outcome:
@@ -125,7 +134,7 @@ def _serve(world: World, draw: random.Random, folder: Path) -> Outcome:
         return Outcome("changed", "the server changed its run")
     whole, part, again = answers
     same = whole == again and whole.startswith(part) and whole != ""
-    return Outcome("killed, same answer", "" if same else f"{answers}")
+    return Outcome("the same answer", "" if same else f"{answers}")
 
 
 def _free_port() -> int:

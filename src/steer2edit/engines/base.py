@@ -13,8 +13,12 @@ from torch import Tensor
 from ..errors import Steer2EditError
 from ..method.intervention import Intervention
 from ..probing.chat import Chat, begins_thinking, prompt_tokens
+from ..probing.spans import LONGEST_TOKEN
 
 Progress = Callable[[int, int], None]
+
+# A prompt of more characters may be longer than any model can read.
+LONG = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,18 @@ class Engine(ABC):
         return None
 
     def tokens(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        """A prompt's token ids, up to where the answer begins."""
+        """A prompt's token ids, up to where the answer begins.
+
+        Raises:
+            Steer2EditError: it has megabytes, and more than the model can read: its tokens would fill the memory.
+        """
+        characters = sum(len(message["content"]) for message in messages)
+        if characters > LONG and (limit := self.context) and characters > LONGEST_TOKEN * limit:
+            raise Steer2EditError(
+                "a prompt is longer than the model can read",
+                got=f"{characters} characters, at most {limit} tokens",
+                fix="Shorten the prompt.",
+            )
         return tuple(prompt_tokens(self.tokenizer, messages, self.chat))
 
     def begins_thinking(self, ids: Sequence[int]) -> bool:

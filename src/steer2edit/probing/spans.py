@@ -13,8 +13,8 @@ from ..errors import ModelError, TraceError
 from .chat import CHAT, Chat, render
 from .traces import Part, Positions, Trace
 
-# No token is longer; a few more than `max_tokens`, since the last ones may be special.
-_CHARACTERS, _MORE = 512, 8
+# Of a token, in characters; and a few tokens more than `max_tokens`, since the last ones may be special.
+LONGEST_TOKEN, _MORE = 512, 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def response_span(
 
 def _encoded(tokenizer: Any, text: str, max_tokens: int, chat: Chat) -> tuple[Any, bool]:
     """The tokens of a text, and whether they are all. A text of megabytes is read as far as `max_tokens` can reach."""
-    if len(text) > (most := _CHARACTERS * (max_tokens + _MORE)):
+    if len(text) > (most := LONGEST_TOKEN * (max_tokens + _MORE)):
         encoded = _tokenised(tokenizer, text[:most], chat)
         if len(encoded["input_ids"]) > max_tokens + _MORE:
             return encoded, False

@@ -115,9 +115,10 @@ def changed_files(folder: Path) -> list[str]:
 
 
 def _state(entry: Mapping[str, Any], changed: Sequence[str]) -> str:
-    if own := [name for name in entry["files"] if name in changed]:
-        return f"changed: {', '.join(own)}"
-    return "stale: another recipe's" if entry.get("stale") else "whole"
+    if entry.get("stale"):
+        return "stale: another recipe's"
+    own = [name for name in entry["files"] if name in changed]
+    return f"changed: {', '.join(own)}" if own else "whole"
 
 
 def _run(path: Path) -> dict[str, Any]:
