@@ -105,7 +105,8 @@ def null_space_row(
     scale = float((of_positive * projected.square()).sum()) / max(1, columns - len(taken))
     if scale == 0:
         return torch.zeros(columns)
-    return ridge_solution(projected, of_positive, ridge * scale, target * (of_positive * projected).sum(dim=0))
+    row = ridge_solution(projected, of_positive, ridge * scale, target * (of_positive * projected).sum(dim=0))
+    return row - (row @ taken.T) @ taken  # P k = k but for rounding, which the ridge magnifies
 
 
 def as_site_edit(s: SiteScores, row: Tensor | None, u: Tensor | None = None, along: Tensor | None = None) -> SiteEdit:
