@@ -25,6 +25,8 @@ WITH_EVIDENCE: tuple[Rival, ...] = ("llm_va", "null_space")
 
 # Of the linear readers: the ridge as a share of the mean eigenvalue.
 RIDGE = 0.1
+# Outputs whose spread along a direction is below this share of their size are the same, but for rounding.
+_SAME = 1e-5
 # Which share of a site's directions `null_space` may use: those in which preserved inputs have the least energy.
 NULL_SHARE = 0.5
 
@@ -67,12 +69,12 @@ def llm_va_row(W: Tensor, refusal: Tensor, h: Tensor, weights: Tensor, positive:
     weights = weights / weights.sum()
     o = h @ W.T  # [rows, d]
     signed = weights * torch.where(positive, 1.0, -1.0)
-    ridge = RIDGE * float((weights[:, None] * o.square()).sum()) / o.shape[1]
-    if ridge == 0:
+    size = float((weights[:, None] * o.square()).sum())
+    if size == 0:
         return torch.zeros(W.shape[1])
-    harm = output_direction(ridge_solution(o, weights[:, None], ridge, signed @ o))
+    harm = output_direction(ridge_solution(o, weights[:, None], RIDGE * size / o.shape[1], signed @ o))
     spread = _deviation(o @ harm, weights)
-    if spread == 0:
+    if spread <= _SAME * size**0.5:
         return torch.zeros(W.shape[1])
     return (_deviation(o @ refusal, weights) / spread * harm - refusal) @ W
 
@@ -103,7 +105,8 @@ def null_space_row(
     scale = float((of_positive * projected.square()).sum()) / max(1, columns - len(taken))
     if scale == 0:
         return torch.zeros(columns)
-    return ridge_solution(projected, of_positive, ridge * scale, target * (of_positive * projected).sum(dim=0))
+    row = ridge_solution(projected, of_positive, ridge * scale, target * (of_positive * projected).sum(dim=0))
+    return row - (row @ taken.T) @ taken  # P k = k but for rounding, which the ridge magnifies
 
 
 def as_site_edit(s: SiteScores, row: Tensor | None, u: Tensor | None = None, along: Tensor | None = None) -> SiteEdit:

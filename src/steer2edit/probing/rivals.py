@@ -65,7 +65,8 @@ def _rosi(model: nn.Module | str | Path, probe: Probe, scores: Scores, layer: in
     sites = {}
     for site, weight in read_weights(model, probe.sites, wanted):
         along = direction @ weight.detach().float().cpu()
-        sites[site.key] = as_site_edit(scores.sites[site.key], rosi_row(weight), direction, along)
+        # A copy each: a file holds no tensors that share memory.
+        sites[site.key] = as_site_edit(scores.sites[site.key], rosi_row(weight), direction.clone(), along)
     return sites
 
 
