@@ -317,14 +317,6 @@ def test_one_trial_serves_every_run_of_a_model_and_every_command_after_it(
     assert (entry["speed"]["lora"], entry["speed"]["full"]) == (0.0, 0.0)
 
 
-def test_a_trial_leaves_the_generator_of_random_numbers_as_it_was(tiny: str, tmp_path: Path) -> None:
-    import torch
-
-    before = torch.random.get_rng_state()
-    forecast(plan_suite("training", tmp_path, model=tiny, profile="smoke"), tmp_path)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 def test_a_model_that_is_not_to_be_had_says_why_and_the_plan_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "no model"
     folder.mkdir()

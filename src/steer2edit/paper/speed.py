@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
+
 from ..engines.base import Engine, Request
 from ..engines.host import Host
 from ..errors import FileError, Steer2EditError
@@ -143,6 +145,8 @@ def _measure_missing(key: str, recipes: Sequence[Recipe], known: _Known) -> None
             entry["speed"] |= _of_training(host, trained, entry["speed"]["scored"])
     finally:
         host.close()
+    del engine
+    clear_device_cache(garbage_collection=True)  # of the model and the moments that steps of training left
     known.models[key] = entry
     known.write()
 
