@@ -96,7 +96,7 @@ def test_worse_beyond_the_interval_is_no_signal() -> None:
 
 
 def test_where_utility_is_known_ranks_go_by_its_product_with_the_attribute() -> None:
-    rows = [tried("full", "same numbers", 30, gsm8k=2), tried("k_mean", "same numbers", 20, gsm8k=18)]
+    rows = [tried("full", "equal budget", 30, gsm8k=2), tried("k_mean", "equal budget", 20, gsm8k=18)]
     of = table(rows, base={"gsm8k": 10}, task_first={"gsm8k": "gsm8k"}, task_about={"gsm8k": {}})
     products = {one.method: one.numbers[PRODUCT].mean for one in of.lines[1:]}
     assert products == {"full": pytest.approx(0.75 * 0.1), "k_mean": pytest.approx(0.5 * 0.9)}
@@ -110,8 +110,8 @@ def test_a_length_is_weighed_as_utility_per_100_tokens() -> None:
     raw = {"name": "r", "model": {"name": "m"}, "behaviour": {"name": "brevity"}, "evaluation": {"resamples": 50}}
     rows = (
         answered("original", "original", 299, 12),
-        answered("full", "same numbers", 99, 8),
-        answered("k_mean", "same numbers", 49, 2),
+        answered("full", "equal budget", 99, 8),
+        answered("k_mean", "equal budget", 49, 2),
     )
     result = PartResult("ablations", "k", rows, task_first={"gsm8k": "gsm8k"}, task_about={"gsm8k": {}})
     of = table_of("ablations", Of((replace(planned(), recipe=parse_recipe(raw)),), (result,)))
@@ -123,7 +123,7 @@ def test_a_length_is_weighed_as_utility_per_100_tokens() -> None:
     }  # fmt: skip
     # The shortest answers come second: they are wrong.
     assert {one.method: one.rank for one in of.lines} == {"original": None, "full": 1, "k_mean": 2}
-    longer = (rows[0], answered("full", "same numbers", 399, 12))
+    longer = (rows[0], answered("full", "equal budget", 399, 12))
     assert not table_of(
         "ablations", Of((replace(planned(), recipe=parse_recipe(raw)),), (replace(result, rows=longer),))
     ).moves
