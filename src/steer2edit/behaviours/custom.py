@@ -27,8 +27,9 @@ from .writers import write_responses
 
 # The kinds of items: prompts that are answered, and pairs of responses of which the model prefers one.
 PROMPT, PAIR = "prompt", "pair"
-# How many prompts are answered beside pairs to compare: enough to see a model that is broken.
-_OPEN: Mapping[Split, int] = {"validation": 8, "test": 24}
+# How many prompts are answered beside pairs to compare: enough to see a model that is broken, and so many that one
+# degenerate answer is within the usual limit of 0.1.
+_OPEN: Mapping[Split, int] = {"validation": 10, "test": 24}
 # Every candidate reads each pair on validation: more of them cost more than they tell.
 _PAIRS = 12
 EVERYDAY = "builtin:everyday_prompts"
