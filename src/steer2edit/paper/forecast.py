@@ -92,15 +92,15 @@ def _elsewhere(cost: Cost, planned: Planned, facts: PaperModel, cpu: Hardware) -
     }
     places["this CPU, fp32"] = cpu
     length = mean_length(cost, planned)
-    found = []
+    estimates = []
     for name, hardware in places.items():
         one = estimate(facts.shape, hardware, planned.recipe.evaluation.rows, length)
         # In fp32 the weights, their gradients, and two moments of each.
         needed = 16.0 * parameters(facts.shape)
         trains = "fine_tuning" in planned.recipe.training.methods
         too_much = trains and hardware.memory is not None and needed > hardware.memory
-        found.append(Elsewhere(name, one, cost.seconds(one.speed), needed if too_much else None))
-    return found
+        estimates.append(Elsewhere(name, one, cost.seconds(one.speed), needed if too_much else None))
+    return estimates
 
 
 def mean_length(cost: Cost, planned: Planned) -> float:
@@ -111,10 +111,10 @@ def mean_length(cost: Cost, planned: Planned) -> float:
     return 100 + answer / 2
 
 
-def lines_of(plan: SuitePlan, found: Sequence[Forecast]) -> list[str]:
+def lines_of(plan: SuitePlan, forecasts: Sequence[Forecast]) -> list[str]:
     """The forecast as lines of text."""
     lines = [f"suite {plan.suite}, profile {plan.profile_name}: {len(plan.runs)} runs, {', '.join(plan.parts)}"]
-    for one in found:
+    for one in forecasts:
         work, planned = one.cost.work, one.cost.planned
         time = f"about {duration(one.seconds)} here" if one.seconds is not None else f"not measured here: {one.why}"
         lines.append(
@@ -130,11 +130,11 @@ def lines_of(plan: SuitePlan, found: Sequence[Forecast]) -> list[str]:
             if place.training is not None:
                 fits += f"; full fine-tuning does not fit: it needs {place.training / 1e9:.0f} GB in fp32"
             lines.append(f"    {place.machine}: about {duration(place.seconds)}, {fits}; an estimate")
-    known = [one.seconds for one in found if one.seconds is not None]
-    if len(known) == len(found):
+    known = [one.seconds for one in forecasts if one.seconds is not None]
+    if len(known) == len(forecasts):
         lines.append(f"  in all: about {duration(sum(known))} here")
-        lines.append(f"  of it: {', '.join(_by_part(found))}")
-    if any(one.elsewhere for one in found):
+        lines.append(f"  of it: {', '.join(_by_part(forecasts))}")
+    if any(one.elsewhere for one in forecasts):
         shares = machines()
         lines.append(
             f"  Estimates follow from the model's shape and the makers' figures: {shares.compute_share:.0%} of the"
@@ -170,7 +170,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def as_json(plan: SuitePlan, found: Sequence[Forecast]) -> Mapping[str, Any]:
+def as_json(plan: SuitePlan, forecasts: Sequence[Forecast]) -> Mapping[str, Any]:
     """The forecast for scripts."""
     return {
         "suite": plan.suite,
@@ -191,6 +191,6 @@ def as_json(plan: SuitePlan, found: Sequence[Forecast]) -> Mapping[str, Any]:
                     for place in one.elsewhere
                 ],
             }
-            for one in found
+            for one in forecasts
         ],
     }

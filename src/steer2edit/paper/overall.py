@@ -39,9 +39,9 @@ def averages_of(ablations: Sequence[Of]) -> list[Average]:
     """
     by_variant = {variant: _draws(ablations, variant) for variant in PAPERS}
     return [
-        Average(variant, {name: d.number() for name, d in found.items()}, _published(ablations, variant))
-        for variant, found in by_variant.items()
-        if found
+        Average(variant, {name: d.number() for name, d in of_variant.items()}, _published(ablations, variant))
+        for variant, of_variant in by_variant.items()
+        if of_variant
     ]
 
 

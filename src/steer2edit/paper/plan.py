@@ -227,10 +227,12 @@ def _of_folder(
         else:
             notes.append(f"traces are the data set's answers: there is no {own.labelled}")
     attacks = {} if own is None else own.attacks
-    there = {name: str(folder / file) for name, file in attacks.items() if (folder / file).is_file()}
-    notes += [f"{name} is not measured: there is no {file}" for name, file in attacks.items() if name not in there]
-    if there:
-        raw["data"]["attacks"] = there
+    attack_files = {name: str(folder / file) for name, file in attacks.items() if (folder / file).is_file()}
+    notes += [
+        f"{name} is not measured: there is no {file}" for name, file in attacks.items() if name not in attack_files
+    ]
+    if attack_files:
+        raw["data"]["attacks"] = attack_files
     tasks, missing = sets_of(profile.utility.get(behaviour, []), folder)
     notes += missing
     raw["data"] |= {"utility": tasks, "sets": str(folder), "utility_items": profile.utility_items}

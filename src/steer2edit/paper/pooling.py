@@ -92,8 +92,8 @@ def pooled(of_seeds: Sequence[Values], rate: bool, resamples: int, seed: int, sa
     """
     if len(of_seeds) == 1:
         return _number(interval(of_seeds[0], rate, resamples, seed, samples))
-    found = draws([[values] for values in of_seeds], resamples, seed)
-    return NONE if found is None else found.number()
+    drawn = draws([[values] for values in of_seeds], resamples, seed)
+    return NONE if drawn is None else drawn.number()
 
 
 def difference(pairs: Sequence[tuple[Values, Values]], resamples: int, seed: int) -> Number:
@@ -105,8 +105,8 @@ def difference(pairs: Sequence[tuple[Values, Values]], resamples: int, seed: int
     if any(None in a or None in b for a, b in pairs):
         return NONE
     strata = [[tuple(x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None)] for a, b in pairs]
-    found = draws(strata, resamples, seed)
-    return NONE if found is None else found.number()
+    drawn = draws(strata, resamples, seed)
+    return NONE if drawn is None else drawn.number()
 
 
 def product(one: Draws | None, other: Draws | None, divide: bool = False) -> Number:
@@ -118,8 +118,8 @@ def product(one: Draws | None, other: Draws | None, divide: bool = False) -> Num
     return Draws(mean, drawn, min(one.n, other.n), min(one.seeds, other.seeds)).number()
 
 
-def _number(found: dict[str, Any]) -> Number:
-    return Number(found["mean"], found["low"], found["high"], found["n"])
+def _number(row: dict[str, Any]) -> Number:
+    return Number(row["mean"], row["low"], row["high"], row["n"])
 
 
 # At an equal cost -------------------------------------------------------------------------------------------------

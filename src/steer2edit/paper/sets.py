@@ -28,7 +28,7 @@ def composed(behaviour: str, folder: Path | None, out: Path) -> dict[str, str]:
     layout = layouts()[behaviour]
     if not layout.compose:
         names = {"prompts": layout.prompts, "test_prompts": layout.test_prompts}
-        return {key: str(_there(folder, name)) for key, name in names.items() if name is not None}
+        return {key: str(_file_in(folder, name)) for key, name in names.items() if name is not None}
     rows = list(_rows(layout.compose, folder))
     path = out / "data" / f"{behaviour}_prompts.jsonl"
     if not (path.is_file() and read_jsonl(path) == rows):
@@ -41,7 +41,7 @@ def _rows(parts: Sequence[Composed], folder: Path | None) -> Iterator[dict[str, 
     known: set[str] = set()
     for part in parts:
         builtin = part.file.startswith(BUILTIN)
-        path = data_path(part.file) if builtin else _there(folder, part.file)
+        path = data_path(part.file) if builtin else _file_in(folder, part.file)
         lines = [(n, row) for n, row in numbered_jsonl(path) if _holds(row, part.where)]
         last = None if part.count is None else part.first + part.count
         for number, row in lines[part.first : last]:
@@ -59,7 +59,7 @@ def _holds(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
     return all(row.get(key) == value for key, value in where.items())
 
 
-def _there(folder: Path | None, name: str) -> Path:
+def _file_in(folder: Path | None, name: str) -> Path:
     path = Path(name) if folder is None else folder / name
     if not path.is_file():
         raise FileError(

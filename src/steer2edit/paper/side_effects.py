@@ -100,8 +100,8 @@ def measure_side_effects(folders: Sequence[str | Path], out: str | Path) -> Side
             refuse_other_base(host.engine, edit)
         for name, run in runs.items():
             say(f"  side effects on {name}:")
-            found, lost = _on_items_of(name, run, edits, host, out)
-            rows += found
+            new_rows, lost = _on_items_of(name, run, edits, host, out)
+            rows += new_rows
             left_out += lost
     finally:
         host.close()
@@ -170,7 +170,7 @@ def _on_items_of(
 # As files ----------------------------------------------------------------------------------------------------------
 
 
-def side_effects_csv(found: SideEffects) -> str:
+def side_effects_csv(effects: SideEffects) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header = (
@@ -188,7 +188,7 @@ def side_effects_csv(found: SideEffects) -> str:
         "n",
     )
     writer.writerow(header)
-    for row in found.rows:
+    for row in effects.rows:
         numbers = [_plain(getattr(row, name)) for name in header[5:11]]
         writer.writerow([row.model, row.edit, row.of, row.measure, int(row.own), *numbers, row.n])
     return out.getvalue()
@@ -198,11 +198,11 @@ def _plain(x: float | None) -> str:
     return "" if x is None else f"{x:.6g}"
 
 
-def side_effects_markdown(found: SideEffects) -> str:
+def side_effects_markdown(effects: SideEffects) -> str:
     """One row for each measure of each behaviour, one column for each edit."""
     lines: list[str] = []
-    for model in dict.fromkeys(row.model for row in found.rows):
-        of_model = [row for row in found.rows if row.model == model]
+    for model in dict.fromkeys(row.model for row in effects.rows):
+        of_model = [row for row in effects.rows if row.model == model]
         edits = list(dict.fromkeys(row.edit for row in of_model))
         cells = {(row.of, row.measure, row.edit): row for row in of_model}
         header = ["test items", "measure", "original", *(f"edit of {edit}" for edit in edits), "n"]
@@ -216,7 +216,7 @@ def side_effects_markdown(found: SideEffects) -> str:
         "Differences from the original model on the same items, with 95 % intervals: **bold** where the interval leaves"
         " out 0, *in italics* the measure that the edit is to improve."
     )
-    lines += [f"- {text}" for text in found.left_out]
+    lines += [f"- {text}" for text in effects.left_out]
     return "\n".join(lines) + "\n"
 
 
@@ -229,13 +229,13 @@ def _cell(row: SideEffect | None) -> str:
     return f"*{text}*" if row.own else text
 
 
-def write_side_effects(found: SideEffects, out: str | Path) -> list[Path]:
+def write_side_effects(effects: SideEffects, out: str | Path) -> list[Path]:
     """Writes `side_effects.csv` and `.md` into a folder."""
-    files = {"side_effects.csv": side_effects_csv(found), "side_effects.md": side_effects_markdown(found)}
+    files = {"side_effects.csv": side_effects_csv(effects), "side_effects.md": side_effects_markdown(effects)}
     for name, text in files.items():
         write_text(Path(out) / name, text)
     return [Path(out) / name for name in files]
 
 
-def as_json(found: SideEffects) -> list[dict[str, Any]]:
-    return [vars(row) | {"relative": row.relative} for row in found.rows]
+def as_json(effects: SideEffects) -> list[dict[str, Any]]:
+    return [vars(row) | {"relative": row.relative} for row in effects.rows]

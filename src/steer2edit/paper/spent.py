@@ -51,13 +51,13 @@ def _sum(of_all: Parts, part: str) -> float | None:
     return sum(known) if known else None
 
 
-def spent_of(found: Sequence[Forecast], taken: Parts) -> Spent:
+def spent_of(forecasts: Sequence[Forecast], taken: Parts) -> Spent:
     """The estimates of a suite's runs beside what the clock counted; parts of other suites in its folder are left out.
 
     Args:
         taken: run → part → seconds; what belongs to no run stands under other names, and counts.
     """
-    estimated = {one.cost.planned.name: dict(one.parts) for one in found}
+    estimated = {one.cost.planned.name: dict(one.parts) for one in forecasts}
     parts = {part for run in estimated.values() for part in run}
     kept = {
         name: {part: seconds for part, seconds in run.items() if part in parts or name not in estimated}

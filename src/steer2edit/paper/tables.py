@@ -91,11 +91,11 @@ class Of:
 
     def rows(self, method: str, how: str, number: int) -> list[tuple[Tried, Tried]]:
         """Of every seed that has it the `number`-th row of a method under a condition, and the original model's."""
-        found = []
+        pairs = []
         for result in self.results:
             some = [row for row in result.rows if (row.method, row.how) == (method, how)]
-            found += [(row, result.base) for row in some[number : number + 1]]
-        return found
+            pairs += [(row, result.base) for row in some[number : number + 1]]
+        return pairs
 
 
 def table_of(part: str, of: Of) -> Table:
@@ -239,10 +239,10 @@ def _moves(line: Line, of: Of) -> bool:
     interval of the difference."""
     attribute = of.recipe.behaviour.attribute
     for name in (attribute.name, *_attacks(of)):
-        found = line.differences.get(name, NONE)
-        if found.low is None or found.high is None:
+        gained = line.differences.get(name, NONE)
+        if gained.low is None or gained.high is None:
             continue
-        if (found.low > 0) if attribute.better == "higher" or name != attribute.name else (found.high < 0):
+        if (gained.low > 0) if attribute.better == "higher" or name != attribute.name else (gained.high < 0):
             return True
     return False
 
@@ -284,16 +284,16 @@ def _budgets(of: Of) -> Iterator[dict[str, Any]]:
 
 
 def _notes(of: Of) -> Iterator[str]:
-    told: dict[str, None] = dict.fromkeys(note for planned in of.planned for note in planned.notes)
+    notes: dict[str, None] = dict.fromkeys(note for planned in of.planned for note in planned.notes)
     for result in of.results:
         for name, about in result.task_about.items():
             if "not_measured" in about:
-                told.setdefault(f"{name} is not measured: {about['not_measured']}")
+                notes.setdefault(f"{name} is not measured: {about['not_measured']}")
             elif about.get("left_out"):
-                told.setdefault(
+                notes.setdefault(
                     f"{name}: {about['left_out']} questions are longer than the model reads and are left out"
                 )
-    yield from told
+    yield from notes
 
 
 def _headline(of: Of) -> dict[str, Number]:

@@ -57,18 +57,18 @@ def paper(
     planned = plan_suite(
         suite, place, model=model, like=like, profile=profile, data=data, seeds=seeds, changes=overrides or []
     )
-    found = forecast(planned, place, fetch=not plan)
+    forecasts = forecast(planned, place, fetch=not plan)
     if plan:
         if json:
-            print_json(as_json(planned, found))
+            print_json(as_json(planned, forecasts))
         else:
-            print("\n".join(lines_of(planned, found)))
+            print("\n".join(lines_of(planned, forecasts)))
         return
-    for line in lines_of(planned, found):
+    for line in lines_of(planned, forecasts):
         say(line)
     from .work import PAGE, run_suite
 
-    result = run_suite(planned, place, found)
+    result = run_suite(planned, place, forecasts)
     if pages is not None:
         from .pages import command_of, write_pages
 
@@ -96,11 +96,11 @@ def side_effects(
     be_quiet(quiet)
     from .side_effects import as_json, measure_side_effects, side_effects_markdown, write_side_effects
 
-    found = measure_side_effects(runs, out)
-    files = write_side_effects(found, out)
+    effects = measure_side_effects(runs, out)
+    files = write_side_effects(effects, out)
     if json:
-        print_json(as_json(found))
+        print_json(as_json(effects))
         return
-    print(side_effects_markdown(found), end="")
+    print(side_effects_markdown(effects), end="")
     for file in files:
         print(file, file=sys.stderr)

@@ -67,7 +67,7 @@ class SuiteResult:
         self.first_error = self.first_error or error
 
 
-def run_suite(plan: SuitePlan, out: str | Path, found: Sequence[Forecast] = ()) -> SuiteResult:
+def run_suite(plan: SuitePlan, out: str | Path, forecasts: Sequence[Forecast] = ()) -> SuiteResult:
     """Every run and part of a suite, then the tables and figures of those that could be measured.
 
     Args:
@@ -86,7 +86,7 @@ def run_suite(plan: SuitePlan, out: str | Path, found: Sequence[Forecast] = ()) 
             side_effects = _side_effects(plan, out, result)
     with clock.counting(_ALL, TABLES):
         page = _page(plan, out, result, side_effects, set(SUITES[plan.suite]) - set(plan.parts))
-    spent = spent_of(found, clock.taken)
+    spent = spent_of(forecasts, clock.taken)
     result.files.append(write_spent(spent, out))
     _file(out / PAGE, "\n".join([*page, *_spent_lines(spent)]).rstrip() + "\n", result)
     say(said_of(spent))
@@ -121,7 +121,7 @@ def _run(planned: Planned, plan: SuitePlan, out: Path, clock: Clock, result: Sui
 
 def _side_effects(plan: SuitePlan, out: Path, result: SuiteResult) -> SideEffects | None:
     """Of every model its chosen edits on every behaviour's test items, if it has more than one."""
-    found = SideEffects(())
+    effects = SideEffects(())
     by_model: dict[str, list[Path]] = {}
     for planned in plan.runs:
         run = run_of(out, planned)
@@ -131,10 +131,10 @@ def _side_effects(plan: SuitePlan, out: Path, result: SuiteResult) -> SideEffect
         if len(folders) < 2:
             continue
         try:
-            found = found.joined(measure_side_effects(folders, out / "side-effects" / model))
+            effects = effects.joined(measure_side_effects(folders, out / "side-effects" / model))
         except Steer2EditError as error:
             result.failed(f"{model}, side effects", error)
-    return found if found.rows else None
+    return effects if effects.rows else None
 
 
 # Tables and figures --------------------------------------------------------------------------------------------------
