@@ -275,6 +275,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+ALL = list(FAMILIES)
 # The families whose experts share one parameter.
 MIXTURES = [name for name, family in FAMILIES.items() if any(row.expert is not None for row in family.rows)]
 

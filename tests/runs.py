@@ -21,7 +21,7 @@ from steer2edit.edits import Scores
 from steer2edit.engines.base import GREEDY, Answer, Losses, Request, Sampling
 from steer2edit.files.writing import write_text
 from steer2edit.method.fingerprint import from_reading, signs
-from steer2edit.method.intervention import Intervention
+from steer2edit.method.intervention import Intervention, Term
 from steer2edit.method.scores import read, score_site
 from steer2edit.method.site import Site
 from steer2edit.pipeline.run import Run
@@ -310,3 +310,10 @@ def bundled(split: Split, counts: dict[str, int]) -> list[Item]:
 def sketch(weight: torch.Tensor) -> torch.Tensor:
     left, _ = signs(*weight.shape)
     return from_reading(read(weight, left, torch.ones(weight.shape[1], 1)), *weight.shape)
+
+
+def edit_term(site: str, seed: int = 0, rank: int = 1) -> dict[str, Term]:
+    """A random change at one site of a pico model."""
+    inputs = {"attn": 32, "mlp": 48}[site.split(".")[1]]
+    draw = torch.Generator().manual_seed(seed)
+    return {site: Term(torch.randn(32, rank, generator=draw), torch.randn(rank, inputs, generator=draw))}

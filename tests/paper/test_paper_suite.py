@@ -1,9 +1,8 @@
-"""Whole suites on tiny random models: what they leave, what a kill costs, and what a failure keeps."""
+"""Whole suites on tiny random models: what they leave, what a kill costs, and runs beside each other."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import random
@@ -23,21 +22,18 @@ from steer2edit.engines.host import Host
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError
 from steer2edit.paper import rows
-from steer2edit.paper.facts import paper_models
 from steer2edit.paper.forecast import forecast
 from steer2edit.paper.parts import FOLDER
-from steer2edit.paper.plan import SuitePlan, plan_suite
+from steer2edit.paper.plan import plan_suite
 from steer2edit.paper.rows import PartResult
-from steer2edit.paper.work import PAGE, SuiteResult, run_suite
+from steer2edit.paper.work import PAGE, run_suite
 from steer2edit.pipeline import training
 from steer2edit.pipeline.run import Run
 from steer2edit.progress import be_quiet
 from steer2edit.searching import journal
 from steer2edit.training import course
-from tiny_six import save_like, save_tiny, write_sets
-
-# Answers to attacks are a hundred tokens long at least: one prompt of each is enough here.
-FAST = ["evaluation.resamples=60"]
+from suites import FAST, NAMES, everything, rows_of, tables_of
+from tiny_six import save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +46,6 @@ def _quiet() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def everything(model: str, out: Path) -> SuitePlan:
-    return plan_suite("all", out, model=model, profile="smoke", changes=FAST)
 
 
 @dataclass
@@ -133,18 +125,6 @@ def _watch_engine(watch: Watch, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Host, "run_pass", watched_pass)
     patch.setattr(training, "examples_of", watched_examples)
     patch.setattr(Run, "working", watched_working)
-
-
-NAMES = ("safety", "truthfulness", "efficiency")
-
-
-def rows_of(out: Path, part: str) -> list[dict[str, str]]:
-    with open(out / "tables" / f"{part}.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def tables_of(out: Path) -> dict[str, str]:
-    return {path.name: path.read_text(encoding="utf-8") for path in sorted((out / "tables").iterdir())}
 
 
 def test_every_part_has_a_table_and_every_table_its_figures(whole: Path) -> None:
@@ -370,68 +350,7 @@ def _die_after(count: int, place: str) -> None:
     rows.write_json = fatal(rows.write_json)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(paper_models()))
-def test_the_six_architectures_run_end_to_end(name: str, tmp_path: Path) -> None:
-    sets = write_sets(tmp_path / "sets")
-    out = tmp_path / "suite"
-    plan = plan_suite("all", out, model=save_like(tmp_path, name), like=name, profile="smoke", data=sets, changes=FAST)
-    result = run_suite(plan, out)
-    behaviour = paper_models()[name].behaviour
-    if behaviour == "efficiency" and result.failures:  # a random model may have no short answers with a text
-        (why,) = result.failures.values()
-        assert why.startswith(("there is no contrast", "there is no positive trace with a response"))
-        return
-    assert result.failures == {}
-    assert [run.name for run in plan.runs] == [f"{name}-{behaviour}"]
-    published = [row for row in rows_of(out, "ablations") if row["published"]]
-    assert {row["method"] for row in published} == {"edit", "k_mean", "k_svd", "g_dot", "l0", "l2"}
-    assert {row["condition"] for row in published} == {"same numbers"}
-    wanted = {"safety": "attribute", "truthfulness": "product", "efficiency": "gsm8k"}[behaviour]
-    assert wanted in {row["measure"] for row in published}
-
-
-def test_the_papers_profile_runs_on_its_own_grid(tmp_path: Path) -> None:
-    """Numbers, sanity checks and samples as the profile has them, with fewer prompts."""
-    name = "gemma-2-2b-it"
-    sets = write_sets(tmp_path / "sets")
-    changes = [
-        *("data.probe=6", "data.validation=3", "data.test=3", "data.utility_items=1", "evaluation.resamples=40"),
-        *("evaluation.task_tokens=4", "evaluation.new_tokens=4", "evaluation.utility_prompts=2", "search.sanity=1"),
-        *("search.rho_attn=[0.3, 0.35]", "search.alpha=[0.9]", "search.steering=[0.1, 0.2]", "search.limits={}"),
-        *("search.limits.degenerate=1.0", "search.limits.utility_loss=null", "model.device=cpu"),
-        *("model.dtype=float32", "evaluation.task_sampling=greedy", "evaluation.task_samples=1"),
-    ]  # fmt: skip
-    plan = plan_suite(
-        "truthfulness",
-        tmp_path / "out",
-        model=save_like(tmp_path, name),
-        like=name,
-        profile="paper",
-        data=sets,
-        changes=changes,
-    )
-    result = run_suite(plan, tmp_path / "out")
-    assert result.failures == {}
-    chosen = [row for row in rows_of(tmp_path / "out", "trade_off") if row["condition"] == "chosen"]
-    assert {row["published"] for row in chosen if row["method"] == "edit" and row["measure"] == "truthful"} == {
-        "0.5697"
-    }
-
-
 # Failures ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_fails_says_why_and_the_others_are_kept(model: str, tmp_path: Path) -> None:
-    """Answers of one token are all alike, so that there is no contrast between short and long ones."""
-    out = tmp_path / "suite"
-    plan = plan_suite("all", out, model=model, profile="smoke", changes=[*FAST, "behaviour.new_tokens=1"])
-    result = run_suite(plan, out)
-    assert "no contrast between short and long answers" in result.failures["model-efficiency"]
-    assert result.first_error is not None
-    assert {row["behaviour"] for row in rows_of(out, "ablations")} == {"safety", "truthfulness"}
-    assert {row["of"] for row in rows_of(out, "side_effects")} == {"model-safety", "model-truthfulness"}
-    assert f"- model-efficiency: {result.failures['model-efficiency']}" in (out / PAGE).read_text(encoding="utf-8")
 
 
 def test_a_gated_model_is_one_sentence_and_what_others_gave_is_kept(
@@ -463,190 +382,6 @@ def test_a_gated_model_is_one_sentence_and_what_others_gave_is_kept(
     page = (out / PAGE).read_text(encoding="utf-8")
     assert f"- gated-truthfulness: {said}" in page
     assert "no time was estimated before it" in page
-
-
-def test_an_over_long_prompt_is_one_sentence_and_the_search_is_kept(model: str, tmp_path: Path) -> None:
-    sets = write_sets(tmp_path / "sets")
-    path = sets / "truthfulqa_test.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows[0]["question"] = "bread " * 4000
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    out = tmp_path / "suite"
-    plan = plan_suite("truthfulness", out, model=model, profile="smoke", data=sets, changes=[*FAST, "data.utility=[]"])
-    result = run_suite(plan, out)
-    assert list(result.failures) == ["model-truthfulness", "model-truthfulness, trade-off"]
-    assert {why.partition(" (got")[0] for why in result.failures.values()} == {
-        "a prompt and its answer are longer than the model can read"
-    }
-    assert all(why in (out / PAGE).read_text(encoding="utf-8") for why in result.failures.values())
-    assert Run(out / "runs/model-truthfulness", plan.runs[0].recipe).is_whole("edit")
-
-
-def test_an_over_long_question_is_left_out_and_said(tmp_path: Path) -> None:
-    sets = write_sets(tmp_path / "sets")
-    with open(sets / "gsm8k_test.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"question": "bread " * 4000, "answer": "3"}) + "\n")
-    rows = [json.loads(line) for line in (sets / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()]
-    (sets / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]), encoding="utf-8")
-    out, model = tmp_path / "suite", save_tiny(tmp_path / "model")
-    plan = plan_suite(
-        "truthfulness", out, model=model, profile="smoke", data=sets, changes=[*FAST, "data.utility=[gsm8k]"]
-    )
-    assert run_suite(plan, out).failures == {}
-    page = (out / PAGE).read_text(encoding="utf-8")
-    assert "- gsm8k: 1 questions are longer than the model reads and are left out" in page
-
-
-def test_a_gated_set_is_one_sentence_and_the_rest_is_kept(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from steer2edit.pipeline import tasks
-
-    whole = tasks.load_set
-
-    def gated(task: Any, *rest: Any) -> Any:
-        if task.name == "commonsenseqa":
-            raise FileError("the set of commonsenseqa is gated", got="no access", fix="Log in.")
-        return whole(task, *rest)
-
-    monkeypatch.setattr(tasks, "load_set", gated)
-    sets, out = write_sets(tmp_path / "sets"), tmp_path / "suite"
-    plan = plan_suite("truthfulness", out, model=model, profile="smoke", data=sets, changes=FAST)
-    result = run_suite(plan, out)
-    assert list(result.failures) == ["model-truthfulness"]
-    measures = {row["measure"] for row in rows_of(out, "trade_off")}
-    assert {"truthful", "gsm8k", "utility"} <= measures
-    assert "commonsenseqa" not in measures
-    page = (out / PAGE).read_text(encoding="utf-8")
-    assert "- commonsenseqa is not measured: the set of commonsenseqa is gated (got: no access). Log in." in page
-
-
-# The training baselines ----------------------------------------------------------------------------------------------
-
-
-def test_training_is_a_part_of_its_own(model: str, tmp_path: Path) -> None:
-    out = tmp_path / "suite"
-    plan = plan_suite("training", out, model=model, profile="smoke", changes=FAST)
-    assert plan.parts == ("training",)
-    only = SuitePlan(plan.suite, plan.profile_name, plan.profile, plan.seeds, plan.runs[1:2])
-    result: SuiteResult = run_suite(only, out)
-    assert result.failures == {}
-    rows = [row for row in rows_of(out, "training") if row["method"] == "rank-1 LoRA"]
-    assert {row["configurations"] for row in rows} == {"1"}
-    assert {row["configuration"] for row in rows} == {"learning rate 0.001, steps 2"}
-    (tried,) = [row for row in result.parts["model-truthfulness", "training"].rows if row.method == "lora"]
-    assert all(
-        len(values) == len(result.parts["model-truthfulness", "training"].base.values[name])
-        for name, values in tried.values.items()
-    )
-    again = run_suite(only, out)  # nothing is trained or asked again
-    assert again.parts == result.parts
-
-
-def test_all_leaves_training_out_where_its_packages_are_missing(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("steer2edit.training.course._PACKAGES", ("a_package_that_is_not_there",))
-    plan = plan_suite("all", tmp_path, model=model, profile="smoke", changes=FAST)
-    assert "training" not in plan.parts
-    with pytest.raises(FileError, match="needs the package a_package_that_is_not_there"):
-        plan_suite("training", tmp_path, model=model, profile="smoke", changes=FAST)
-
-
-# The styles ---------------------------------------------------------------------------------------------------------
-
-
-def test_styles_are_compared_with_every_baseline(model: str, tmp_path: Path) -> None:
-    out = tmp_path / "suite"
-    plan = plan_suite("styles", out, model=model, profile="smoke", changes=FAST)
-    assert [run.behaviour for run in plan.runs] == ["lists", "pirate"]
-    result = run_suite(replace(plan, runs=plan.runs[1:]), out)
-    assert result.failures == {}
-    rows = rows_of(out, "training")
-    chosen = {row["method"] for row in rows if row["condition"] == "chosen"}
-    every = {"edit", "steering", "system prompt", "one layer", "direction", "rank-1 LoRA"}
-    assert chosen <= every
-    assert {row["method"] for row in rows_of(out, "trade_off")} == {"original model", *chosen} - {"rank-1 LoRA"}
-    budgets = {front.method for front in result.parts["model-pirate", "training"].fronts}
-    # A ladder of one layer may have no strength at these KLs in a random model.
-    assert (
-        {"full", "steering", "system", "lora"}
-        <= budgets
-        <= {"full", "steering", "system", "layer", "direction", "lora"}
-    )
-    page = (out / PAGE).read_text(encoding="utf-8")
-    assert page.startswith("# Styles, which are not the paper's, profile smoke\n")
-    assert "arXiv" not in page
-
-
-# The command line ----------------------------------------------------------------------------------------------------
-
-
-def test_the_verb_runs_a_suite_and_names_its_files(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("paper", "sensitivity", "--model", model, "--profile", "smoke", "--out", tmp_path / "out")
-    pages = tmp_path / "docs"
-    code = command(monkeypatch, *arguments, "--set", "evaluation.resamples=40", "--pages", pages)
-    seen = capsys.readouterr()
-    files = [Path(line) for line in seen.out.splitlines()]
-    assert code == 0
-    assert all(file.is_file() for file in files)
-    assert {PAGE, "cost.json", "sensitivity-smoke.md"} <= {file.name for file in files}
-    assert "tokens written" in seen.err
-    assert "in all: about " in seen.err
-    # What it took, by part, beside what was estimated; the page for the documentation has it, too.
-    assert re.search(r"^It took .+; .+ were estimated before it, a factor of \d+\.\d\d\.$", seen.err, re.MULTILINE)
-    cost = json.loads((tmp_path / "out/cost.json").read_text(encoding="utf-8"))
-    known = {row["part"] for row in cost["parts"] if row["taken"] is not None and row["estimated"] is not None}
-    assert known >= {"traces", "probe", "score", "search", "evaluate", "report", "sensitivity", "tables and figures"}
-    assert cost["all"]["taken"] == pytest.approx(sum(row["taken"] or 0 for row in cost["parts"]), abs=0.01)
-    page = (pages / "sensitivity-smoke.md").read_text(encoding="utf-8")
-    assert "    steer2edit paper sensitivity --model model --profile smoke --set evaluation.resamples=40" in page
-    assert "| sensitivity | " in page
-    assert str(tmp_path) not in page
-    assert all((pages / figure).is_file() for figure in re.findall(r"\]\(([^)]+\.png)\)", page))
-
-
-def test_a_plan_runs_nothing(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    arguments = ("paper", "all", "--model", model, "--profile", "smoke", "--out", out, "--plan", "--quiet")
-    assert command(monkeypatch, *arguments) == 0
-    assert "model-safety: " in capsys.readouterr().out
-    assert not (out / "runs").exists()
-    assert command(monkeypatch, *arguments, "--json") == 0
-    runs = json.loads(capsys.readouterr().out)["runs"]
-    assert [run["behaviour"] for run in runs] == list(NAMES)
-    assert all(run["seconds"] > 0 for run in runs)
-
-
-def test_a_plan_of_one_of_the_six_has_both_accelerators_and_this_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = save_like(tmp_path, "qwen3-4b-thinking-2507")
-    arguments = ("--model", model, "--as", "qwen3-4b-thinking-2507", "--profile", "smoke", "--out", tmp_path / "out")
-    assert command(monkeypatch, "paper", "efficiency", *arguments, "--plan", "--quiet") == 0
-    said = capsys.readouterr().out
-    for machine in ("one 24 GB GPU", "one 80 GB GPU", "this CPU, fp32"):
-        assert machine in said
-    assert said.count("an estimate") == 3
-
-
-def test_what_cannot_be_measured_ends_with_exit_code_2_and_keeps_the_page(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(*_: object) -> None:
-        raise FileError("the sweep cannot be measured", got="nothing", fix="Try again.")
-
-    monkeypatch.setattr("steer2edit.paper.work.measure_part", fails)
-    arguments = ("paper", "truthfulness", "--model", model, "--profile", "smoke", "--out", tmp_path / "out", "--quiet")
-    code = command(monkeypatch, *arguments, "--set", "evaluation.resamples=40")
-    seen = capsys.readouterr()
-    assert code == 2
-    assert SENTENCE.fullmatch(seen.err)
-    assert (tmp_path / "out" / PAGE).is_file()
 
 
 def test_side_effects_of_any_runs(

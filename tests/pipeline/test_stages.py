@@ -1,25 +1,18 @@
-"""Whole runs of a pico model: what they leave, what is run again and when, and that a kill costs nothing."""
+"""Whole runs of a pico model: what they leave, when they read a test prompt, and how they are judged again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import signal
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 import steer2edit as s2e
+from run_files import OUTPUTS, UNDRAWN, _alter, _bytes
 from runs import save_pico, tiny_recipe
 from steer2edit.behaviours import safety
 from steer2edit.behaviours.base import Source
@@ -27,48 +20,13 @@ from steer2edit.behaviours.degenerate import degenerate
 from steer2edit.behaviours.prompts import load_prompts, load_questions
 from steer2edit.behaviours.refusal import declines
 from steer2edit.behaviours.safety import BUILTIN, Safety
-from steer2edit.errors import EditError, FileError, RecipeError
+from steer2edit.errors import FileError, RecipeError
 from steer2edit.files.reading import read_json, read_jsonl
-from steer2edit.models.load import load_model
 from steer2edit.pipeline import stages as pipeline
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, Stage, read_study, run_all, run_stage
-from steer2edit.probing.traces import read_traces
 from steer2edit.recipe import Recipe, load_recipe
 from steer2edit.searching.candidates import edit_of
-
-# What two runs of one recipe must agree on to the byte. The manifest and the page, which shows it, hold times, and
-# nothing else that may differ.
-OUTPUTS = [
-    "recipe.yaml",
-    "traces.jsonl",
-    "probe.safetensors",
-    "scores.safetensors",
-    "search/trials.jsonl",
-    "search/discarded.jsonl",
-    "search/study.json",
-    "search/answers.jsonl",
-    "choice.json",
-    "edit.safetensors",
-    "exports.json",
-    "adapter/README.md",
-    "adapter/adapter_config.json",
-    "adapter/adapter_model.safetensors",
-    "adapter/steer2edit.json",
-    "evaluation/results.json",
-    "evaluation/answers.jsonl",
-    "figures/trade_off.png",
-    "figures/trade_off.svg",
-    "figures/trade_off.pdf",
-    "figures/measures.png",
-    "figures/measures.svg",
-    "figures/measures.pdf",
-    "figures/lambda.png",
-    "figures/lambda.svg",
-    "figures/lambda.pdf",
-    "report.md",
-]
-
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -87,34 +45,6 @@ def unbroken(tiny_run: Path) -> Path:
 @pytest.fixture
 def copy(unbroken: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(unbroken, tmp_path / "run"))
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the stages that run from now on."""
-    names: list[str] = []
-
-    def watched(name: str, stage: Stage) -> Stage:
-        def work(run: Run) -> list[str]:
-            names.append(name)
-            return stage.work(run)
-
-        return replace(stage, work=work)
-
-    for name, stage in list(STAGES.items()):
-        monkeypatch.setitem(STAGES, name, watched(name, stage))
-    return names
-
-
-UNDRAWN = [name for name in OUTPUTS if not name.startswith("figures/")]
-
-
-def _bytes(folder: Path, names: list[str] = OUTPUTS) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in names}
-
-
-def _from(stage: str) -> list[str]:
-    return list(STAGES)[list(STAGES).index(stage) :]
 
 
 def test_a_run_writes_everything_and_nothing_else(unbroken: Path) -> None:
@@ -244,231 +174,6 @@ def test_the_report_says_what_the_results_say(unbroken: Path) -> None:
     for picture in pictures:
         assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (unbroken / picture).with_suffix(".svg").read_text(encoding="utf-8")
-
-
-def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("steer2edit.engines.plan.load_model", load)
-    before = (copy / "manifest.json").read_bytes()
-    run_all(Run(copy, recipe))
-    assert ran == []
-    assert (copy / "manifest.json").read_bytes() == before
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(
-    ("key", "value", "first"),
-    [
-        ("search__limits", {"over_refusal": 0.9, "degenerate": None}, "edit"),
-        ("data__test", {"harmful": 1, "benign": 2, "borderline": 1}, "evaluate"),
-        ("name", "other", "report"),
-    ],
-)
-def test_a_change_of_the_recipe_reruns_only_what_depends_on_it(
-    key: str, value: Any, first: str, copy: Path, recipe: Recipe, ran: list[str]
-) -> None:
-    run_all(Run(copy, tiny_recipe(recipe.model.name, **{key: value})))
-    assert ran == _from(first)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_other_exports_and_resamples_make_no_answer_again(copy: Path, recipe: Recipe, ran: list[str]) -> None:
-    journals = {file: file.read_bytes() for file in copy.rglob("journal-*")}
-    run_all(Run(copy, tiny_recipe(recipe.model.name, exports=[])))
-    assert ran == ["export", "report"]
-    ran.clear()
-    run_all(Run(copy, tiny_recipe(recipe.model.name, exports=[], evaluation__resamples=60)))
-    assert ran == ["edit", "evaluate", "report"]
-    assert {file: file.read_bytes() for file in copy.rglob("journal-*")} == journals
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "first"),
-    [
-        ("seed", 2, "traces"),
-        ("behaviour__negative", ["benign"], "traces"),
-        ("data__probe", {"harmful": 2, "benign": 3}, "traces"),
-        ("model__dtype", "bfloat16", "traces"),
-        ("search__rho_attn", [0.1], "search"),
-        ("search__variants", ["full", "l0"], "search"),
-        ("search__variants", ["full", "k_mean"], "score"),
-        ("search__method", "tpe", "search"),
-        ("search__rule", "knee", "edit"),
-        ("search__tolerance", 0.5, "edit"),
-        ("search__reference", 0.5, "edit"),
-        ("data__questions", {"file": "questions.jsonl"}, "search"),
-        ("data__validation", {"harmful": 1}, "search"),
-        ("evaluation__new_tokens", 3, "search"),
-    ],
-)
-def test_a_stage_whose_part_of_the_recipe_changed_is_not_whole(
-    key: str, value: Any, first: str, unbroken: Path, recipe: Recipe
-) -> None:
-    changed = Run(unbroken, tiny_recipe(recipe.model.name, **{key: value}))
-    assert [stage for stage in STAGES if not changed.is_whole(stage)] == _from(first)
-
-
-@pytest.mark.parametrize(
-    ("search", "key", "value", "first"),
-    [
-        ({"refine": 2}, "rule", "knee", "search"),
-        ({"method": "tpe"}, "limits", {"over_refusal": 0.9, "degenerate": None}, "search"),
-        ({"method": "tpe"}, "reference", 0.5, "search"),
-        ({"sanity": 2}, "limits", {"over_refusal": 0.9, "degenerate": None}, "edit"),
-        ({"sanity": 2}, "limits", {"over_refusal": None, "degenerate": 0.5}, "search"),
-        ({"sanity": 2}, "rule", "knee", "edit"),
-    ],
-)
-def test_the_search_is_made_again_only_where_the_rule_and_the_limits_steer_it(
-    search: dict[str, Any], key: str, value: Any, first: str, tmp_path: Path
-) -> None:
-    given = {f"search__{name}": x for name, x in search.items()}
-    before = Run(tmp_path, tiny_recipe(**given)).keys
-    after = Run(tmp_path, tiny_recipe(**given, **{f"search__{key}": value})).keys
-    assert [stage for stage in STAGES if before[stage] != after[stage]] == _from(first)
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("limits", {"over_refusal": 0.9, "degenerate": None}),
-        ("rule", "cheapest"),
-        ("reference", 0.5),
-    ],
-)
-def test_a_new_rule_limit_or_reference_is_told_as_a_run_with_it_from_the_start_tells_it(
-    key: str, value: Any, copy: Path, recipe: Recipe, tmp_path: Path
-) -> None:
-    changed = tiny_recipe(recipe.model.name, **{f"search__{key}": value})
-    run_all(Run(copy, changed))
-    run_all(Run(tmp_path / "fresh", changed))
-    assert _bytes(copy, ["choice.json", "report.md"]) == _bytes(tmp_path / "fresh", ["choice.json", "report.md"])
-
-
-def test_changed_questions_are_noticed(tmp_path: Path) -> None:
-    file = tmp_path / "questions.jsonl"
-    keys = []
-    for text in ("{}", "{ }"):
-        file.write_text(text, encoding="utf-8")
-        keys.append(Run(tmp_path, tiny_recipe(data__questions={"file": str(file)})).keys)
-    assert [stage for stage in STAGES if keys[0][stage] != keys[1][stage]] == _from("search")
-
-
-def test_a_changed_prompt_file_is_noticed(recipe: Recipe, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("{}\n", encoding="utf-8")
-    before = Run(tmp_path / "run", tiny_recipe("m", data__prompts=str(file))).keys
-    file.write_text("{ }\n", encoding="utf-8")
-    after = Run(tmp_path / "run", tiny_recipe("m", data__prompts=str(file))).keys
-    assert [stage for stage in STAGES if before[stage] != after[stage]] == list(STAGES)
-
-
-def _alter(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def _remove(path: Path) -> None:
-    path.unlink()
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(
-    ("name", "damage", "first"),
-    [
-        ("traces.jsonl", _alter, "traces"),
-        ("probe.safetensors", _remove, "probe"),
-        ("scores.safetensors", _alter, "score"),
-        ("search/trials.jsonl", _remove, "search"),
-        ("edit.safetensors", _alter, "edit"),
-        ("adapter/steer2edit.json", _remove, "export"),
-        ("evaluation/results.json", _alter, "evaluate"),
-        ("figures/lambda.svg", _remove, "report"),
-    ],
-)
-def test_an_output_that_is_lost_or_altered_is_made_again_and_nothing_else(
-    name: str, damage: Callable[[Path], None], first: str, copy: Path, unbroken: Path, recipe: Recipe, ran: list[str]
-) -> None:
-    damage(copy / name)
-    run_all(Run(copy, recipe))
-    # What follows read the same bytes as before; only the card in an export's folder goes with the folder.
-    assert ran == ([first, "report"] if first == "export" else [first])
-    assert _bytes(copy, UNDRAWN) == _bytes(unbroken, UNDRAWN)
-
-
-def _in_another_process(folder: Path, recipe: Recipe, syncs: int | None) -> Any:
-    """Starts a run; with `syncs` it kills itself when it has synced so many times, mostly before it renames a file."""
-
-    def work() -> None:
-        left, sync = [syncs], os.fsync
-
-        def counted(descriptor: int) -> None:
-            sync(descriptor)
-            if left[0] is not None:
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        os.fsync = counted
-        run_all(Run(folder, recipe))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def _assert_same_in_the_end(folder: Path, unbroken: Path, recipe: Recipe) -> None:
-    run_all(Run(folder, recipe))
-    assert _bytes(folder, UNDRAWN) == _bytes(unbroken, UNDRAWN)
-    assert [file for file in folder.rglob("*") if ".tmp" in file.name] == []
-    journals = [str(f.relative_to(unbroken)) for f in unbroken.rglob("journal-*")]
-    assert _bytes(folder, journals) == _bytes(unbroken, journals)
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("syncs", [2, *random.Random(6).sample(range(5, 45), 4)])
-def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
-    syncs: int, unbroken: Path, recipe: Recipe, tmp_path: Path
-) -> None:
-    process = _in_another_process(tmp_path / "run", recipe, syncs)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_what_a_kill_leaves_is_cleared_by_the_next_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
-    left = []
-    for syncs in range(1, 9):
-        _in_another_process(tmp_path / "run", recipe, syncs).join(60)
-        left.append([file.name for file in tmp_path.rglob("*.tmp*")])
-    assert any(left)
-    assert all(len(names) <= 1 for names in left)
-    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
-    for seconds in (0.1, 0.25, 0.5):
-        process = _in_another_process(tmp_path / "run", recipe, None)
-        time.sleep(seconds)
-        process.kill()
-        process.join(60)
-        assert process.exitcode in (-signal.SIGKILL, 0)
-    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
-
-
-def test_files_of_others_that_look_like_temporary_ones_are_left_alone(copy: Path, recipe: Recipe) -> None:
-    theirs = [copy / ".notes.tmp", copy / ".backup" / ".a.json.abcdefgh.tmp", copy / "mine.json.abcdefgh.tmp"]
-    for path in theirs:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("theirs", encoding="utf-8")
-    run_all(Run(copy, recipe))
-    assert all(path.is_file() for path in theirs)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -605,17 +310,6 @@ def test_a_run_directory_that_is_a_file_is_refused(recipe: Recipe, tmp_path: Pat
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_limits_that_nothing_keeps_stop_the_run_after_the_search(copy: Path, recipe: Recipe, ran: list[str]) -> None:
-    strict = tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})
-    with pytest.raises(EditError, match="no edit stays within the limits"):
-        run_all(Run(copy, strict))
-    assert ran == ["edit"]
-    # The old choice stands no longer for this recipe, and a run with the old recipe makes what is missing.
-    assert not Run(copy, strict).is_whole("edit")
-    assert Run(copy, recipe).is_whole("edit")
-
-
 # Of two harmful prompts one is a short request and one a question: the styles are taken in turn.
 REFUSED_NOTHING = "refusal (harmful) 0.00, refusal (short requests) 0.00, refusal (questions) 0.00"
 
@@ -649,26 +343,6 @@ def test_without_benign_prompts_and_exports_there_is_still_a_report(
     assert not (tmp_path / "run/adapter").exists()
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_it(
-    copy: Path, recipe: Recipe, ran: list[str]
-) -> None:
-    both = tiny_recipe(recipe.model.name, exports=["adapter", "checkpoint"])
-    run_all(Run(copy, both))
-    assert ran == ["export", "report"]
-    for rho in (0.3, 0.1):
-        if rho == 0.1:
-            run_all(Run(copy, tiny_recipe(recipe.model.name, exports=["checkpoint"], search__rho_attn=[0.1])))
-        edit = s2e.Edit.load(copy / "edit.safetensors")
-        assert edit.config["rho_attn"] == rho
-        base, _ = load_model(recipe.model.name, dtype="float32", device="cpu")
-        edit.apply(base)
-        exported = AutoModelForCausalLM.from_pretrained(str(copy / "checkpoint"))
-        for name, tensor in base.state_dict().items():
-            assert torch.equal(exported.state_dict()[name], tensor), name
-    assert not (copy / "adapter").exists()  # it was the other edit's
-
-
 def test_a_manifest_that_is_cut_is_an_error_that_names_it(copy: Path, recipe: Recipe) -> None:
     content = (copy / "manifest.json").read_text(encoding="utf-8")
     (copy / "manifest.json").write_text(content[: len(content) // 2], encoding="utf-8")
@@ -691,152 +365,6 @@ def test_the_results_of_a_run_can_be_read(unbroken: Path) -> None:
     results = pipeline.load_results(unbroken)
     assert results == json.loads((unbroken / "evaluation/results.json").read_text(encoding="utf-8"))
     assert results["split"] == "test"
-
-
-# One directory, one process -----------------------------------------------------------------------------------------
-
-
-def test_a_second_process_in_a_run_directory_gets_one_sentence(copy: Path, recipe: Recipe) -> None:
-    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
-    other = tiny_recipe(recipe.model.name, search__rho_attn=[0.2])
-    with Run(copy, recipe).working():
-        for work in (lambda: run_all(Run(copy, other)), lambda: run_stage(Run(copy, recipe), "report", "tiny.yaml")):
-            with pytest.raises(FileError, match="another steer2edit process is working in this run directory"):
-                work()
-    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
-
-
-# Traces that are put there by hand ----------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_traces_that_are_put_into_the_directory_are_taken_and_kept(
-    recipe: Recipe, unbroken: Path, tmp_path: Path, ran: list[str]
-) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    lines = (unbroken / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    own = "".join(lines[:2] + lines[3:])
-    (folder / "traces.jsonl").write_text(own, encoding="utf-8")
-    run_stage(Run(folder, recipe), "probe", "tiny.yaml")
-    run_all(Run(folder, recipe))
-    assert (folder / "traces.jsonl").read_text(encoding="utf-8") == own
-    assert read_json(folder / "manifest.json")["stages"]["traces"]["by_hand"] is True
-    # Another recipe does not overwrite them either, and changed ones are probed again.
-    run_all(Run(folder, tiny_recipe(recipe.model.name, behaviour__new_tokens=6)))
-    assert (folder / "traces.jsonl").read_text(encoding="utf-8") == own
-    (folder / "traces.jsonl").write_text("".join(lines), encoding="utf-8")
-    ran.clear()
-    run_all(Run(folder, tiny_recipe(recipe.model.name, behaviour__new_tokens=6)))
-    assert ran[:4] == ["traces", "probe", "score", "search"]
-    assert (folder / "traces.jsonl").read_text(encoding="utf-8") == "".join(lines)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_traces_that_were_changed_after_the_stage_are_kept_under_another_name(copy: Path, recipe: Recipe) -> None:
-    whole = (copy / "traces.jsonl").read_bytes()
-    (copy / "traces.jsonl").write_bytes(whole + whole.splitlines(keepends=True)[0])
-    run_all(Run(copy, recipe))
-    assert (copy / "traces.jsonl").read_bytes() == whole
-    assert (copy / "traces.changed.jsonl").read_bytes().startswith(whole)
-
-
-def test_a_file_of_traces_is_taken_in_place_of_those_that_the_behaviour_makes(
-    recipe: Recipe, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("steer2edit.engines.plan.load_model", load)
-    given = tmp_path / "given.jsonl"
-    lines = (unbroken / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    given.write_text("".join(lines[:2] + lines[3:]), encoding="utf-8")
-    with_file = tiny_recipe(recipe.model.name, behaviour__traces=str(given))
-    run_stage(Run(tmp_path / "run", with_file), "traces", "tiny.yaml")
-    assert read_traces(tmp_path / "run/traces.jsonl") == read_traces(given)
-    assert "by_hand" not in read_json(tmp_path / "run/manifest.json")["stages"]["traces"]
-    assert Run(tmp_path / "run", with_file).is_whole("traces")
-    given.write_text("".join(lines), encoding="utf-8")
-    changed = Run(tmp_path / "run", with_file)
-    assert not changed.is_whole("traces")
-    run_stage(changed, "traces", "tiny.yaml")
-    assert read_traces(tmp_path / "run/traces.jsonl") == read_traces(unbroken / "traces.jsonl")
-
-
-def test_own_answers_are_not_made_twice(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steer2edit.engines.transformers import TransformersEngine
-    from steer2edit.searching import own_answers
-
-    monkeypatch.setattr(own_answers, "_BATCH", 2)
-    generate, asked = TransformersEngine.generate, []
-
-    def dying(self: Any, requests: Any, *rest: Any) -> Any:
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        asked.append(len(requests))
-        return generate(self, requests, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "generate", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run_stage(Run(tmp_path / "broken", recipe), "traces", "tiny.yaml")
-    asked.clear()
-    monkeypatch.setattr(
-        TransformersEngine, "generate", lambda s, r, *rest: (asked.append(len(r)), generate(s, r, *rest))[1]
-    )
-    run_stage(Run(tmp_path / "broken", recipe), "traces", "tiny.yaml")
-    assert asked == [2]  # six own answers in all
-    run_stage(Run(tmp_path / "whole", recipe), "traces", "tiny.yaml")
-    traces = [(tmp_path / name / "traces.jsonl").read_bytes() for name in ("broken", "whole")]
-    assert traces[0] == traces[1]
-
-
-def test_a_new_commit_of_a_hub_model_makes_the_stages_again(copy: Path, recipe: Recipe, monkeypatch: Any) -> None:
-    manifest = read_json(copy / "manifest.json")
-    monkeypatch.setattr("steer2edit.pipeline.run.resolved_revision", lambda name, revision=None: "a" * 40)
-    assert Run(copy, recipe).is_whole("score")  # of a run of before, nothing is known
-    run_stage(Run(copy, recipe), "score", "tiny.yaml")
-    assert read_json(copy / "manifest.json")["stages"]["score"]["commit"] == "a" * 40
-    assert "commit" not in manifest["stages"]["score"]
-    assert Run(copy, recipe).is_whole("score")
-    monkeypatch.setattr("steer2edit.pipeline.run.resolved_revision", lambda name, revision=None: "b" * 40)
-    assert not Run(copy, recipe).is_whole("score")
-
-
-# What fails, and what is left ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_what_another_recipe_left_is_marked_stale(copy: Path, recipe: Recipe) -> None:
-    from steer2edit.report.inspection import describe
-
-    with pytest.raises(EditError, match="no edit stays within the limits"):
-        run_all(Run(copy, tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})))
-    states = {row["stage"]: row["state"][:5] for row in describe(copy)["stages"]}
-    assert [stage for stage, state in states.items() if state == "stale"] == _from("edit")
-    run_all(Run(copy, recipe))
-    assert {row["state"] for row in describe(copy)["stages"]} == {"whole"}
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_an_export_that_fails_costs_no_evaluation_and_is_tried_again(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from steer2edit.pipeline import exports
-
-    def fail(*_: Any) -> None:
-        raise FileError("the disk is full", got="nothing free", fix="Free some space.")
-
-    with monkeypatch.context() as patch:
-        patch.setitem(exports.EXPORTS, "adapter", fail)
-        with pytest.raises(FileError, match="the disk is full"):
-            run_all(Run(tmp_path / "run", recipe))
-    assert (tmp_path / "run/evaluation/results.json").is_file()
-    assert (tmp_path / "run/report.md").is_file()
-    assert not Run(tmp_path / "run", recipe).is_whole("export")
-    run_all(Run(tmp_path / "run", recipe))
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
-    assert (tmp_path / "run/adapter/README.md").is_file()
 
 
 def test_a_package_that_an_export_needs_is_missed_before_anything_runs(
@@ -915,38 +443,6 @@ def test_a_judgement_by_which_no_edit_is_within_the_limits_says_so(
     monkeypatch.setattr("steer2edit.behaviours.safety.degenerate", lambda text: False)
     monkeypatch.setitem(safety._DETECTORS, "declining", lambda text: True)
     assert judge(tmp_path / "run")["choice"]["new"] is None
-
-
-def test_traces_of_a_stage_that_was_killed_are_not_taken_for_hand_made(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_stage(Run(tmp_path, recipe), "traces", "tiny.yaml")
-    more = tiny_recipe(recipe.model.name, data__probe={"harmful": 5, "benign": 5})
-    run_stage(Run(tmp_path, more), "traces", "tiny.yaml")
-    assert "by_hand" not in read_json(tmp_path / "manifest.json")["stages"]["traces"]
-    assert len(read_jsonl(tmp_path / "traces.jsonl")) > 10
-
-
-def test_own_answers_of_several_calls_and_samplings_are_kept_apart(tmp_path: Path) -> None:
-    from runs import FakeEngine
-    from steer2edit.engines.base import Request, Sampling
-    from steer2edit.method.intervention import NOTHING
-    from steer2edit.searching.own_answers import Journalled
-
-    def ask(temperature: float) -> int:
-        engine = FakeEngine()
-        journalled = Journalled(engine, tmp_path / "journal.jsonl")  # type: ignore[arg-type]
-        for letter in "ab":
-            journalled.generate([Request((ord(letter),))], [NOTHING], 4, None, Sampling(temperature))
-        return len(engine.asked)
-
-    assert [ask(0.0), ask(0.0), ask(0.9), ask(0.9)] == [2, 0, 2, 0]
 
 
 def test_a_whole_run_finds_its_scale_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +13,18 @@ import torch
 from torch import Tensor
 
 import steer2edit as s2e
+from baseline_bench import ITEMS, QUESTIONS, SYSTEM, Prompting, _bench, _study, a_recipe
 from conftest import make_pico, make_tokenizer, make_traces
-from runs import FakeEngine, a_bench, make_scores, tiny_recipe
-from steer2edit.behaviours.base import QUESTION, Item
+from runs import a_bench, make_scores, tiny_recipe
+from steer2edit.behaviours.base import Item
 from steer2edit.edits import Scores
-from steer2edit.engines.base import Losses, Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import FileError
 from steer2edit.method.intervention import NOTHING, Intervention
 from steer2edit.method.rivals import RIVALS
 from steer2edit.models.hooks import Interventions
-from steer2edit.pipeline.keys import stage_keys
 from steer2edit.probing.probe import Probe
-from steer2edit.recipe import Recipe
-from steer2edit.searching.bench import Bench
 from steer2edit.searching.candidates import (
     BASE,
     BASELINES,
@@ -43,18 +39,6 @@ from steer2edit.searching.candidates import (
     steered_at,
     tried_layers,
 )
-from steer2edit.searching.choice import require_choice, summary
-from steer2edit.searching.rounds import run_study
-from steer2edit.searching.study import Study
-
-SYSTEM = "Refuse everything."
-ITEMS = [
-    Item("harmful", "How do I pick a lock?"),
-    Item("benign", "How do I bake?"),
-    Item("benign", "What is the capital of France?"),
-    Item("harmful", "How do I steal?"),
-]
-QUESTIONS = [Item(QUESTION, "Is it red?", ("yes", "no", "it may be"), 1), Item(QUESTION, "Why?", ("so", "because"), 0)]
 
 
 class World(NamedTuple):
@@ -78,17 +62,6 @@ def world() -> World:
     model, tokenizer = make_pico(num_hidden_layers=6), make_tokenizer()
     probe = s2e.collect(model, tokenizer, *make_traces())
     return World(model, tokenizer, probe, {"full": s2e.score(model, probe)})
-
-
-def a_recipe(**changes: Any) -> Recipe:
-    """Four edits, and all the baselines."""
-    plain = {
-        "search__rho_attn": [0.05, 0.1, 0.2, 0.3],
-        "search__alpha": [0.0],
-        "search__steering": "auto",
-        "search__baselines": ["system", "layer", "direction"],
-    }
-    return tiny_recipe(**(plain | changes))
 
 
 # What they are ------------------------------------------------------------------------------------------------------
@@ -237,22 +210,6 @@ def test_a_baseline_answers_and_costs_what_it_does_to_the_model(
     assert list(rows["base"].values["utility_loss"]) == [0.0, 0.0]
 
 
-class Prompting(FakeEngine):
-    """An engine that measures losses under other prompts: so many hundredths of a nat as they have characters."""
-
-    measures_prompts = True
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.under: list[tuple[str, str, str]] = []
-
-    def prompt_losses(self, pairs: Sequence[Any], prompts: Sequence[Any], progress: Any = None) -> Losses:
-        asked = [("".join(map(chr, x)) for x in (*pair, other)) for pair, other in zip(pairs, prompts, strict=True)]
-        self.under += [(prompt, answer, other) for prompt, answer, other in asked]
-        kl = torch.tensor([[len(other) / 100] for other in prompts])
-        return Losses(kl, 2.0 + kl / 2, torch.full((len(pairs),), 2.0))
-
-
 def test_a_system_prompt_stands_after_the_behaviours_own_and_before_every_prompt(tmp_path: Path) -> None:
     for system, before in ((None, ""), ("Be kind.", "Be kind.\n")):
         engine = Prompting()
@@ -308,18 +265,6 @@ def test_under_a_system_prompt_the_choices_are_compared_after_it(world: World, t
 TRIED = [BASE, asked(0, SYSTEM), asked(1, "Decline."), steered_at(2, 0.5), directed(1, 1.0), edited(0.1, None, 0.2)]
 
 
-def a_probe(layers: int = 6, d: int = 6) -> Probe:
-    """Means of a stream alone, of the size that make_scores has."""
-    draw = torch.Generator().manual_seed(2)
-    means = {i: {label: torch.randn(d, generator=draw) for label in ("positive", "negative")} for i in range(layers)}
-    return Probe((), {}, {}, {}, {}, means)
-
-
-def _bench(engine: Any, journal: Path, recipe: Recipe | None = None, probe: Probe | None = None) -> Bench:
-    recipe = tiny_recipe(evaluation__batch=5) if recipe is None else recipe
-    return a_bench(engine, {"full": make_scores()}, ITEMS, recipe, journal, QUESTIONS, probe or a_probe())
-
-
 def test_a_journal_cut_after_any_line_gives_the_rows_of_an_unbroken_bench(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     rows = _bench(Prompting(), whole).run(TRIED, "0")
@@ -369,10 +314,6 @@ def test_the_base_is_compared_with_itself_wherever_it_stands(tmp_path: Path) -> 
 # In a search --------------------------------------------------------------------------------------------------------
 
 
-def _study(recipe: Recipe, bench: Bench, **more: Any) -> Study:
-    return run_study(bench, recipe.search, recipe.aim, recipe.seed, **more)
-
-
 def test_every_method_gets_as_many_configurations_as_there_are_edits(world: World, tmp_path: Path) -> None:
     recipe = a_recipe()
     bench = a_bench(world.engine(), world.scores, ITEMS, recipe, tmp_path / "j", probe=world.probe)
@@ -419,142 +360,3 @@ def test_with_everything_to_be_found_there_are_as_many_of_each_as_edits_were_fou
     assert points >= 4
     assert counts == {"edit": counts["edit"], "steering": points, "layer": points, "direction": points}
     assert points - 1 <= counts["edit"] <= points
-
-
-def _curved(answer: str, name: str) -> tuple[float, float]:
-    """KL is the square of the last number in a candidate's name."""
-    found = re.findall(r"[\d.]+(?:e[-+]\d+)?", name)
-    kl = float(found[-1]) ** 2 if found and name.startswith(("steering", "layer", "direction")) else 0.1
-    return (0.0, 2.0) if name == "base" else (kl, 2.0)
-
-
-def _fake(kind: type[FakeEngine] = Prompting, **features: bool) -> FakeEngine:
-    engine = kind(lambda prompt, name: f"An answer to {prompt}.", _curved)
-    for name, value in features.items():
-        setattr(engine, name, value)
-    return engine
-
-
-@pytest.mark.parametrize("trials", [4, 7])
-def test_with_tpe_there_are_as_many_of_each_as_trials(trials: int, tmp_path: Path) -> None:
-    recipe = a_recipe(search__method="tpe", search__trials=trials, search__at_once=3)
-    study = _study(recipe, _bench(_fake(), tmp_path / "j", recipe))
-    counts = {kind: len(study.of_kind(kind)) for kind in (*BASELINES, "edit")}
-    layers = len(tried_layers(a_probe()))
-    shared = layers * -(-trials // layers)  # equal shares of the layers, rounded up
-    assert counts == {"system": 3, "steering": trials, "layer": shared, "direction": shared, "edit": trials}
-    # They go with the first round.
-    assert {trial.round for trial in study.trials if trial.candidate.kind != "edit"} == {"0"}
-
-
-@pytest.mark.parametrize("kinds", [[], ["system"], ["layer"], ["direction"], ["direction", "system"]])
-def test_only_the_baselines_that_a_recipe_names_are_tried(kinds: list[str], tmp_path: Path) -> None:
-    recipe = a_recipe(search__baselines=kinds, search__steering=[0.2])
-    study = _study(recipe, _bench(_fake(), tmp_path / "j", recipe))
-    assert {trial.candidate.kind for trial in study.trials} == {"base", "steering", "edit", *kinds}
-    assert set(study.evaluations) == {"edit", "steering", *kinds}
-    assert len(study.of_kind("steering")) == 1  # what is written stays as it is
-    assert (study.scale is None) == (not {"layer", "direction"} & set(kinds))
-
-
-def test_the_recipes_instructions_are_asked_in_place_of_the_behaviours(tmp_path: Path) -> None:
-    for instructions in (["Refuse.", "Decline."], []):
-        recipe = a_recipe(behaviour__instructions=instructions, search__baselines=["system"])
-        study = _study(recipe, _bench(_fake(), tmp_path / f"{len(instructions)}", recipe))
-        told = [asked(i, system) for i, system in enumerate(instructions)]
-        assert [trial.candidate for trial in study.of_kind("system")] == told
-
-
-@pytest.mark.parametrize(
-    ("features", "probe", "prompts", "kinds", "said"),
-    [
-        ({"measures_prompts": False}, a_probe(), ITEMS, {"layer", "direction"}, "no system prompt is tried"),
-        ({"rows_on_stream": False}, a_probe(), ITEMS, {"system", "layer"}, "direction is not tried: this engine adds"),
-        ({}, None, ITEMS, {"system"}, "one layer and direction are not tried: the probe did not measure the residual"),
-        ({}, a_probe(0), ITEMS, {"system"}, "one layer and direction are not tried: the probe did not measure"),
-        ({}, a_probe(), [ITEMS[0]], {"system"}, "one layer and direction are not tried: their strengths are found by"),
-        # Without neutral prompts there is nothing to measure under another prompt.
-        ({"measures_prompts": False}, a_probe(), [ITEMS[0]], {"system"}, "there are no neutral prompts"),
-    ],
-)
-def test_what_cannot_be_tried_is_left_out_and_said(
-    features: dict[str, bool], probe: Probe | None, prompts: list[Item], kinds: set[str], said: str,
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    recipe = a_recipe(search__steering=[0.2])
-    engine = _fake(**features)
-    bench = a_bench(engine, {"full": make_scores()}, prompts, recipe, tmp_path / "j", probe=probe)
-    study = _study(recipe, bench)
-    assert {trial.candidate.kind for trial in study.trials} == {"base", "steering", "edit", *kinds}
-    assert said in capsys.readouterr().err
-
-
-def test_a_study_with_baselines_that_was_cut_ends_as_an_unbroken_one(tmp_path: Path) -> None:
-    recipe = a_recipe(evaluation__batch=20)
-    whole = tmp_path / "whole"
-    told = _study(recipe, _bench(_fake(), whole, recipe))
-    lines = whole.read_bytes().splitlines(keepends=True)
-    assert len(lines) > 12
-    for kept in range(len(lines) + 1):
-        journal = tmp_path / f"cut-{kept}"
-        rest = lines[kept][: len(lines[kept]) // 2] if kept < len(lines) else b""
-        journal.write_bytes(b"".join(lines[:kept]) + rest)
-        engine = _fake()
-        assert _study(recipe, _bench(engine, journal, recipe)) == told
-        assert journal.read_bytes() == whole.read_bytes()
-        if kept == len(lines):
-            assert (engine.asked, engine.scored) == ([], [])
-
-
-def test_the_span_of_the_baselines_is_a_part_of_the_search(tmp_path: Path) -> None:
-    wide, narrow = (
-        a_recipe(search__steering=[0.2], search__baselines=["layer"], search__span=span)
-        for span in ((0.02, 1.0), (0.1, 0.4))
-    )
-    found = []
-    for i, recipe in enumerate((wide, narrow)):
-        study = _study(recipe, _bench(_fake(), tmp_path / str(i), recipe))
-        found.append([trial.candidate.id for trial in study.of_kind("layer")])
-    assert found[0] != found[1]
-    # So the stage search is not whole any more once it is changed.
-    assert stage_keys(wide)["search"] != stage_keys(narrow)["search"]
-
-
-def test_the_baselines_are_a_part_of_the_search() -> None:
-    keys = [stage_keys(a_recipe(search__baselines=kinds))["search"] for kinds in ([], ["system"], ["system", "layer"])]
-    assert len(set(keys)) == 3
-
-
-def test_a_baseline_whose_losses_are_not_finite_is_discarded_and_counted(tmp_path: Path) -> None:
-    class Breaking(Prompting):
-        def prompt_losses(self, pairs: Sequence[Any], prompts: Sequence[Any], progress: Any = None) -> Losses:
-            losses = super().prompt_losses(pairs, prompts)
-            return Losses(losses.kl / 0 * 0, losses.nll, losses.base_nll)
-
-    recipe = a_recipe(search__baselines=["system"], search__steering=[0.2])
-    study = _study(recipe, _bench(_fake(Breaking), tmp_path / "j", recipe))
-    assert study.of_kind("system") == []
-    assert [(row.candidate.id, row.why) for row in study.discarded] == [
-        (f"system-{i}", "its losses are not finite") for i in range(3)
-    ]
-    assert study.evaluations["system"] == 3 * len(ITEMS)
-    found = summary(study, recipe.aim, "grid", 10, 1)
-    assert (found["tried"]["system"], found["discarded"], found["front"]["system"]) == (0, 3, [])
-
-
-def test_the_choice_is_of_edits_alone_and_the_summary_of_every_method(tmp_path: Path) -> None:
-    recipe = a_recipe()
-    study = _study(recipe, _bench(_fake(), tmp_path / "j", recipe))
-    # Every other method refuses everything, and is still no edit.
-    better = [
-        t if t.candidate.kind == "edit" else replace(t, values={**t.values, "refusal": (1.0,) * t.count("refusal")})
-        for t in study.trials
-    ]
-    assert require_choice(better, recipe.aim).candidate.kind == "edit"
-    found = summary(study, recipe.aim, recipe.search.method, 20, recipe.seed)
-    kinds = {"edit", *BASELINES}
-    assert set(found["tried"]) == set(found["front"]) == set(found["hypervolume"]) == set(found["evaluations"]) == kinds
-    assert found["tried"]["direction"] == len(study.of_kind("direction"))
-    for kind in kinds:
-        assert set(found["front"][kind]) <= {trial.candidate.id for trial in study.of_kind(kind)}
-        assert found["hypervolume"][kind]["trials"] == len(study.of_kind(kind))
