@@ -21,7 +21,7 @@ from steer2edit.files.writing import write_text
 from steer2edit.recipe import load_recipe, shipped_recipes
 from steer2edit.report.card import model_card
 
-SHELF = Path(gallery.__file__).parents[1] / "gallery"
+SHELF = Path(gallery.__file__).parents[1] / "data" / "gallery"
 # Where each stands in a run.
 KEPT = {
     gallery.EDIT: gallery.EDIT,

@@ -75,9 +75,9 @@ def main() -> None:
         print(f"\nsteer2edit: stopped; {stop}.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except OSError as error:
-        if (refusal := refused_by_the_system(error)) is None:
+        if (sentence := refused_by_the_system(error)) is None:
             raise
-        _refuse(refusal)
+        _refuse(sentence)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # Typer turns Ctrl-C into this exit code, and says nothing
             print("\nsteer2edit: stopped; the same command goes on from here.", file=sys.stderr)

@@ -64,31 +64,6 @@ def test_with_a_score_every_prompt_of_validation_is_answered_and_none_compared(t
     assert not any(item.choices for item in items["test"])
 
 
-@pytest.mark.parametrize(("pairs", "asked"), [(60, 20), (99, 20), (100, 20), (110, 22)])
-def test_few_responses_are_all_traces_where_answers_are_scored(tmp_path: Path, pairs: int, asked: int) -> None:
-    """A fifth of the pairs goes to validation; from 100 pairs on that is enough."""
-    items = _by_split(of_files(*_files(tmp_path, pairs), score={"phrases": ["loud"]}), source())
-    package = {pair.prompt for pair in read_prompts(EVERYDAY)}
-    assert len(items["validation"]) == asked
-    assert {item.kind for split in ("validation", "test") for item in items[split]} == {PROMPT}
-    if pairs < 100:
-        assert (len(items["probe"]), len(items["test"])) == (pairs, 40)
-        assert {item.prompt for split in ("validation", "test") for item in items[split]} <= package
-    else:
-        assert not package & {item.prompt for split in SPLITS for item in items[split]}
-
-
-def test_a_prompt_of_the_package_that_has_a_response_is_not_asked(tmp_path: Path) -> None:
-    known = [pair.prompt for pair in read_prompts(EVERYDAY)][:50]
-    rows = {side: [{"prompt": p, "response": f"{side} {p}"} for p in known] for side in ("more", "less")}
-    more = write_rows(tmp_path / "more.jsonl", rows["more"])
-    less = write_rows(tmp_path / "less.jsonl", rows["less"])
-    behaviour = of_files(more, less, score={"phrases": ["loud"]})
-    items = _by_split(behaviour, source())
-    assert [item.prompt for item in items["probe"]] == known
-    assert not set(known) & {item.prompt for split in ("validation", "test") for item in items[split]}
-
-
 def test_with_instructions_pairs_wait_for_what_the_model_answers(tmp_path: Path) -> None:
     items = _by_split(custom(), source(_prompts(tmp_path, 40)))
     assert [len(items[split]) for split in SPLITS] == [18, 8 + 8, 14 + 14]
@@ -106,7 +81,7 @@ def test_without_prompts_those_of_the_package_are_asked() -> None:
 @pytest.mark.parametrize("score", ["preference", {"phrases": ["loud"]}])
 @pytest.mark.parametrize("files", [True, False])
 def test_a_seed_divides_in_one_way_and_another_in_another(tmp_path: Path, score: Any, files: bool) -> None:
-    behaviour = of_files(*_files(tmp_path, 120), score=score) if files else custom(score=score)
+    behaviour = of_files(*_files(tmp_path, 40), score=score) if files else custom(score=score)
     path = None if files else _prompts(tmp_path, 40)
     first, again, other = (_by_split(behaviour, source(path, seed)) for seed in (0, 0, 1))
     assert first == again

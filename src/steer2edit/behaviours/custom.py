@@ -30,9 +30,6 @@ PROMPT, PAIR = "prompt", "pair"
 # How many prompts are answered beside pairs to compare: enough to see a model that is broken, and so many that one
 # degenerate answer is within the usual limit of 0.1.
 _OPEN: Mapping[Split, int] = {"validation": 10, "test": 24}
-# With fewer validation prompts than these in two files of responses, a score of answers says too little: the files then
-# give traces alone, and so many prompts of the package are answered.
-_ANSWERED: Mapping[Split, int] = {"validation": 20, "test": 40}
 # Every candidate reads each pair on validation: more of them cost more than they tell.
 _PAIRS = 12
 EVERYDAY = "builtin:everyday_prompts"
@@ -119,10 +116,7 @@ class Custom(Behaviour):
         own_prompts = source.prompts is not None
         of_files = self._of_files(dict.fromkeys(SPLITS) if own_prompts else counts, source.seed, own_prompts)
         prompts = of_files
-        if self._are_few(of_files, counts) and not own_prompts:
-            of_files = self._of_files(dict.fromkeys(SPLITS), source.seed, own_prompts=True)
-            prompts = self._of_package(of_files["probe"], source)
-        elif source.prompts is not None or self.more.file is None:
+        if source.prompts is not None or self.more.file is None:
             path = data_path(source.prompts or EVERYDAY)
             prompts = _divided_prompts(path, source, counts)
             _refuse_seen(of_files.get("probe", []), prompts)
@@ -139,25 +133,6 @@ class Custom(Behaviour):
             return opened
         pairs = [_item(PAIR, pair) for pair in (of_files or prompts)[split]]
         return [*opened[: _OPEN[split]], *(pairs[:_PAIRS] if split == "validation" else pairs)]
-
-    def _are_few(self, of_files: Mapping[Split, Sequence[Pair]], counts: Mapping[Split, int | None]) -> bool:
-        """Whether the files' pairs are too few to give both traces and prompts that are answered, as nobody says how
-        they are divided."""
-        named = any(count is not None for count in counts.values())
-        named = named or any(pair.split is not None for pairs in of_files.values() for pair in pairs)
-        scored = isinstance(self.score, Score) and "validation" in of_files
-        return scored and not named and len(of_files["validation"]) < _ANSWERED["validation"]
-
-    def _of_package(self, probe: Sequence[Pair], source: Source) -> dict[Split, list[Pair]]:
-        """The package's prompts by split, without those that have a response among the traces."""
-        path = data_path(EVERYDAY)
-        seen = {key_of(pair.prompt) for pair in probe}
-        unseen = [pair for pair in _read_prompts(path, sha256(path)) if key_of(pair.prompt) not in seen]
-        _say_once(
-            f"  the files' {len(probe)} prompts are few: all of them give traces, and {_ANSWERED['validation']} +"
-            f" {_ANSWERED['test']} prompts of the package are answered; data.prompts names others"
-        )
-        return divided(unseen, {"probe": None, **_ANSWERED}, source.seed, Path(path).name)
 
     def _of_files(self, counts: Mapping[Split, int | None], seed: int, own_prompts: bool) -> dict[Split, list[Pair]]:
         """The files' pairs by split; none if the sides are no files. Only pairs that both sides answer are compared.
@@ -332,11 +307,6 @@ def _preferred(item: Item, outcome: Outcome) -> dict[str, float]:
         return {}
     more, less = outcome.nll
     return {PREFERENCE: float(more < less), MARGIN.name: less - more}
-
-
-@lru_cache(maxsize=8)
-def _say_once(text: str) -> None:
-    say(text)
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ def gallery() -> dict[str, Path]:
     >>> "pirate" in gallery()
     True
     """
-    shelf = Path(str(files("steer2edit") / "gallery"))
+    shelf = Path(str(files("steer2edit") / "data" / "gallery"))
     return {folder.name: folder for folder in sorted(shelf.iterdir()) if (folder / EDIT).is_file()}
 
 

@@ -46,7 +46,7 @@ def rosi_row(W: Tensor) -> Tensor:
     return W.detach().mean(dim=0, dtype=torch.float32).cpu()
 
 
-def llm_va_row(W: Tensor, refusal: Tensor, h: Tensor, weights: Tensor, positive: Tensor) -> Tensor:
+def llm_va_row(W: Tensor, direction: Tensor, h: Tensor, weights: Tensor, positive: Tensor) -> Tensor:
     """Wᵀ((σ_r/σ_h) v̂_h − v̂_r) [n·c]: W' = W + γ v̂_r ((σ_r/σ_h) v̂_h − v̂_r)ᵀ W.
 
     LLM-VA, vector alignment (arXiv 2601.19487). At γ = 1 it is the smallest change of W, in the Frobenius norm, after
@@ -59,13 +59,13 @@ def llm_va_row(W: Tensor, refusal: Tensor, h: Tensor, weights: Tensor, positive:
     deviations of those outputs along v̂_r and v̂_h.
 
     Args:
-        W: [d, n·c], any floating dtype. refusal: v̂_r [d]. h: inputs at the last token of prompts [rows, n·c].
+        W: [d, n·c], any floating dtype. direction: v̂_r [d]. h: inputs at the last token of prompts [rows, n·c].
         weights: [rows]. positive: [rows] bool, which prompts call for the behaviour.
 
     Returns:
         The row; 0 if the outputs do not vary along v̂_h.
     """
-    W, refusal, h = W.detach().float().cpu(), refusal.float(), h.float()
+    W, direction, h = W.detach().float().cpu(), direction.float(), h.float()
     weights = weights / weights.sum()
     o = h @ W.T  # [rows, d]
     signed = weights * torch.where(positive, 1.0, -1.0)
@@ -76,7 +76,7 @@ def llm_va_row(W: Tensor, refusal: Tensor, h: Tensor, weights: Tensor, positive:
     spread = _deviation(o @ harm, weights)
     if spread <= _SAME * size**0.5:
         return torch.zeros(W.shape[1])
-    return (_deviation(o @ refusal, weights) / spread * harm - refusal) @ W
+    return (_deviation(o @ direction, weights) / spread * harm - direction) @ W
 
 
 def null_space_row(
