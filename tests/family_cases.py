@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +57,20 @@ def applied(edit: s2e.Edit, model: Any) -> Any:
     return edited
 
 
-@cache
+_CASES: dict[str, Case] = {}
+
+
 def made_case(folders: pytest.TempPathFactory, name: str) -> Case:
     """One family's case, made once for all tests."""
-    model = make_family(name)
-    probe = s2e.collect(model, make_tokenizer(), *make_traces())
-    scores = s2e.score(model, probe, expert_tokens=1)
-    edit = scores.edit(**BUDGET)
-    folder = folders.mktemp("family") / "base"
-    model.save_pretrained(folder)
-    return Case(FAMILIES[name].rows, model, probe, scores, edit, applied(edit, model), folder)
+    if name not in _CASES:
+        model = make_family(name)
+        probe = s2e.collect(model, make_tokenizer(), *make_traces())
+        scores = s2e.score(model, probe, expert_tokens=1)
+        edit = scores.edit(**BUDGET)
+        folder = folders.mktemp("family") / "base"
+        model.save_pretrained(folder)
+        _CASES[name] = Case(FAMILIES[name].rows, model, probe, scores, edit, applied(edit, model), folder)
+    return _CASES[name]
 
 
 def ids_of(rows: int = 3, time: int = 15) -> Tensor:
