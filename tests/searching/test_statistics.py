@@ -107,6 +107,14 @@ def test_the_bootstrap_interval_is_that_of_all_resamples() -> None:
     assert found["high"] == pytest.approx(np.percentile(means, 97.5), abs=0.26)
 
 
+def test_the_bootstrap_interval_of_many_values_is_as_wide_as_95_percent_of_a_normal_one() -> None:
+    """The mean of 400 zeros and ones has a standard error of 0.025: 2 · 1.96 · 0.025 = 0.098. For 90 % it is 0.082."""
+    found = interval([0.0, 1.0] * 200, False, 20_000, seed=1)
+    assert found["high"] - found["low"] == pytest.approx(0.098, abs=0.005)
+    paired = paired_difference([0.0, 1.0] * 200, [0.0] * 400, 20_000, 1)
+    assert paired["high"] - paired["low"] == pytest.approx(0.098, abs=0.005)
+
+
 def test_the_interval_of_a_rate_covers_the_truth_about_nineteen_times_of_twenty() -> None:
     draw = np.random.RandomState(5)
     covered = 0
