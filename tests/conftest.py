@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +76,20 @@ def tiny_run(pico_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     from runs import tiny_recipe, whole_run
 
     return whole_run(tmp_path_factory.mktemp("runs") / "whole", tiny_recipe(pico_folder))
+
+
+@pytest.fixture
+def recipe(pico_folder: str) -> Any:
+    """The recipe of `tiny_run`."""
+    from runs import tiny_recipe
+
+    return tiny_recipe(pico_folder)
+
+
+@pytest.fixture
+def run_copy(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the whole run, which a test may change."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
 VOCABULARY = 320

@@ -30,11 +30,6 @@ from steer2edit.report.page import print_run
 
 
 @pytest.fixture
-def recipe(pico_folder: str) -> Recipe:
-    return tiny_recipe(pico_folder)
-
-
-@pytest.fixture
 def whole(tiny_run: Path) -> Path:
     """The folder of a whole run; not to be changed."""
     return tiny_run

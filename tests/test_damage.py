@@ -160,12 +160,12 @@ def test_a_bit_that_flips_in_an_edit_is_noticed(edit_file: Path) -> None:
 
 
 def test_an_edit_without_a_seal_is_read(edit_file: Path) -> None:
-    told = s2e.Edit.load(edit_file).id
+    id_before = s2e.Edit.load(edit_file).id
     with safe_open(str(edit_file), framework="pt") as file:
         header = json.loads(file.metadata()["steer2edit"])
     assert len(header.pop("sha256")) == 64
     save_file(load_file(edit_file), edit_file, metadata={"steer2edit": json.dumps(header)})
-    assert s2e.Edit.load(edit_file).id == told
+    assert s2e.Edit.load(edit_file).id == id_before
 
 
 @pytest.fixture

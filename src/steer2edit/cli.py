@@ -37,7 +37,7 @@ ModelName = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs/NAME by default.")]
 _INTERRUPTED = 130
-# So many characters of each part of an error are shown.
+# How many characters of each part of an error are shown.
 _SHOWN = 600
 
 

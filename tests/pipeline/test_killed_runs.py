@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,22 +21,6 @@ from steer2edit.pipeline.stages import run_all, run_stage
 from steer2edit.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-
-@pytest.fixture
-def recipe(pico_folder: str) -> Recipe:
-    return tiny_recipe(pico_folder)
-
-
-@pytest.fixture
-def unbroken(tiny_run: Path) -> Path:
-    """The folder of a run that nothing disturbed. Tests that change something work on a copy of it."""
-    return tiny_run
-
-
-@pytest.fixture
-def copy(unbroken: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(unbroken, tmp_path / "run"))
 
 
 def _in_another_process(folder: Path, recipe: Recipe, syncs: int | None) -> Any:
@@ -61,67 +44,74 @@ def _in_another_process(folder: Path, recipe: Recipe, syncs: int | None) -> Any:
     return process
 
 
-def _assert_same_in_the_end(folder: Path, unbroken: Path, recipe: Recipe) -> None:
+def _assert_same_in_the_end(folder: Path, tiny_run: Path, recipe: Recipe) -> None:
     run_all(Run(folder, recipe))
-    assert _bytes(folder, UNDRAWN) == _bytes(unbroken, UNDRAWN)
+    assert _bytes(folder, UNDRAWN) == _bytes(tiny_run, UNDRAWN)
     assert [file for file in folder.rglob("*") if ".tmp" in file.name] == []
-    journals = [str(f.relative_to(unbroken)) for f in unbroken.rglob("journal-*")]
-    assert _bytes(folder, journals) == _bytes(unbroken, journals)
+    journals = [str(f.relative_to(tiny_run)) for f in tiny_run.rglob("journal-*")]
+    assert _bytes(folder, journals) == _bytes(tiny_run, journals)
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("syncs", [2, *random.Random(6).sample(range(5, 45), 4)])
 def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(
-    syncs: int, unbroken: Path, recipe: Recipe, tmp_path: Path
+    syncs: int, tiny_run: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     process = _in_another_process(tmp_path / "run", recipe, syncs)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+    _assert_same_in_the_end(tmp_path / "run", tiny_run, recipe)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_a_kill_leaves_is_cleared_by_the_next_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_what_a_kill_leaves_is_cleared_by_the_next_run(tiny_run: Path, recipe: Recipe, tmp_path: Path) -> None:
     left = []
     for syncs in range(1, 9):
         _in_another_process(tmp_path / "run", recipe, syncs).join(60)
         left.append([file.name for file in tmp_path.rglob("*.tmp*")])
     assert any(left)
     assert all(len(names) <= 1 for names in left)
-    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+    _assert_same_in_the_end(tmp_path / "run", tiny_run, recipe)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tiny_run: Path, recipe: Recipe, tmp_path: Path) -> None:
     for seconds in (0.1, 0.25, 0.5):
         process = _in_another_process(tmp_path / "run", recipe, None)
         time.sleep(seconds)
         process.kill()
         process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0)
-    _assert_same_in_the_end(tmp_path / "run", unbroken, recipe)
+    _assert_same_in_the_end(tmp_path / "run", tiny_run, recipe)
 
 
-def test_files_of_others_that_look_like_temporary_ones_are_left_alone(copy: Path, recipe: Recipe) -> None:
-    theirs = [copy / ".notes.tmp", copy / ".backup" / ".a.json.abcdefgh.tmp", copy / "mine.json.abcdefgh.tmp"]
+def test_files_of_others_that_look_like_temporary_ones_are_left_alone(run_copy: Path, recipe: Recipe) -> None:
+    theirs = [
+        run_copy / ".notes.tmp",
+        run_copy / ".backup" / ".a.json.abcdefgh.tmp",
+        run_copy / "mine.json.abcdefgh.tmp",
+    ]
     for path in theirs:
         path.parent.mkdir(exist_ok=True)
         path.write_text("theirs", encoding="utf-8")
-    run_all(Run(copy, recipe))
+    run_all(Run(run_copy, recipe))
     assert all(path.is_file() for path in theirs)
 
 
 # One directory, one process -----------------------------------------------------------------------------------------
 
 
-def test_a_second_process_in_a_run_directory_gets_one_sentence(copy: Path, recipe: Recipe) -> None:
-    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+def test_a_second_process_in_a_run_directory_gets_one_sentence(run_copy: Path, recipe: Recipe) -> None:
+    before = {file: file.read_bytes() for file in run_copy.rglob("*") if file.is_file()}
     other = tiny_recipe(recipe.model.name, search__rho_attn=[0.2])
-    with Run(copy, recipe).working():
-        for work in (lambda: run_all(Run(copy, other)), lambda: run_stage(Run(copy, recipe), "report", "tiny.yaml")):
+    with Run(run_copy, recipe).working():
+        for work in (
+            lambda: run_all(Run(run_copy, other)),
+            lambda: run_stage(Run(run_copy, recipe), "report", "tiny.yaml"),
+        ):
             with pytest.raises(FileError, match="another steer2edit process is working in this run directory"):
                 work()
-    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+    assert {file: file.read_bytes() for file in run_copy.rglob("*") if file.is_file()} == before
 
 
 def test_traces_of_a_stage_that_was_killed_are_not_taken_for_hand_made(

@@ -31,70 +31,54 @@ from steer2edit.searching.candidates import edit_of
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.fixture
-def recipe(pico_folder: str) -> Recipe:
-    return tiny_recipe(pico_folder)
-
-
-@pytest.fixture
-def unbroken(tiny_run: Path) -> Path:
-    """The folder of a run that nothing disturbed. Tests that change something work on a copy of it."""
-    return tiny_run
-
-
-@pytest.fixture
-def copy(unbroken: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(unbroken, tmp_path / "run"))
-
-
-def test_a_run_writes_everything_and_nothing_else(unbroken: Path) -> None:
-    found = {str(file.relative_to(unbroken)) for file in unbroken.rglob("*") if file.is_file()}
+def test_a_run_writes_everything_and_nothing_else(tiny_run: Path) -> None:
+    found = {str(file.relative_to(tiny_run)) for file in tiny_run.rglob("*") if file.is_file()}
     journals = {name for name in found if "/journal-" in name}
     assert len(journals) == 3
     assert found - journals == {*OUTPUTS, "report.html", "manifest.json", ".lock", "traces/own.jsonl"}
 
 
-def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(unbroken: Path, recipe: Recipe) -> None:
-    manifest = read_json(unbroken / "manifest.json")
+def test_the_manifest_holds_the_digest_of_every_output_and_the_whole_recipe(tiny_run: Path, recipe: Recipe) -> None:
+    manifest = read_json(tiny_run / "manifest.json")
     assert list(manifest["stages"]) == list(STAGES)
     assert manifest["recipe"] == recipe.model_dump(mode="json")
     digests = {name: digest for entry in manifest["stages"].values() for name, digest in entry["files"].items()}
-    written = _bytes(unbroken, [*OUTPUTS, "report.html"])
+    written = _bytes(tiny_run, [*OUTPUTS, "report.html"])
     assert digests == {
         name: hashlib.sha256(content).hexdigest() for name, content in written.items() if name != "recipe.yaml"
     }
 
 
-def test_the_recipe_that_is_written_is_the_recipe(unbroken: Path, recipe: Recipe) -> None:
-    assert load_recipe(unbroken / "recipe.yaml") == recipe
+def test_the_recipe_that_is_written_is_the_recipe(tiny_run: Path, recipe: Recipe) -> None:
+    assert load_recipe(tiny_run / "recipe.yaml") == recipe
 
 
-def test_two_runs_give_the_same_bytes(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_two_runs_give_the_same_bytes(tiny_run: Path, recipe: Recipe, tmp_path: Path) -> None:
     run_all(Run(tmp_path / "again", recipe))
-    assert _bytes(tmp_path / "again") == _bytes(unbroken)
+    assert _bytes(tmp_path / "again") == _bytes(tiny_run)
 
 
-def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(unbroken: Path) -> None:
-    trials = [t for t in read_jsonl(unbroken / "search/trials.jsonl") if t["kind"] == "edit"]
+def test_the_edit_that_is_written_is_the_best_trial_made_from_the_scores(tiny_run: Path) -> None:
+    trials = [t for t in read_jsonl(tiny_run / "search/trials.jsonl") if t["kind"] == "edit"]
     assert [t["id"] for t in trials] == ["edit-0.1-off-0.2", "edit-0.3-off-0.2"]
     best = min(trials, key=lambda t: (-t["refusal"], t["utility_loss"]))
-    choice = read_json(unbroken / "choice.json")
+    choice = read_json(tiny_run / "choice.json")
     assert choice["edit"]["id"] == best["id"]
     assert choice["tried"] == {"steering": 2, "edit": 2}
-    study = read_json(unbroken / "search/study.json")
+    study = read_json(tiny_run / "search/study.json")
     ids = ["base", "steering-0.1", "steering-0.4", "edit-0.1-off-0.2", "edit-0.3-off-0.2"]
     assert study == {"evaluations": {"edit": 10, "steering": 10}, "refined": None, "rounds": {"0": ids}, "scale": None}
     assert {name: choice[name] for name in ("evaluations", "refined")} == {
         n: study[n] for n in ("evaluations", "refined")
     }
     assert (choice["method"], choice["discarded"]) == ("grid", 0)
-    edit = s2e.Edit.load(unbroken / "edit.safetensors")
-    assert edit.id == edit_of(best["config"], {"full": s2e.Scores.load(unbroken / "scores.safetensors")}).id
-    assert read_json(unbroken / "adapter/steer2edit.json")["edit"] == edit.id
+    edit = s2e.Edit.load(tiny_run / "edit.safetensors")
+    assert edit.id == edit_of(best["config"], {"full": s2e.Scores.load(tiny_run / "scores.safetensors")}).id
+    assert read_json(tiny_run / "adapter/steer2edit.json")["edit"] == edit.id
 
 
-def test_every_measure_of_every_system_has_its_mean_interval_and_n(unbroken: Path) -> None:
-    results = read_json(unbroken / "evaluation/results.json")
+def test_every_measure_of_every_system_has_its_mean_interval_and_n(tiny_run: Path) -> None:
+    results = read_json(tiny_run / "evaluation/results.json")
     assert results["attribute"] == "refusal"
     names = [measure["name"] for measure in results["measures"]]
     assert {"refusal", "over_refusal", "utility_loss", "degenerate", "nll_rise"} <= set(names)
@@ -108,22 +92,22 @@ def test_every_measure_of_every_system_has_its_mean_interval_and_n(unbroken: Pat
                 assert number["low"] <= number["mean"] <= number["high"]
 
 
-def test_utility_may_be_measured_on_prompts_of_a_file(recipe: Recipe, copy: Path, tmp_path: Path) -> None:
+def test_utility_may_be_measured_on_prompts_of_a_file(recipe: Recipe, run_copy: Path, tmp_path: Path) -> None:
     file = tmp_path / "neutral.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Neutral {i}"}) + "\n" for i in range(5)), encoding="utf-8")
     other = tiny_recipe(recipe.model.name, utility={"prompts": str(file)})
-    run = Run(copy, other)
+    run = Run(run_copy, other)
     asked = {split: [item.text for item in run._neutral(split, [])] for split in ("validation", "test")}
     assert asked == {"validation": ["Neutral 0", "Neutral 1"], "test": ["Neutral 2", "Neutral 3"]}
-    own = Run(copy, recipe)
+    own = Run(run_copy, recipe)
     assert [item.kind for item in own._neutral("validation", own.items("validation"))] == ["benign", "benign"]
     assert run.keys["search"] != own.keys["search"]
     assert run.keys["score"] == own.keys["score"]
 
 
-def test_the_results_are_those_of_the_answers(unbroken: Path) -> None:
-    answers = read_jsonl(unbroken / "evaluation/answers.jsonl")
-    results = read_json(unbroken / "evaluation/results.json")
+def test_the_results_are_those_of_the_answers(tiny_run: Path) -> None:
+    answers = read_jsonl(tiny_run / "evaluation/answers.jsonl")
+    results = read_json(tiny_run / "evaluation/results.json")
     assert [a["kind"] for a in answers] == ["harmful", "harmful", "benign", "benign", "borderline"]
     for kind, system in results["systems"].items():
         texts = [(a["kind"], a[kind]) for a in answers]
@@ -141,11 +125,11 @@ def test_the_results_are_those_of_the_answers(unbroken: Path) -> None:
     assert results["systems"]["edit"]["utility_loss"]["mean"] > 0
 
 
-def test_the_probe_says_whether_its_halves_agree(unbroken: Path, recipe: Recipe, caplog: Any, tmp_path: Path) -> None:
-    agree = s2e.Probe.load(unbroken / "probe.safetensors").provenance["halves_agree"]
+def test_the_probe_says_whether_its_halves_agree(tiny_run: Path, recipe: Recipe, caplog: Any, tmp_path: Path) -> None:
+    agree = s2e.Probe.load(tiny_run / "probe.safetensors").provenance["halves_agree"]
     assert set(agree) == {"attn", "mlp"}
     assert all(-1 <= cosine <= 1 for cosine in agree.values())
-    folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     for limit, said in ((2.0, True), (-2.0, False)):
         caplog.clear()
         with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO", "steer2edit"):
@@ -156,15 +140,15 @@ def test_the_probe_says_whether_its_halves_agree(unbroken: Path, recipe: Recipe,
         assert ("hardly more than chance" in caplog.text) == said
 
 
-def test_the_original_model_loses_nothing_and_that_is_certain(unbroken: Path) -> None:
-    base = read_json(unbroken / "evaluation/results.json")["systems"]["base"]
+def test_the_original_model_loses_nothing_and_that_is_certain(tiny_run: Path) -> None:
+    base = read_json(tiny_run / "evaluation/results.json")["systems"]["base"]
     for number in ("utility_loss", "nll_rise"):
         assert (base[number]["mean"], base[number]["low"], base[number]["high"]) == (0.0, 0.0, 0.0)
 
 
-def test_the_report_says_what_the_results_say(unbroken: Path) -> None:
-    report = (unbroken / "report.md").read_text(encoding="utf-8")
-    kl = read_json(unbroken / "evaluation/results.json")["systems"]["edit"]["utility_loss"]
+def test_the_report_says_what_the_results_say(tiny_run: Path) -> None:
+    report = (tiny_run / "report.md").read_text(encoding="utf-8")
+    kl = read_json(tiny_run / "evaluation/results.json")["systems"]["edit"]["utility_loss"]
     assert f"{kl['mean']:.2f} [{kl['low']:.2f}, {kl['high']:.2f}]" in report
     tried = [line.split(" | ")[:3] for line in report.splitlines() if line.startswith(("| steering |", "| edit |"))]
     assert tried == [["| steering", "2", "10"], ["| edit", "2", "10"]]
@@ -172,8 +156,8 @@ def test_the_report_says_what_the_results_say(unbroken: Path) -> None:
     pictures = [line.split("(")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
     assert pictures == ["figures/trade_off.png", "figures/lambda.png"]
     for picture in pictures:
-        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
-        assert "</svg>" in (unbroken / picture).with_suffix(".svg").read_text(encoding="utf-8")
+        assert (tiny_run / picture).read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (tiny_run / picture).with_suffix(".svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -216,15 +200,17 @@ def test_no_test_prompt_is_read_before_the_evaluation(
     assert asked == {"traces": splits["probe"], "search": splits["validation"], "evaluate": splits["test"]}
 
 
-def test_the_test_prompts_cannot_be_had_before_the_choice_is_whole(copy: Path, recipe: Recipe, tmp_path: Path) -> None:
-    assert len(Run(copy, recipe).items("test")) == 5
-    for run in (Run(tmp_path / "new", recipe), Run(copy, tiny_recipe(recipe.model.name, search__rho_attn=[0.1]))):
+def test_the_test_prompts_cannot_be_had_before_the_choice_is_whole(
+    run_copy: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    assert len(Run(run_copy, recipe).items("test")) == 5
+    for run in (Run(tmp_path / "new", recipe), Run(run_copy, tiny_recipe(recipe.model.name, search__rho_attn=[0.1]))):
         assert len(run.items("validation")) == 5
         with pytest.raises(FileError, match=r"test prompts are not read before an edit is chosen .* the stage edit"):
             run.items("test")
-    _alter(copy / "choice.json")
+    _alter(run_copy / "choice.json")
     with pytest.raises(FileError, match="test prompts are not read"):
-        Run(copy, recipe).items("test")
+        Run(run_copy, recipe).items("test")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -288,19 +274,21 @@ def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_stages_one_by_one_give_the_run(unbroken: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_stages_one_by_one_give_the_run(tiny_run: Path, recipe: Recipe, tmp_path: Path) -> None:
     for stage in STAGES:
         run_stage(Run(tmp_path / "run", recipe), stage, "tiny.yaml")
-    assert _bytes(tmp_path / "run", UNDRAWN) == _bytes(unbroken, UNDRAWN)
+    assert _bytes(tmp_path / "run", UNDRAWN) == _bytes(tiny_run, UNDRAWN)
 
 
-def test_a_stage_whose_forerunner_is_missing_names_it_and_leaves_the_run_as_it_is(copy: Path, recipe: Recipe) -> None:
-    (copy / "probe.safetensors").unlink()
-    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+def test_a_stage_whose_forerunner_is_missing_names_it_and_leaves_the_run_as_it_is(
+    run_copy: Path, recipe: Recipe
+) -> None:
+    (run_copy / "probe.safetensors").unlink()
+    before = {file: file.read_bytes() for file in run_copy.rglob("*") if file.is_file()}
     other = tiny_recipe(recipe.model.name, name="other")
     with pytest.raises(FileError, match=r"the stage probe has not been run .* Run `steer2edit probe tiny\.yaml` first"):
-        run_stage(Run(copy, other), "search", "tiny.yaml")
-    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+        run_stage(Run(run_copy, other), "search", "tiny.yaml")
+    assert {file: file.read_bytes() for file in run_copy.rglob("*") if file.is_file()} == before
 
 
 def test_a_run_directory_that_is_a_file_is_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -343,11 +331,11 @@ def test_without_benign_prompts_and_exports_there_is_still_a_report(
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_a_manifest_that_is_cut_is_an_error_that_names_it(copy: Path, recipe: Recipe) -> None:
-    content = (copy / "manifest.json").read_text(encoding="utf-8")
-    (copy / "manifest.json").write_text(content[: len(content) // 2], encoding="utf-8")
+def test_a_manifest_that_is_cut_is_an_error_that_names_it(run_copy: Path, recipe: Recipe) -> None:
+    content = (run_copy / "manifest.json").read_text(encoding="utf-8")
+    (run_copy / "manifest.json").write_text(content[: len(content) // 2], encoding="utf-8")
     with pytest.raises(FileError, match=r"manifest\.json is not valid JSON"):
-        run_all(Run(copy, recipe))
+        run_all(Run(run_copy, recipe))
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"name": "an app", "icons": []}', '{"stages": []}'])
@@ -361,9 +349,9 @@ def test_a_folder_with_a_manifest_of_others_is_refused_and_left_alone(
     assert not (tmp_path / "traces.jsonl").exists()
 
 
-def test_the_results_of_a_run_can_be_read(unbroken: Path) -> None:
-    results = pipeline.load_results(unbroken)
-    assert results == json.loads((unbroken / "evaluation/results.json").read_text(encoding="utf-8"))
+def test_the_results_of_a_run_can_be_read(tiny_run: Path) -> None:
+    results = pipeline.load_results(tiny_run)
+    assert results == json.loads((tiny_run / "evaluation/results.json").read_text(encoding="utf-8"))
     assert results["split"] == "test"
 
 
@@ -378,16 +366,16 @@ def test_a_package_that_an_export_needs_is_missed_before_anything_runs(
     assert not (tmp_path / "run").exists()
 
 
-def test_where_nothing_moves_the_run_says_so(unbroken: Path) -> None:
-    assert read_json(unbroken / "choice.json")["moved"] is False  # random weights refuse nothing
-    assert "Nothing moved: on validation" in (unbroken / "report.md").read_text(encoding="utf-8")
-    assert "Nothing moved: on validation" in (unbroken / "adapter/README.md").read_text(encoding="utf-8")
+def test_where_nothing_moves_the_run_says_so(tiny_run: Path) -> None:
+    assert read_json(tiny_run / "choice.json")["moved"] is False  # random weights refuse nothing
+    assert "Nothing moved: on validation" in (tiny_run / "report.md").read_text(encoding="utf-8")
+    assert "Nothing moved: on validation" in (tiny_run / "adapter/README.md").read_text(encoding="utf-8")
 
 
 # Judged again -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_judged_again_without_a_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_judged_again_without_a_model(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from steer2edit.engines.host import Host
     from steer2edit.pipeline.judge import judge
 
@@ -395,25 +383,25 @@ def test_a_run_is_judged_again_without_a_model(copy: Path, monkeypatch: pytest.M
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(Host, "engine", property(load))
-    before = (copy / "evaluation/results.json").read_bytes()
-    same = judge(copy)
+    before = (run_copy / "evaluation/results.json").read_bytes()
+    same = judge(run_copy)
     assert (same["changed"], same["after"]["systems"]) == ({}, same["before"]["systems"])
     monkeypatch.setitem(safety._DETECTORS, "declining", lambda text: True)
     monkeypatch.setattr(safety, "degenerate", lambda text: False)
-    judged = judge(copy)
+    judged = judge(run_copy)
     assert judged["after"]["systems"]["base"]["refusal"]["mean"] == 1.0
     assert judged["changed"]["base"]["refusal"] == [0.0, 1.0]
-    assert (copy / "evaluation/results.json").read_bytes() == before
-    assert read_json(copy / "judged.json") == judged
+    assert (run_copy / "evaluation/results.json").read_bytes() == before
+    assert read_json(run_copy / "judged.json") == judged
 
 
-def test_a_run_whose_journal_lacks_answers_is_not_judged(copy: Path, tmp_path: Path) -> None:
+def test_a_run_whose_journal_lacks_answers_is_not_judged(run_copy: Path, tmp_path: Path) -> None:
     from steer2edit.pipeline.judge import judge
 
-    (journal,) = (copy / "search").glob("journal-*")
+    (journal,) = (run_copy / "search").glob("journal-*")
     journal.write_text("".join(journal.read_text(encoding="utf-8").splitlines(keepends=True)[:1]), encoding="utf-8")
     with pytest.raises(FileError, match=r"holds no answers for round '0', batch 0 .*run the stage again"):
-        judge(copy)
+        judge(run_copy)
     with pytest.raises(FileError, match="this is no finished run"):
         judge(tmp_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,22 +26,6 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
-def recipe(pico_folder: str) -> Recipe:
-    return tiny_recipe(pico_folder)
-
-
-@pytest.fixture
-def unbroken(tiny_run: Path) -> Path:
-    """The folder of a run that nothing disturbed. Tests that change something work on a copy of it."""
-    return tiny_run
-
-
-@pytest.fixture
-def copy(unbroken: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(unbroken, tmp_path / "run"))
-
-
-@pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the stages that run from now on."""
     names: list[str] = []
@@ -63,15 +46,17 @@ def _from(stage: str) -> list[str]:
     return list(STAGES)[list(STAGES).index(stage) :]
 
 
-def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_does_nothing(
+    run_copy: Path, recipe: Recipe, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("steer2edit.engines.plan.load_model", load)
-    before = (copy / "manifest.json").read_bytes()
-    run_all(Run(copy, recipe))
+    before = (run_copy / "manifest.json").read_bytes()
+    run_all(Run(run_copy, recipe))
     assert ran == []
-    assert (copy / "manifest.json").read_bytes() == before
+    assert (run_copy / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -84,21 +69,21 @@ def test_a_second_run_does_nothing(copy: Path, recipe: Recipe, ran: list[str], m
     ],
 )
 def test_a_change_of_the_recipe_reruns_only_what_depends_on_it(
-    key: str, value: Any, first: str, copy: Path, recipe: Recipe, ran: list[str]
+    key: str, value: Any, first: str, run_copy: Path, recipe: Recipe, ran: list[str]
 ) -> None:
-    run_all(Run(copy, tiny_recipe(recipe.model.name, **{key: value})))
+    run_all(Run(run_copy, tiny_recipe(recipe.model.name, **{key: value})))
     assert ran == _from(first)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_other_exports_and_resamples_make_no_answer_again(copy: Path, recipe: Recipe, ran: list[str]) -> None:
-    journals = {file: file.read_bytes() for file in copy.rglob("journal-*")}
-    run_all(Run(copy, tiny_recipe(recipe.model.name, exports=[])))
+def test_other_exports_and_resamples_make_no_answer_again(run_copy: Path, recipe: Recipe, ran: list[str]) -> None:
+    journals = {file: file.read_bytes() for file in run_copy.rglob("journal-*")}
+    run_all(Run(run_copy, tiny_recipe(recipe.model.name, exports=[])))
     assert ran == ["export", "report"]
     ran.clear()
-    run_all(Run(copy, tiny_recipe(recipe.model.name, exports=[], evaluation__resamples=60)))
+    run_all(Run(run_copy, tiny_recipe(recipe.model.name, exports=[], evaluation__resamples=60)))
     assert ran == ["edit", "evaluate", "report"]
-    assert {file: file.read_bytes() for file in copy.rglob("journal-*")} == journals
+    assert {file: file.read_bytes() for file in run_copy.rglob("journal-*")} == journals
 
 
 @pytest.mark.parametrize(
@@ -121,9 +106,9 @@ def test_other_exports_and_resamples_make_no_answer_again(copy: Path, recipe: Re
     ],
 )
 def test_a_stage_whose_part_of_the_recipe_changed_is_not_whole(
-    key: str, value: Any, first: str, unbroken: Path, recipe: Recipe
+    key: str, value: Any, first: str, tiny_run: Path, recipe: Recipe
 ) -> None:
-    changed = Run(unbroken, tiny_recipe(recipe.model.name, **{key: value}))
+    changed = Run(tiny_run, tiny_recipe(recipe.model.name, **{key: value}))
     assert [stage for stage in STAGES if not changed.is_whole(stage)] == _from(first)
 
 
@@ -157,12 +142,12 @@ def test_the_search_is_made_again_only_where_the_rule_and_the_limits_steer_it(
     ],
 )
 def test_a_new_rule_limit_or_reference_is_told_as_a_run_with_it_from_the_start_tells_it(
-    key: str, value: Any, copy: Path, recipe: Recipe, tmp_path: Path
+    key: str, value: Any, run_copy: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     changed = tiny_recipe(recipe.model.name, **{f"search__{key}": value})
-    run_all(Run(copy, changed))
+    run_all(Run(run_copy, changed))
     run_all(Run(tmp_path / "fresh", changed))
-    assert _bytes(copy, ["choice.json", "report.md"]) == _bytes(tmp_path / "fresh", ["choice.json", "report.md"])
+    assert _bytes(run_copy, ["choice.json", "report.md"]) == _bytes(tmp_path / "fresh", ["choice.json", "report.md"])
 
 
 def test_changed_questions_are_noticed(tmp_path: Path) -> None:
@@ -202,44 +187,52 @@ def _remove(path: Path) -> None:
     ],
 )
 def test_an_output_that_is_lost_or_altered_is_made_again_and_nothing_else(
-    name: str, damage: Callable[[Path], None], first: str, copy: Path, unbroken: Path, recipe: Recipe, ran: list[str]
+    name: str,
+    damage: Callable[[Path], None],
+    first: str,
+    run_copy: Path,
+    tiny_run: Path,
+    recipe: Recipe,
+    ran: list[str],
 ) -> None:
-    damage(copy / name)
-    run_all(Run(copy, recipe))
+    damage(run_copy / name)
+    run_all(Run(run_copy, recipe))
     # What follows read the same bytes as before; only the card in an export's folder goes with the folder.
     assert ran == ([first, "report"] if first == "export" else [first])
-    assert _bytes(copy, UNDRAWN) == _bytes(unbroken, UNDRAWN)
+    assert _bytes(run_copy, UNDRAWN) == _bytes(tiny_run, UNDRAWN)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_limits_that_nothing_keeps_stop_the_run_after_the_search(copy: Path, recipe: Recipe, ran: list[str]) -> None:
+def test_limits_that_nothing_keeps_stop_the_run_after_the_search(
+    run_copy: Path, recipe: Recipe, ran: list[str]
+) -> None:
     strict = tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})
     with pytest.raises(EditError, match="no edit stays within the limits"):
-        run_all(Run(copy, strict))
+        run_all(Run(run_copy, strict))
     assert ran == ["edit"]
     # The old choice stands no longer for this recipe, and a run with the old recipe makes what is missing.
-    assert not Run(copy, strict).is_whole("edit")
-    assert Run(copy, recipe).is_whole("edit")
+    assert not Run(run_copy, strict).is_whole("edit")
+    assert Run(run_copy, recipe).is_whole("edit")
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_it(
-    copy: Path, recipe: Recipe, ran: list[str]
+    run_copy: Path, recipe: Recipe, ran: list[str]
 ) -> None:
     both = tiny_recipe(recipe.model.name, exports=["adapter", "checkpoint"])
-    run_all(Run(copy, both))
+    run_all(Run(run_copy, both))
     assert ran == ["export", "report"]
     for rho in (0.3, 0.1):
         if rho == 0.1:
-            run_all(Run(copy, tiny_recipe(recipe.model.name, exports=["checkpoint"], search__rho_attn=[0.1])))
-        edit = s2e.Edit.load(copy / "edit.safetensors")
+            run_all(Run(run_copy, tiny_recipe(recipe.model.name, exports=["checkpoint"], search__rho_attn=[0.1])))
+        edit = s2e.Edit.load(run_copy / "edit.safetensors")
         assert edit.config["rho_attn"] == rho
         base, _ = load_model(recipe.model.name, dtype="float32", device="cpu")
         edit.apply(base)
-        exported = AutoModelForCausalLM.from_pretrained(str(copy / "checkpoint"))
+        exported = AutoModelForCausalLM.from_pretrained(str(run_copy / "checkpoint"))
         for name, tensor in base.state_dict().items():
             assert torch.equal(exported.state_dict()[name], tensor), name
-    assert not (copy / "adapter").exists()  # it was the other edit's
+    assert not (run_copy / "adapter").exists()  # it was the other edit's
 
 
 # Traces that are put there by hand ----------------------------------------------------------------------------------
@@ -247,11 +240,11 @@ def test_the_checkpoint_of_a_run_is_the_base_with_the_edit_and_is_replaced_with_
 
 @pytest.mark.usefixtures("undrawn")
 def test_traces_that_are_put_into_the_directory_are_taken_and_kept(
-    recipe: Recipe, unbroken: Path, tmp_path: Path, ran: list[str]
+    recipe: Recipe, tiny_run: Path, tmp_path: Path, ran: list[str]
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    lines = (unbroken / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (tiny_run / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     own = "".join(lines[:2] + lines[3:])
     (folder / "traces.jsonl").write_text(own, encoding="utf-8")
     run_stage(Run(folder, recipe), "probe", "tiny.yaml")
@@ -269,23 +262,23 @@ def test_traces_that_are_put_into_the_directory_are_taken_and_kept(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_traces_that_were_changed_after_the_stage_are_kept_under_another_name(copy: Path, recipe: Recipe) -> None:
-    whole = (copy / "traces.jsonl").read_bytes()
-    (copy / "traces.jsonl").write_bytes(whole + whole.splitlines(keepends=True)[0])
-    run_all(Run(copy, recipe))
-    assert (copy / "traces.jsonl").read_bytes() == whole
-    assert (copy / "traces.changed.jsonl").read_bytes().startswith(whole)
+def test_traces_that_were_changed_after_the_stage_are_kept_under_another_name(run_copy: Path, recipe: Recipe) -> None:
+    whole = (run_copy / "traces.jsonl").read_bytes()
+    (run_copy / "traces.jsonl").write_bytes(whole + whole.splitlines(keepends=True)[0])
+    run_all(Run(run_copy, recipe))
+    assert (run_copy / "traces.jsonl").read_bytes() == whole
+    assert (run_copy / "traces.changed.jsonl").read_bytes().startswith(whole)
 
 
 def test_a_file_of_traces_is_taken_in_place_of_those_that_the_behaviour_makes(
-    recipe: Recipe, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("steer2edit.engines.plan.load_model", load)
     given = tmp_path / "given.jsonl"
-    lines = (unbroken / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (tiny_run / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     given.write_text("".join(lines[:2] + lines[3:]), encoding="utf-8")
     with_file = tiny_recipe(recipe.model.name, behaviour__traces=str(given))
     run_stage(Run(tmp_path / "run", with_file), "traces", "tiny.yaml")
@@ -296,7 +289,7 @@ def test_a_file_of_traces_is_taken_in_place_of_those_that_the_behaviour_makes(
     changed = Run(tmp_path / "run", with_file)
     assert not changed.is_whole("traces")
     run_stage(changed, "traces", "tiny.yaml")
-    assert read_traces(tmp_path / "run/traces.jsonl") == read_traces(unbroken / "traces.jsonl")
+    assert read_traces(tmp_path / "run/traces.jsonl") == read_traces(tiny_run / "traces.jsonl")
 
 
 def test_own_answers_are_not_made_twice(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,16 +320,16 @@ def test_own_answers_are_not_made_twice(recipe: Recipe, tmp_path: Path, monkeypa
     assert traces[0] == traces[1]
 
 
-def test_a_new_commit_of_a_hub_model_makes_the_stages_again(copy: Path, recipe: Recipe, monkeypatch: Any) -> None:
-    manifest = read_json(copy / "manifest.json")
+def test_a_new_commit_of_a_hub_model_makes_the_stages_again(run_copy: Path, recipe: Recipe, monkeypatch: Any) -> None:
+    manifest = read_json(run_copy / "manifest.json")
     monkeypatch.setattr("steer2edit.pipeline.run.resolved_revision", lambda name, revision=None: "a" * 40)
-    assert Run(copy, recipe).is_whole("score")  # of a run of before, nothing is known
-    run_stage(Run(copy, recipe), "score", "tiny.yaml")
-    assert read_json(copy / "manifest.json")["stages"]["score"]["commit"] == "a" * 40
+    assert Run(run_copy, recipe).is_whole("score")  # of a run of before, nothing is known
+    run_stage(Run(run_copy, recipe), "score", "tiny.yaml")
+    assert read_json(run_copy / "manifest.json")["stages"]["score"]["commit"] == "a" * 40
     assert "commit" not in manifest["stages"]["score"]
-    assert Run(copy, recipe).is_whole("score")
+    assert Run(run_copy, recipe).is_whole("score")
     monkeypatch.setattr("steer2edit.pipeline.run.resolved_revision", lambda name, revision=None: "b" * 40)
-    assert not Run(copy, recipe).is_whole("score")
+    assert not Run(run_copy, recipe).is_whole("score")
 
 
 def test_own_answers_of_several_calls_and_samplings_are_kept_apart(tmp_path: Path) -> None:
@@ -359,15 +352,15 @@ def test_own_answers_of_several_calls_and_samplings_are_kept_apart(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_another_recipe_left_is_marked_stale(copy: Path, recipe: Recipe) -> None:
+def test_what_another_recipe_left_is_marked_stale(run_copy: Path, recipe: Recipe) -> None:
     from steer2edit.report.inspection import describe
 
     with pytest.raises(EditError, match="no edit stays within the limits"):
-        run_all(Run(copy, tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})))
-    states = {row["stage"]: row["state"][:5] for row in describe(copy)["stages"]}
+        run_all(Run(run_copy, tiny_recipe(recipe.model.name, search__limits={"utility_loss": 0.0})))
+    states = {row["stage"]: row["state"][:5] for row in describe(run_copy)["stages"]}
     assert [stage for stage, state in states.items() if state == "stale"] == _from("edit")
-    run_all(Run(copy, recipe))
-    assert {row["state"] for row in describe(copy)["stages"]} == {"whole"}
+    run_all(Run(run_copy, recipe))
+    assert {row["state"] for row in describe(run_copy)["stages"]} == {"whole"}
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
+from ..errors import FileError, is_full
 from .seals import sealed
 
 # Ours, and those of the safetensors package, which writes to a temporary file of its own.
@@ -39,7 +39,7 @@ def _in_one_sentence(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:  # the callers say what a full disk means for them
+        if is_full(error):  # the callers say what a full disk means for them
             raise
         raise FileError(f"nothing can be written to {folder}", got=error.strerror, fix="Give another path.") from None
 
@@ -109,7 +109,8 @@ def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, output: Path) -> Iterator[None]:
-    """Makes a folder, if there is none, in which no other process works while the context lasts.
+    """Makes a folder, if there is none, in which no other process works while the context lasts (on
+    Windows nothing keeps one out).
 
     The lock is on the folder itself, so that nothing is left of it: not after a kill, and not after a rename.
 
@@ -119,12 +120,15 @@ def claimed(folder: Path, output: Path) -> Iterator[None]:
     Raises:
         FileError: another process works there, or has just ended.
     """
-    import fcntl
-
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no locks on folders
+        yield
+        return
     taken = FileError(
         "another steer2edit process is writing this output", got=output, fix="Wait for it, or give another output."
     )
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from .theorems import output_direction
 Rival = Literal["rosi", "llm_va", "null_space"]
 
 RIVALS: tuple[Rival, ...] = get_args(Rival)
-# Those that are told by evidence at which prompts nothing is to change; they edit the sites of which there is some.
+# Those that need the evidence of prompts that an edit should leave alone. They edit only sites that have evidence.
 WITH_EVIDENCE: tuple[Rival, ...] = ("llm_va", "null_space")
 
 # Of the linear readers: the ridge as a share of the mean eigenvalue.

@@ -12,7 +12,7 @@ from ..errors import FileError
 from ..files.reading import read_json
 from ..files.writing import write_json
 
-# A killed suite loses no more than so many seconds of its count.
+# How many seconds of its count a killed suite may lose.
 _EVERY = 5.0
 
 

@@ -23,7 +23,7 @@ from .plan import Part, Planned, SuitePlan
 from .traced import PREFIX, TEMPLATE, mean_tokens, tokens_of, traced
 
 # Candidates that a calibration measures: of a ladder of edits, and of one of a baseline. Rungs of the first round, and
-# those that move in on the targets: so many the recipes that ship had.
+# those that move in on the targets, as many as the shipped recipes had.
 _EDIT_LADDER, _OTHER_LADDER = 2.5 * RUNGS, 7
 # The answers on which a calibration measures KL.
 _ANSWERS = 4
@@ -78,7 +78,7 @@ def asked_on(recipe: Recipe, split: str, most: int | None = None) -> Asked:
     """What a candidate is asked. Nothing of test is read: its prompts are taken to be like those of validation.
 
     Args:
-        most: at most so many prompts of each kind; None is all.
+        most: at most this many prompts of each kind; None is all.
     """
     validation = recipe.behaviour.items(recipe.source, "validation")
     counts = {name: (getattr(recipe.data, name) or {}).values() for name in ("validation", "test")}
@@ -210,7 +210,7 @@ def _training(recipe: Recipe, tokens: float, edits: int, validation: Work, size:
     """Every course of training, and its checkpoints on validation.
 
     Args:
-        tokens: of a positive trace. edits: so many checkpoints each method may have. validation: of one candidate.
+        tokens: of a positive trace. edits: how many checkpoints each method may have. validation: of one candidate.
     """
     work = Work(fixed=_IMPORTS, loads=1)
     for course in courses(recipe.training, edits, recipe.seed):

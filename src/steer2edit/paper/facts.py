@@ -101,8 +101,8 @@ class Samples(Section):
 
 
 class Ablations(Section):
-    """Each method's strengths: so many, whose KL per token spans `span`. `prompts`: at most so many of each kind are
-    asked on test; null is all."""
+    """Each method's strengths: their number, whose KL per token spans `span`. `prompts`: at most this many of each kind
+    are asked on test; null is all."""
 
     points: Many
     span: tuple[Positive, Positive]
@@ -110,7 +110,8 @@ class Ablations(Section):
 
 
 class Sensitivity(Section):
-    """The budgets that are swept: numbers or, where there are none, so many found by KL. `prompts`: as above."""
+    """The budgets that are swept: numbers or, where there are none, as many as `points` says, found by KL. `prompts`:
+    as above."""
 
     values: list[Positive]
     points: Many
@@ -140,8 +141,8 @@ class OfBehaviour(Section):
 class Profile(Section):
     """The sizes of every suite. `coarse: null` leaves the strengths to the search of the recipe.
 
-    `stars`: so many of the best edits on validation stand in the trade-off. `swept`: at most so many steering strengths
-    of validation's front do; null is the whole sweep. `styles`: the behaviours that are not the paper's.
+    `stars`: how many of the best edits on validation stand in the trade-off. `swept`: how many steering strengths of
+    validation's front do, at most; null is the whole sweep. `styles`: the behaviours that are not the paper's.
     """
 
     needs_folder: bool

@@ -143,10 +143,10 @@ def lines_of(plan: SuitePlan, forecasts: Sequence[Forecast]) -> list[str]:
     return lines
 
 
-def _by_part(found: Sequence[Forecast]) -> list[str]:
+def _by_part(forecasts: Sequence[Forecast]) -> list[str]:
     """The stages and parts of all runs that take a second or more, with their times."""
-    names = dict.fromkeys(part for one in found for part in one.parts)
-    seconds = {name: sum(one.parts.get(name, 0.0) for one in found) for name in names}
+    names = dict.fromkeys(part for one in forecasts for part in one.parts)
+    seconds = {name: sum(one.parts.get(name, 0.0) for one in forecasts) for name in names}
     return [f"{name.replace('_', ' ')} {duration(taken)}" for name, taken in seconds.items() if taken >= 1]
 
 

@@ -77,6 +77,8 @@ def _relative(command: Sequence[str]) -> list[str]:
 def _without_places(text: str, names: Mapping[Path, str]) -> str:
     """The text without the folders of this machine."""
     for place, name in names.items():
+        if place == Path(place.anchor):  # at the root every path would be one of its own
+            continue
         text = text.replace(str(place.resolve()), name)
         if place.is_absolute():
             text = text.replace(str(place), name)

@@ -119,7 +119,7 @@ class _Work:
         is known.
 
         Args:
-            most: at most so many prompts of each kind are asked; None is all.
+            most: at most this many prompts of each kind are asked; None is all.
         """
         tried = list({c.id: c for c in [BASE, *(candidate for _, _, candidate, _ in wanted)]}.values())
         trials: dict[str, Trial] = {}
@@ -204,7 +204,7 @@ def chosen_rows(chosen: Sequence[Candidate]) -> list[Wanted]:
 
 
 def swept_of(trials: Sequence[Trial], on_front: Sequence[str], most: int | None) -> list[Candidate]:
-    """The strengths of a sweep that are asked on test: all, or at most so many of those on validation's front."""
+    """The strengths of a sweep that are asked on test: all, or at most this many of those on validation's front."""
     if most is None:
         return [trial.candidate for trial in trials]
     some = [trial.candidate for trial in trials if trial.candidate.id in on_front]

@@ -34,7 +34,7 @@ from .traced import TEMPLATE, tokens_of
 _ANSWERS, _TOKENS, _CONFIGURATIONS = 64, 12, 4
 # Given answers that are scored, after one prompt, and their tokens.
 _GIVEN, _GIVEN_TOKENS = 6, 24
-# Answers whose length is taken. Up to so many tokens most of a model's answers are cut: none is asked for.
+# Answers whose length is taken. Up to this many tokens most of a model's answers are cut: none is asked for.
 _LENGTHS, _CUT = 12, 32
 # Tokens of a trace that a step of training takes in, and the share of the memory that a step may need to be tried.
 _TRACE, _OF_MEMORY = 64, 0.6

@@ -162,7 +162,7 @@ class Run:
         Args:
             engine: None if the journal is only judged again.
             scores: in place of the run's own. given: a candidate's id → what it does, where no scores say it.
-            most: at most so many items of each kind are asked; None is all.
+            most: at most this many items of each kind are asked; None is all.
         """
         recipe = self.recipe
         journal.parent.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def _with_evidence(model: nn.Module | str | Path, probe: Probe, scores: Scores, 
         raise EditError(
             f"the scores have no evidence for {name}",
             got="a probe without preserve",
-            fix="Collect with preserve=(…), the groups of negative traces at which nothing is to change.",
+            fix="Collect with preserve=(…), the groups of negative traces that the edit should leave alone.",
         )
     rows: dict[str, Tensor] = {}
     if name == "null_space":

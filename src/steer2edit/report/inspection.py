@@ -18,7 +18,7 @@ from .visible import in_markup
 MANIFEST = "manifest.json"
 # Larger files are a checkpoint's.
 _HASHED = 100 * 2**20
-# So many characters of a value are shown; `--json` has all.
+# How many characters of a value are shown; `--json` has all.
 _SHOWN = 5000
 
 

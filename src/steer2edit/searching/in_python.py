@@ -175,7 +175,7 @@ def search(
         if plan.needs_evidence and not preserve:
             raise RecipeError(
                 f"{plan.needs_evidence[0]} has nothing to preserve",
-                got="a behaviour without prompts at which nothing is to change",
+                got="a behaviour without prompts that an edit should leave alone",
                 fix="Leave it out, or write a recipe with probe.preserve.",
             )
         probe = collect(live, engine.tokenizer, traces, chat=engine.chat, preserve=preserve)

@@ -103,7 +103,7 @@ class Search(Section):
 
     @property
     def needs_evidence(self) -> list[str]:
-        """What of the search is told by evidence at which prompts nothing is to change."""
+        """What in the search needs the evidence of prompts that an edit should leave alone."""
         return [name for name in (PRESERVE, *WITH_EVIDENCE) if name in (*self.variants, *self.baselines)]
 
     @model_validator(mode="after")
