@@ -59,7 +59,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are empty files, since drawing them takes longer than all the rest of a tiny run."""
     from runs import empty_figure
 
-    monkeypatch.setattr("steer2edit.report.figures._save", empty_figure)
+    for room in ("report", "paper"):
+        monkeypatch.setattr(f"steer2edit.{room}.figures.save", empty_figure)
 
 
 @pytest.fixture(scope="session")

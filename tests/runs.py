@@ -224,7 +224,7 @@ def whole_run(folder: Path, recipe: Recipe, until: str = "report", drawn: bool =
     be_quiet()
     with pytest.MonkeyPatch.context() as patched:
         if not drawn:
-            patched.setattr("steer2edit.report.figures._save", empty_figure)
+            patched.setattr("steer2edit.report.figures.save", empty_figure)
         run_all(Run(folder, recipe), until)
     be_quiet(False)
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,10 @@ from steer2edit.errors import FileError
 from steer2edit.paper.plan import plan_suite
 from steer2edit.paper.work import PAGE, run_suite
 from steer2edit.pipeline.run import Run
-from steer2edit.progress import be_quiet
 from suites import FAST, NAMES, rows_of
 from tiny_six import save_like, save_tiny, write_sets
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
 @pytest.fixture(scope="module")

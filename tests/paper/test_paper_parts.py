@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +11,10 @@ from steer2edit.errors import FileError
 from steer2edit.paper.facts import paper_models
 from steer2edit.paper.plan import SuitePlan, plan_suite
 from steer2edit.paper.work import PAGE, SuiteResult, run_suite
-from steer2edit.progress import be_quiet
 from suites import FAST, rows_of
 from tiny_six import save_like, save_tiny, write_sets
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,7 @@ from steer2edit.training import course
 from suites import FAST, NAMES, everything, rows_of, tables_of
 from tiny_six import save_tiny
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    be_quiet()
-    yield
-    be_quiet(False)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")  # but for the suite that `whole` is: it is made before
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from steer2edit.paper.figures import figure_of
 from steer2edit.paper.overall import averages_csv, averages_markdown, averages_of
 from steer2edit.paper.plan import Planned
 from steer2edit.paper.rows import Front, PartResult, Tried
-from steer2edit.paper.tables import PER_TOKENS, PRODUCT, Line, Of, Table, table_of
+from steer2edit.paper.tables import ATTRIBUTE, PER_TOKENS, PRODUCT, Line, Of, Table, table_of
 from steer2edit.paper.writing import FIELDS, csv_of, markdown_of
 from steer2edit.recipe import parse_recipe
 
@@ -100,6 +100,19 @@ def test_where_utility_is_known_ranks_go_by_its_product_with_the_attribute() -> 
     of = table(rows, base={"gsm8k": 10}, task_first={"gsm8k": "gsm8k"}, task_about={"gsm8k": {}})
     products = {one.method: one.numbers[PRODUCT].mean for one in of.lines[1:]}
     assert products == {"full": pytest.approx(0.75 * 0.1), "k_mean": pytest.approx(0.5 * 0.9)}
+    assert {one.method: one.rank for one in of.lines[1:]} == {"full": 2, "k_mean": 1}
+
+
+def test_without_utility_ranks_go_by_the_mean_of_the_attacks_where_they_were_asked() -> None:
+    rows = [
+        tried("full", "equal budget", 30, gcg_refusal=4, advllm_refusal=6),
+        tried("k_mean", "equal budget", 20, gcg_refusal=12, advllm_refusal=10),
+    ]
+    asked = {"gcg_refusal": 0, "advllm_refusal": 0}
+    first = {"attack gcg": "gcg_refusal", "attack advllm": "advllm_refusal"}
+    of = table(rows, base=asked, task_first=first, task_about={name: {} for name in first})
+    means = {one.method: one.numbers[ATTRIBUTE].mean for one in of.lines[1:]}
+    assert means == {"full": pytest.approx(0.25), "k_mean": pytest.approx(0.55)}
     assert {one.method: one.rank for one in of.lines[1:]} == {"full": 2, "k_mean": 1}
 
 

@@ -66,6 +66,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
 def test_it_ends_with_a_chosen_edit_or_one_sentence(folder: str, name: str, tmp_path: Path) -> None:

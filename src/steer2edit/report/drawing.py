@@ -87,6 +87,8 @@ def save(figure: Any, path: Path) -> list[Path]:
 
     files = []
     with rc_context(_RC):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once for all formats: it takes as long as to draw
         for suffix in SUFFIXES:
             with replacing(path.with_suffix(suffix)) as temporary:
                 figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=_METADATA[suffix])

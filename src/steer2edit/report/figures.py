@@ -16,8 +16,6 @@ from ..searching.statistics import interval
 from .drawing import INK, LOOKS, MUTED, Label, canvas, darker, diverging, label_points, legend_below, limit_line, save
 from .page import table_columns
 
-_save = save
-
 
 def trade_off(
     trials: Sequence[Trial],
@@ -84,7 +82,7 @@ def trade_off(
     figure.suptitle(f"Validation: {counts} prompts", fontsize=10)
     for axis, wanted, points in labels:
         label_points(axis, wanted, points)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _brief(trial: Trial) -> str:
@@ -136,7 +134,7 @@ def each_measure(results: Mapping[str, Any], path: Path) -> list[Path]:
         axis.grid(axis="y", visible=False)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def heat_map(edit: Edit, path: Path) -> list[Path]:
@@ -169,7 +167,7 @@ def heat_map(edit: Edit, path: Path) -> list[Path]:
         bar = figure.colorbar(picture, ax=axis, label="λ (red reinforced, blue with a minus suppressed)")
         bar.ax.tick_params(labelsize=7)
         bar.outline.set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _by_layer(edit: Edit, block: str) -> np.ndarray:
