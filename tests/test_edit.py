@@ -469,6 +469,14 @@ def test_an_edit_of_some_layers_is_the_whole_one_restricted_to_them(
     assert scores.edit(**budget, layers=None).id == scores.edit(**budget).id
 
 
+def test_a_share_of_the_depth_is_the_models_whatever_layers_have_scores(pico: Any, tokenizer: Any, traces: Any) -> None:
+    model = pico(num_hidden_layers=4)
+    scores = s2e.score(model, s2e.collect(model, tokenizer, *traces))
+    lower = replace(scores, sites={key: s for key, s in scores.sites.items() if s.site.layer < 3})
+    edit = lower.edit(rho_attn=0.1, rho_mlp=0.1, alpha=0.2, layers="50%-100%")
+    assert {site.site.layer for site in edit.edited().values()} == {2}
+
+
 @pytest.mark.parametrize("layers", ["half", "3-1", "60%-50%", ""])
 def test_layers_that_cannot_be_read_are_refused(pico: Any, tokenizer: Any, traces: Any, layers: str) -> None:
     model = pico()

@@ -17,6 +17,7 @@ from .pipeline.options import Json, Quiet, TrustCode, console, print_json
 from .progress import be_quiet
 from .report.visible import visible
 from .serving import verbs as serving
+from .serving.verbs import TrustRemoteCode
 
 app = typer.Typer(
     name="steer2edit",
@@ -325,13 +326,11 @@ def doctor(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="The model's revision on the Hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Say whether a model is supported, what would be edited, what not and why, and what each stage needs."""
-    from .engines.plan import Model
+    from .engines.plan import Model, refuse_remote_code
     from .errors import ModelError
     from .files.schema import parse
     from .recipe import load_recipe, shipped_recipes
@@ -345,6 +344,7 @@ def doctor(
         raise ModelError("no model is given", got="nothing", fix="Give a Hub id, a folder, a .gguf file or a recipe.")
     if model in shipped_recipes() or Path(model).suffix in (".yaml", ".yml"):
         section = load_recipe(model).model
+        refuse_remote_code(section, trust_remote_code)
     else:
         options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype, "device": device}
         section = parse(Model, {"name": model, **options})

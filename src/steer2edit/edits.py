@@ -65,6 +65,11 @@ class Scores:
     def __repr__(self) -> str:
         return f"Scores({len(self.sites)} sites, {sum(s.site.n for s in self.sites.values())} components)"
 
+    @property
+    def depth(self) -> int:
+        """How many layers the model has; without that in the provenance, as many as have scores."""
+        return int(self.provenance.get("layers") or 1 + max(s.site.layer for s in self.sites.values()))
+
     @cached_property
     def _blocks(self) -> dict[str, Tensor]:
         # A block type's g as one vector: one more configuration costs one soft threshold.
@@ -115,8 +120,7 @@ class Scores:
         if isinstance(layers, str):
             if not are_layers(layers):
                 raise EditError("these are no layers", got=layers, fix="Write 8-20, 8, or shares like 50%-100%.")
-            depth = 1 + max(s.site.layer for s in self.sites.values())
-            return layers_of(numbered_layers(layers, depth))
+            return layers_of(numbered_layers(layers, self.depth))
         return layers
 
     def _preserving(self, edit: Edit, epsilon: float) -> Edit:
@@ -287,7 +291,7 @@ class Edit(AnyEdit):
         Raises:
             EditError: ρ ≤ 0, α outside [0, 1), or the edit's λ is not the soft threshold of its g.
         """
-        variant = PRESERVE if PRESERVE in self.config else self.config.get("variant", FULL)
+        variant = PRESERVE if PRESERVE in self.config else self.config.get("rival", self.config.get("variant", FULL))
         if variant != FULL and variant not in SCORED:
             raise EditError(
                 "this edit has no (ρ, α) to change", got=f"the variant {variant}", fix="Change its strength."

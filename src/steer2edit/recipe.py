@@ -357,10 +357,18 @@ def training_overrides(recipe: str | Path, methods: Sequence[str]) -> list[str]:
 
 
 def refuse_code(recipe: Recipe, trusted: bool) -> None:
-    """Raises RecipeError if the recipe runs a Python file and nobody said that it may."""
-    if recipe.behaviour.runs_code and not trusted:
+    """Raises RecipeError if the recipe runs a Python file or the model's own code, and nobody said that it may."""
+    if trusted:
+        return
+    if recipe.behaviour.runs_code:
         raise RecipeError(
             "the recipe's score runs a Python file",
             got=", ".join(recipe.behaviour.files),
             fix="Read that file; if you trust it, give --trust-recipe-code.",
+        )
+    if recipe.model.trust_remote_code:
+        raise RecipeError(
+            "the recipe runs the code of its model",
+            got=f"model.trust_remote_code: true, of {recipe.model.name}",
+            fix="Read that code; if you trust it, give --trust-recipe-code.",
         )

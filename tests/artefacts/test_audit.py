@@ -19,7 +19,7 @@ import steer2edit as s2e
 from conftest import make_tokenizer, make_traces
 from families import make_family
 from runs import command, places
-from steer2edit.artefacts.audit import diff, recover, verify
+from steer2edit.artefacts.audit import _sites, diff, recover, verify
 from steer2edit.edits import combine
 from steer2edit.errors import FileError, ModelError
 from steer2edit.method.site import Site
@@ -282,6 +282,21 @@ def test_a_stray_weights_file_is_extra(llama: Made, tmp_path: Path) -> None:
         (folder / name).unlink()
 
 
+def test_weights_that_transformers_would_load_in_place_of_those_that_are_audited_are_extra(tmp_path: Path) -> None:
+    """The base has one file; the edited folder has its weights under an index, and others under that name."""
+    made = Made(tmp_path, "llama", torch.float32, "1GB")
+    weights = load_file(made.out / "model.safetensors")
+    (made.out / "model.safetensors").rename(made.out / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "weights.safetensors")}
+    (made.out / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert bad(verify(made.base, made.edit, made.out)) == {}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(zeros, made.out / "model.safetensors", metadata={"format": "pt"})
+    assert bad(verify(made.base, made.edit, made.out)) == {"model.safetensors": "extra"}
+    with pytest.raises(FileError, match="holds two checkpoints"):
+        s2e.export_checkpoint(made.out, made.edit, tmp_path / "again")
+
+
 def test_what_is_no_checkpoint_and_what_is_another_models_is_refused(llama: Made, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for base, edited in ((llama.base, tmp_path / "empty"), (tmp_path / "nowhere", llama.out)):
@@ -481,6 +496,19 @@ def test_the_sign_of_the_direction_that_is_found_does_not_matter(n: int, width: 
         found = recover(site_of(n, width, 24), mine, there, top=n)
         assert (found["rank"], found["verdict"], found["components"]) == (1, RANK_1, n)
         assert dict(found["largest"]) == pytest.approx(dict(enumerate(lam.tolist())), abs=1e-4)
+
+
+def test_a_weight_of_a_gguf_file_is_read_upright_whatever_its_family_stores() -> None:
+    """GPT-2 stores its weights transposed in safetensors, and no GGUF file does."""
+    torch.manual_seed(0)
+    W, u = torch.randn(16, 16), torch.nn.functional.normalize(torch.randn(16), dim=0)
+    k = torch.nn.functional.normalize((u @ W).view(4, 4), dim=1)
+    row = (torch.tensor([0.0, 0.0, 0.5, 0.0])[:, None] * k).flatten()
+    upright_site = Site(0, "attn", "attn.c_proj", "attn.c_proj.weight", d=16, n=4, width=4, transposed=True)
+    (found,) = _sites([upright_site], W, W + torch.outer(u, row), 5, gguf=True)
+    assert (found["verdict"], found["components"]) == ("rank-1 component edit", 1)
+    (stored,) = _sites([upright_site], W.T, (W + torch.outer(u, row)).T, 5, gguf=False)
+    assert stored["largest"] == [(2, pytest.approx(found["largest"][0][1]))]
 
 
 def test_only_signs_of_zeros_are_told_as_such() -> None:

@@ -204,7 +204,7 @@ class Stopped(BaseException):
     """As a kill in this process: nothing of ours catches it."""
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, case: Case, out: Path, shards: int) -> Path:
+def stop_after(monkeypatch: pytest.MonkeyPatch, case: Case, out: Path, shards: int, hashes: bool = True) -> Path:
     """Stops an export once so many shards are whole; gives the folder that it leaves."""
     from steer2edit.artefacts import checkpoint
 
@@ -218,7 +218,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, case: Case, out: Path, shards: i
 
     monkeypatch.setattr(checkpoint, "append_jsonl", append)
     with pytest.raises(Stopped):
-        s2e.export_checkpoint(case.base, case.edit, out)
+        s2e.export_checkpoint(case.base, case.edit, out, hashes=hashes)
     monkeypatch.undo()
     partial = out.with_name(f".{out.name}.partial")
     assert [line["file"] for line in journal(partial)[1:]] == written
@@ -237,6 +237,15 @@ def test_only_the_shards_that_are_not_whole_are_written_again(
     assert "2 shards are complete" in capsys.readouterr().err
     assert {name: as_left(tmp_path / "out" / name) for name in whole} == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")  # the manifest too: hashes of all shards
+
+
+def test_hashes_that_a_stopped_export_did_not_make_are_made(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "expected")
+    stop_after(monkeypatch, case, tmp_path / "out", 2, hashes=False)
+    s2e.export_checkpoint(case.base, case.edit, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("what", ["other edit", "touched", "grown", "new file"])

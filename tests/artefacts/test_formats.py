@@ -352,6 +352,15 @@ def test_scales_that_do_not_belong_to_the_weight_are_refused(tmp_path: Path) -> 
     assert error.got == "scales (3, 7), weight (64, 128)"
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 16)])
+def test_scales_of_experts_that_are_no_grid_each_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    codes = torch.ones(4, 16, 32).to(torch.float8_e4m3fn)
+    save_file({"e.down_proj": codes, "e.down_proj_scale": torch.ones(shape)}, tmp_path / "model.safetensors")
+    expert = Site(0, "mlp", "e", "e.down_proj", d=16, n=32, width=1, parameter="down_proj", expert=2, experts=4)
+    with pytest.raises(FileError, match=r"the scales of e.down_proj are in a layout that is not known"):
+        open_base(tmp_path).packed(expert)
+
+
 def test_variants_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -53,6 +53,17 @@ def test_one_file_can_hold_both_sides(tmp_path: Path) -> None:
     assert read_pairs(file, file) == [Pair("A", "yes", "no", "test"), Pair("B", "ja", "ne")]
 
 
+def test_of_several_responses_to_a_prompt_the_first_is_taken_and_the_others_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        write_rows(tmp_path / f"{side}.jsonl", [{"prompt": "A", "response": f"{side} {i}"} for i in range(count)])
+        for side, count in (("more", 3), ("less", 2))
+    ]
+    assert read_pairs(*files) == [Pair("A", "more 0", "less 0")]
+    assert "3 further responses to prompts that have one already are left out" in capsys.readouterr().err
+
+
 def test_the_bundled_pairs_are_whole() -> None:
     for name in ("pirate", "lists", "mood"):
         pairs = read_pairs(f"builtin:{name}", f"builtin:{name}")

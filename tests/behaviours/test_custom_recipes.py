@@ -70,6 +70,11 @@ def test_code_is_run_only_if_somebody_trusts_it() -> None:
     )
     refuse_code(recipe, True)
     refuse_code(small_recipe("nowhere", sides), False)
+    plain = small_recipe("theirs", sides)
+    of_model = plain.model_copy(update={"model": plain.model.model_copy(update={"trust_remote_code": True})})
+    with pytest.raises(RecipeError, match=r"the code of its model .got: model.trust_remote_code: true, of theirs"):
+        refuse_code(of_model, False)
+    refuse_code(of_model, True)
 
 
 def _wrong(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -11,7 +11,8 @@ from scipy import stats
 from steer2edit.engines.base import GREEDY, Request, Sampling
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
-from steer2edit.method.intervention import NOTHING
+from steer2edit.method.intervention import NOTHING, Intervention, Term
+from steer2edit.models.sites import find_sites
 from steer2edit.probing.chat import Chat
 
 WARM = Sampling(temperature=0.9, top_p=0.95, top_k=50)
@@ -52,6 +53,23 @@ def test_a_seed_gives_one_answer_however_the_requests_share_batches(pico: Any, t
             assert ids_of(engine, [requests[i] for i in order], WARM) == [alone[i] for i in order]
     shorter = ids_of(an_engine(model, tokenizer), requests, WARM, new=4)
     assert shorter == [ids[:4] for ids in alone]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=str)
+@pytest.mark.parametrize("slotted", [True, False])
+def test_what_overflows_in_one_row_reaches_no_other(
+    pico: Any, tokenizer: Any, prompts: Any, slotted: bool, sampling: Sampling
+) -> None:
+    """Not those beside it, nor those that take its slot: a masked value that is not finite would still count."""
+    model = pico()
+    site = next(site for site in find_sites(model) if site.block == "mlp")
+    huge = Intervention("huge", {site.key: Term(torch.full((site.d, 1), 1e38), torch.full((1, site.inputs), 1e38))})
+    engine = an_engine(model, tokenizer, slotted=slotted, rows=2)
+    requests = [Request(p, row=int(i == 0), seed=i) for i, p in enumerate(sorted(prompts, key=len, reverse=True))]
+    together = engine.generate(requests, [NOTHING, huge], 8, sampling=sampling)
+    assert len(together[0].ids) == 8
+    alone = [engine.generate([request], [NOTHING, huge], 8, sampling=sampling)[0] for request in requests[1:]]
+    assert [answer.ids for answer in together[1:]] == [answer.ids for answer in alone]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(1.3, 0.9, 12)], ids=str)

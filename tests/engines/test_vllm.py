@@ -134,10 +134,11 @@ def test_a_server_is_given_the_sampling_the_seed_and_the_stop_strings(server: Se
     engine.generate([Request(prompt, seed=6)], [NOTHING], 40, sampling=Sampling(0.7))
     engine.chat = Chat()
     engine.generate([Request(prompt, seed=6)], [NOTHING], 40)
-    names = ("temperature", "top_p", "top_k", "seed", "stop")
+    # All that the server would else take from the model's own configuration.
+    names = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
     assert [{name: body[name] for name in names if name in body} for _, body, _ in server.asked] == [
-        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "seed": 6, "stop": [" The"]},
-        {"temperature": 0.7, "top_p": 1.0, "seed": 6, "stop": [" The"]},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.0, "seed": 6, "stop": [" The"]},
+        {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "seed": 6, "stop": [" The"]},
         {"temperature": 0},
     ]
 

@@ -47,6 +47,30 @@ def test_where_nothing_can_be_written_one_sentence_says_so(place: Callable[[Path
         assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the two renames: by Ctrl-C, and by a kill, after which the next process tidies up."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "note").write_text("old", encoding="utf-8")
+    rename, renames = Path.replace, []
+
+    def stopped(self: Path, target: Path) -> Path:
+        renames.append(target)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(folder, ours="note") as temporary:
+        (temporary / "note").write_text("new", encoding="utf-8")
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["kept", "kept/note"]
+    rename(folder, tmp_path / ".kept.abcd1234.tmp.old")
+    (tmp_path / ".kept.abcd1234.tmp").mkdir()
+    clear_temporaries(tmp_path)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["kept", "kept/note"]
+    assert (folder / "note").read_text(encoding="utf-8") == "old"
+
+
 def test_a_full_disk_is_left_for_the_caller_to_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

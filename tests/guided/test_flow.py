@@ -302,6 +302,23 @@ def test_a_run_goes_on_with_what_was_picked_and_exported(recipe: Recipe, finishe
     assert place_of(recipe, folder, (), None)[1].exports == ["adapter", "gguf"]
 
 
+def test_a_changed_recipe_counts_although_the_search_is_the_same(
+    recipe: Recipe, finished: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    changed = tiny_recipe(
+        recipe.model.name,
+        search__rule="knee",
+        search__limits={"over_refusal": 0.9},
+        data__test={"harmful": 1, "benign": 2, "borderline": 1},
+        exports=["checkpoint"],
+    )
+    taken = place_of(changed, folder, (), None)[1]
+    assert (taken.search.rule, taken.search.limits) == ("knee", {"over_refusal": 0.9})
+    assert taken.data.test == changed.data.test
+    assert taken.exports == ["checkpoint", *load_recipe(folder).exports]
+
+
 # Ctrl-C and the end of the input --------------------------------------------------------------------------------------
 
 
@@ -375,6 +392,15 @@ def test_each_kind_is_saved_in_the_run_or_elsewhere(kind: str, finished: Path, t
     if kind == "checkpoint":
         assert (own / "README.md").is_file()  # the card
         assert (own / "model.safetensors").read_bytes() == (elsewhere / "model.safetensors").read_bytes()
+
+
+def test_a_gguf_model_is_no_export_of_a_recipe(finished: Path, tmp_path: Path) -> None:
+    """The base here is a checkpoint, so that there is no GGUF file to edit: one sentence, and the run is whole."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    person = _menu(folder, "save", "gguf-model", "", "quit")
+    assert "a GGUF file becomes an edited GGUF file" in person.screen
+    assert own_place(folder, "gguf-model") == folder / "edited.gguf"
+    assert load_recipe(folder).exports == ["adapter"]
 
 
 def test_what_cannot_be_saved_leaves_the_run_as_it_was(

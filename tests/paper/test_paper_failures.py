@@ -63,9 +63,16 @@ def test_an_over_long_question_is_left_out_and_said(tmp_path: Path) -> None:
     (sets / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]), encoding="utf-8")
     out, model = tmp_path / "suite", save_tiny(tmp_path / "model")
     plan = plan_suite(
-        "truthfulness", out, model=model, profile="smoke", data=sets, changes=[*FAST, "data.utility=[gsm8k]"]
+        "truthfulness",
+        out,
+        model=model,
+        profile="smoke",
+        data=sets,
+        changes=[*FAST, "data.utility=[gsm8k]", "search.baselines=[rosi]"],
     )
     assert run_suite(plan, out).failures == {}
+    asked = {row["method"] for row in rows_of(out, "trade_off") if row["measure"] == "gsm8k" and row["mean"]}
+    assert asked >= {"edit", "ROSI"}
     page = (out / PAGE).read_text(encoding="utf-8")
     assert "- gsm8k: 1 questions are longer than the model reads and are left out" in page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from runs import tiny_recipe
 from steer2edit.errors import EditError, FileError
 from steer2edit.files.reading import read_json
 from steer2edit.models.load import load_model
+from steer2edit.pipeline.keys import stage_keys
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, Stage, run_all, run_stage
 from steer2edit.probing.traces import read_traces
@@ -159,6 +161,21 @@ def test_changed_questions_are_noticed(tmp_path: Path) -> None:
     assert [stage for stage in STAGES if keys[0][stage] != keys[1][stage]] == _from("search")
 
 
+def test_other_neutral_prompts_of_the_package_are_noticed() -> None:
+    keys = [tiny_recipe(utility={"prompts": f"builtin:{name}_prompts"}) for name in ("neutral", "everyday")]
+    before, after = map(stage_keys, keys)
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == _from("search")
+
+
+def test_a_changed_task_of_lm_eval_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    keys = []
+    for text in ("task: mine\n", "task: mine\nnum_fewshot: 5\n"):
+        file.write_text(text, encoding="utf-8")
+        keys.append(stage_keys(tiny_recipe(data__utility=[str(file)])))
+    assert [stage for stage in STAGES if keys[0][stage] != keys[1][stage]] == ["evaluate", "report"]
+
+
 def test_a_changed_prompt_file_is_noticed(recipe: Recipe, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("{}\n", encoding="utf-8")
@@ -259,6 +276,35 @@ def test_traces_that_are_put_into_the_directory_are_taken_and_kept(
     run_all(Run(folder, tiny_recipe(recipe.model.name, behaviour__new_tokens=6)))
     assert ran[:4] == ["traces", "probe", "score", "search"]
     assert (folder / "traces.jsonl").read_text(encoding="utf-8") == "".join(lines)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_answers_of_other_scores_are_no_answers_of_these(recipe: Recipe, tiny_run: Path, tmp_path: Path) -> None:
+    """The same recipe with other traces: everything is asked again, and gives what a new directory gives."""
+    whole = (tiny_run / "traces.jsonl").read_text(encoding="utf-8")
+    # The other way round: what showed the behaviour does not.
+    labels = {"positive": "negative", "negative": "positive"}
+    turned = re.sub(r'"label": "(\w+)"', lambda found: f'"label": "{labels[found[1]]}"', whole)
+    folders = tmp_path / "again", tmp_path / "new"
+    for folder, texts in zip(folders, ([whole, turned], [turned]), strict=True):
+        folder.mkdir()
+        for text in texts:
+            (folder / "traces.jsonl").write_text(text, encoding="utf-8")
+            run_all(Run(folder, recipe))
+    again, new = (_bytes(folder, ["search/trials.jsonl", "evaluation/results.json"]) for folder in folders)
+    assert again == new
+    assert again != _bytes(tiny_run, ["search/trials.jsonl", "evaluation/results.json"])
+
+
+def test_answers_of_another_commit_of_the_model_are_not_taken(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr(Run, "commit", commit)
+        run_all(Run(tmp_path / "run", recipe), until="traces")
+    journals = sorted((tmp_path / "run" / "traces").glob("journal-*.jsonl"))
+    assert [journal.stem[-12:] for journal in journals] == ["a" * 12, "b" * 12]
+    assert journals[0].read_bytes() == journals[1].read_bytes()
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -116,6 +116,12 @@ def test_probe_and_scores_are_those_of_the_probes_traces(found: SearchResult, mo
     assert [found.probe.counts[label]["responses"] for label in ("positive", "negative")] == [6, 6]
 
 
+def test_answers_that_are_weighed_count_as_those_that_are_given(found: SearchResult) -> None:
+    base, edits = found.trials[0], [trial for trial in found.trials if trial.candidate.kind == "edit"]
+    each = len(base.values["degenerate"]) + 2 * len(base.values["preference"])
+    assert found.study.evaluations["edit"] == len(edits) * each > 0
+
+
 def test_the_front_is_what_no_other_edit_beats(found: SearchResult) -> None:
     edits = [trial for trial in found.trials if trial.candidate.kind == "edit"]
     points = {t.candidate.id: (t.mean("utility_loss"), t.mean("preference")) for t in edits}
@@ -317,6 +323,23 @@ def test_a_function_scores_what_the_model_answers(model: Any, engine: Counting) 
     assert result.measures[0].title == "letters"
 
 
+def test_a_traces_system_prompt_is_part_of_what_is_asked(model: Any) -> None:
+    def traces(label: Any, pairs: Any, system: str | None) -> list[s2e.Trace]:
+        return [s2e.Trace(prompt, said, label, system) for prompt, said in pairs]
+
+    said = "Answer like a pirate."
+    of_traces = _search(model, traces("positive", MORE, said), traces("negative", LESS, said))
+    system = {"role": "system", "content": said}
+    more, less = (
+        [([system, {"role": "user", "content": prompt}], response) for prompt, response in pairs]
+        for pairs in (MORE, LESS)
+    )
+    assert _values(of_traces) == _values(_search(model, more, less)) != _values(_search(model))
+    thought = s2e.Trace(PROMPTS[0], "Hm. Yes.", "positive", answer_start=4)
+    with pytest.raises(RecipeError, match="does not tell thinking and answer of a trace apart"):
+        _search(model, [thought], LESS)
+
+
 # Going on -------------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +357,15 @@ def test_a_search_goes_on_from_its_folder_without_a_new_answer(sides: str, model
     assert (again_engine.answered, again_engine.scored) == ([], [])
     assert _values(again) == _values(first)
     assert again.table == first.table
+
+
+def test_a_function_that_scores_may_be_another_object_when_a_search_goes_on(model: Any, tmp_path: Path) -> None:
+    """As in another process."""
+    engines = [Counting(model, make_tokenizer()) for _ in range(2)]
+    for engine in engines:
+        _search(engine, score=lambda prompt, response: len(response) / 10, folder=tmp_path / "study")
+    assert engines[0].answered
+    assert engines[1].answered == []
 
 
 def test_a_search_that_was_stopped_gives_what_one_without_a_stop_gives(

@@ -204,6 +204,11 @@ def test_a_rival_that_was_not_made_is_left_out_and_named(
     assert "LLM-VA is not tried: it was not made from the probe" in capsys.readouterr().err
 
 
+def test_a_rival_has_no_budget_of_ours_to_change(world: World) -> None:
+    with pytest.raises(EditError, match=r"this edit has no \(ρ, α\) to change .got: the variant rosi"):
+        world.rivals["rosi"].with_budget(rho_attn=None, rho_mlp=0.5, alpha=0.0)
+
+
 def test_rivals_mix_with_edits_in_one_batch_as_they_answer_alone(world: World, tmp_path: Path) -> None:
     recipe = rivals_recipe()
     tried = [BASE, rival("rosi", 20.0, layer=3), rival("llm_va", 1.0, layers="1-4"), rival("null_space", 2.0)]

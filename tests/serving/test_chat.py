@@ -230,6 +230,35 @@ def test_the_comparison_asks_the_last_question_again(talking: Conversation) -> N
     assert visible(texts[ORIGINAL]).split("\n")[0][:8] in written
 
 
+class Stopped:
+    """A conversation in which Ctrl-C, or an error, comes while the answers are written."""
+
+    systems = (ORIGINAL, EDIT)
+
+    def __init__(self, real: Conversation, stop: type[BaseException]):
+        self.real, self.sources, self.worker, self.stop = real, real.sources, real.worker, stop
+
+    def ask(self, histories: Any, chosen: Settings) -> Any:
+        if list(histories) == [EDIT]:
+            yield from self.real.ask(histories, chosen)
+            return
+        turns = self.real.ask({name: histories[name] for name in self.systems}, chosen)
+        yield next(turns)
+        turns.close()
+        raise self.stop("too long", got="much", fix="Less.") if self.stop is EditError else self.stop()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, EditError])
+def test_a_comparison_that_is_stopped_ends_neither_the_chat_nor_the_conversation(
+    talking: Conversation, stop: type[BaseException]
+) -> None:
+    lines = (HELLO[0]["content"], "/compare", "/help")
+    written, chat = terminal(Stopped(talking, stop), *lines, chosen=settings(talking, 5))
+    assert ("(stopped)" if stop is KeyboardInterrupt else "too long (got: much). Less.") in written
+    assert "/compare TEXT asks another one" in written  # the help, after it
+    assert [message["role"] for message in chat.history] == ["user", "assistant"]
+
+
 class Hostile:
     """A conversation whose model answers with what a terminal or a browser might act on."""
 
@@ -303,6 +332,11 @@ def test_a_run_brings_its_scores_its_steering_and_its_model(talking: Conversatio
     section = section_of(None, [opened])
     assert (section.name, section.dtype, section.plain) == ("some/model", "float32", True)
     assert section_of("another/model", [opened]).plain is False
+    theirs = replace(opened, model=section.model_copy(update={"trust_remote_code": True}))
+    with pytest.raises(ModelError, match=r"model runs code of its own .got: some/model.*--trust-remote-code"):
+        section_of(None, [theirs])
+    assert section_of(None, [theirs], trust_remote_code=True).trust_remote_code
+    assert section_of("another/model", [theirs]).trust_remote_code is False
     (run / "choice.json").write_text('{"steering": null}')
     assert open_source(str(run)).gamma is None
 

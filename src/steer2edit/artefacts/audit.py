@@ -89,7 +89,7 @@ def verify(base: str | Path, edit: Changes, edited: str | Path) -> dict[str, Any
     if opened.architecture:
         files = {"metadata": "equal" if same_metadata(opened, other_opened) else "foreign"}
     else:
-        files = _files(base, edited, {*opened.shards, *other_opened.shards})
+        files = _files(base, edited, set(opened.shards), set(other_opened.shards))
     bad = {"foreign", "missing", "extra"}
     expected = not bad & {*tensors.values(), *files.values()} and "edited as expected" in tensors.values()
     return {
@@ -134,9 +134,10 @@ def _rest(changed: Iterable[Piece], mine: Tensor, other: Tensor) -> bool:
     return all(same_bytes(mine[i], other[i]) for i in range(len(mine)) if i not in edited)
 
 
-def _files(base: Path, edited: Path, shards: set[str]) -> dict[str, str]:
-    base_names = set(checkpoint_files(base)) - shards - _OURS
-    edited_names = set(checkpoint_files(edited)) - shards - _OURS
+def _files(base: Path, edited: Path, base_shards: set[str], edited_shards: set[str]) -> dict[str, str]:
+    """What is not a tensor. Each side's own shards are left out: a file of the other's names would not be compared."""
+    base_names = set(checkpoint_files(base)) - base_shards - _OURS
+    edited_names = set(checkpoint_files(edited)) - edited_shards - _OURS
     words = dict.fromkeys(sorted(edited_names - base_names), "extra")
     for name in sorted(base_names):
         if name not in edited_names:
@@ -222,7 +223,7 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
             return None
         if name not in sites or a.dtype is None:
             return name
-        return list(_sites(sites[name], mine, other, top))
+        return list(_sites(sites[name], mine, other, top, opened.architecture != ""))
 
     rows: list[dict[str, Any]] = []
     others = sorted(edited_tensors.keys() - base_tensors.keys())
@@ -241,11 +242,12 @@ def diff(base: str | Path, edited: str | Path, top: int = 5) -> dict[str, Any]:
     }
 
 
-def _sites(sites: Iterable[Site], mine: Tensor, other: Tensor, top: int) -> Iterator[dict[str, Any]]:
+def _sites(sites: Iterable[Site], mine: Tensor, other: Tensor, top: int, gguf: bool) -> Iterator[dict[str, Any]]:
     for site in sites:
         fused = mine.dim() == 3 and site.expert is not None
-        a = upright(site, mine[site.expert] if fused else mine, fused)
-        b = upright(site, other[site.expert] if fused else other, fused)
+        a, b = (tensor[site.expert] if fused else tensor for tensor in (mine, other))
+        if not gguf:  # which stores every weight upright
+            a, b = upright(site, a, fused), upright(site, b, fused)
         if not same_bytes(a, b):
             yield {"site": site.key, "tensor": site.tensor} | recover(site, a, b, top)
 

@@ -69,8 +69,8 @@ def export_checkpoint(
         progress: called with (bytes done, bytes in total).
 
     Raises:
-        FileError: `base` is no checkpoint, `out` exists already, an edited weight is in an unknown format, or the disk
-            has too little room.
+        FileError: `base` is no checkpoint or holds two, `out` exists already, an edited weight is in an unknown format,
+            or the disk has too little room.
         ModelError: `base` is another model. EditError: `base` already contains the edit, the edit changes nothing, or
             rounding loses it.
 
@@ -92,6 +92,12 @@ def export_checkpoint(
     pieces = pieces_of(edit, opened)
     one_file = opened.architecture != ""
     files = {base.name: base.stat().st_size} if one_file else checkpoint_files(base)
+    if not one_file and "model.safetensors" in files and "model.safetensors" not in opened.shards:
+        raise FileError(
+            f"{base} holds two checkpoints",
+            got="model.safetensors, which transformers loads, beside shards with an index",
+            fix="Remove one of them.",
+        )
     compare(edit, base)
     if not accept_rounding:
         foresee(pieces, opened.folder)
@@ -106,7 +112,7 @@ def export_checkpoint(
         if out.exists():  # another process has just written it
             shutil.rmtree(partial)
             raise _exists(out)
-        done = _resume(partial, _key(edit, base, opened.folder, files))
+        done = _resume(partial, _key(edit, base, opened.folder, files, hashes))
         try:
             _room(partial, sum(stored_size(opened.folder / name) for name in (*rest, *shards) if name not in done))
             work = _Work(edit, opened.folder, partial, hashes, progress, sum(files[name] for name in shards))
@@ -219,9 +225,9 @@ def checkpoint_files(base: Path) -> dict[str, int]:
     return sizes
 
 
-def _key(edit: Changes, base: Path, folder: Path, files: Mapping[str, int]) -> str:
-    """What the output depends on: the edit and the base's files, by their sizes and times."""
-    depends_on: list[Any] = [edit.id, importlib.metadata.version("steer2edit"), str(base.resolve())]
+def _key(edit: Changes, base: Path, folder: Path, files: Mapping[str, int], hashes: bool) -> str:
+    """What the output depends on: the edit, the base's files, by their sizes and times, and whether it has hashes."""
+    depends_on: list[Any] = [edit.id, hashes, importlib.metadata.version("steer2edit"), str(base.resolve())]
     depends_on += [[name, size, (folder / name).stat().st_mtime_ns] for name, size in sorted(files.items())]
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
 

@@ -17,6 +17,7 @@ from ..errors import FileError, RecipeError
 from ..files.reading import numbered_jsonl
 from ..files.schema import Section, Text
 from ..probing.traces import is_prompt
+from ..progress import say
 from .addresses import hide_password, hide_secret, is_base_url, is_variable
 from .base import SPLITS, Prompt, Split
 from .prompts import data_path, key_of
@@ -72,12 +73,14 @@ def read_pairs(more: str, less: str) -> list[Pair]:
     """What two files of responses hold, by prompt, in the order of the first file.
 
     A row has `prompt`, `response` and, if it is to lie in a given split, `split`. In place of `response` a row may name
-    its side (`more`, `less`), so that both sides can stand in one file.
+    its side (`more`, `less`), so that both sides can stand in one file. Of several responses to a prompt the first is
+    taken.
 
     Raises:
         FileError: a row is no response, or a response is empty. RecipeError: the sides are the same.
     """
     by_prompt: dict[str, dict[str, Any]] = {}
+    repeated = 0
     for side, file in (("more", more), ("less", less)):
         path = data_path(file)
         for number, row in numbered_jsonl(path):
@@ -102,9 +105,14 @@ def read_pairs(more: str, less: str) -> list[Pair]:
                     got=f"{split}, elsewhere {entry['split']}",
                     fix="Give a prompt one split.",
                 )
-            entry.setdefault(side, response)
+            if side in entry:
+                repeated += 1
+            else:
+                entry[side] = response
     if not by_prompt:
         raise FileError(f"{more} is empty", got="no response", fix="Write one JSON object a line: prompt, response.")
+    if repeated:
+        say(f"  {repeated} further responses to prompts that have one already are left out")
     pairs = [Pair(**entry) for entry in by_prompt.values()]
     whole = [pair for pair in pairs if pair.is_whole]
     if whole and all(pair.more == pair.less for pair in whole):

@@ -110,6 +110,8 @@ class Slots:
             shared: the cache of the prefix that all their prompts begin with, of `prefix` tokens.
         """
         free = self.free()
+        for slot in free[: len(rows)]:
+            self.cache.clear(slot)
         requests = [row.so_far() for row in rows]
         # Prompts of about the same length run together, which needs little padding.
         for part in batches_by_length([len(request.ids) - prefix for request in requests], PREFILL):

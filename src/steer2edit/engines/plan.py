@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from ..errors import ModelError
 from ..files.reading import read_text
 from ..files.schema import Many, Section, _number
 from ..models.architectures import Architecture
@@ -123,6 +124,16 @@ class EnginePlan(Section):
         if self.name == "vllm" and self.python is None:
             raise ValueError("vLLM runs in an environment of its own: give engine.python, the path of its interpreter")
         return self
+
+
+def refuse_remote_code(section: Model, trusted: bool) -> None:
+    """Raises ModelError if a recipe, which may be a stranger's, lets the model's code run, and the user does not."""
+    if section.trust_remote_code and not trusted:
+        raise ModelError(
+            "the recipe's model runs code of its own",
+            got=section.name,
+            fix="Read that code; if you trust it, give --trust-remote-code.",
+        )
 
 
 def load_section(section: Model) -> tuple[nn.Module, Any]:

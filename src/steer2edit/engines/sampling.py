@@ -64,7 +64,9 @@ def _drawn(logits: Tensor, sampling: Sampling, numbers: Tensor) -> Tensor:
     cumulative = _warpers(sampling)(unused, scores).softmax(dim=-1).cumsum(dim=-1)  # [rows, vocabulary]
     # The first token whose cumulative probability is above the number. Filtered tokens add nothing and are never it.
     threshold = numbers.to(cumulative)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].cpu()
+    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    # Logits that are not finite have no such token.
+    return drawn.clamp_max(logits.shape[-1] - 1).cpu()
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

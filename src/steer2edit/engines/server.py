@@ -153,9 +153,8 @@ class ServerEngine(Engine):
             "return_token_ids": True,
         }
         if sampling.temperature > 0:
-            asked |= {"top_p": sampling.top_p, "seed": request.seed}
-            if sampling.top_k:  # vLLM's own; not every server knows it
-                asked["top_k"] = sampling.top_k
+            # What is left out vLLM takes from the model's generation_config.json: all tokens are -1 there.
+            asked |= {"top_p": sampling.top_p, "top_k": sampling.top_k or -1, "min_p": 0.0, "seed": request.seed}
         if stop:
             asked["stop"] = list(stop)
         reply = self._post("/completions", asked)

@@ -22,6 +22,8 @@ from .seals import sealed
 
 # Ours, and those of the safetensors package, which writes to a temporary file of its own.
 _TEMPORARY = re.compile(r"\..+\.\w{8}\.tmp(\.\w+)?|\.tmp\w{6}")
+# What `replacing_folder` has moved aside for a new one.
+_MOVED = re.compile(r"\.(.+)\.\w{8}\.tmp\.old")
 
 
 def make_folder(path: str | Path) -> None:
@@ -103,6 +105,8 @@ def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
             ) from None
         sync(path.parent)
     finally:
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.replace(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -185,9 +189,14 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def clear_temporaries(folder: str | Path) -> None:
-    """Removes what `replacing` and `replacing_folder` left in a folder when their process was killed."""
+    """Removes what `replacing` and `replacing_folder` left in a folder when their process was killed; a folder that
+    was moved aside, and for which no new one came, goes back to its place.
+    """
     for path in [*Path(folder).glob(".*.tmp*"), *Path(folder).glob(".tmp*")]:
-        if _TEMPORARY.fullmatch(path.name):
+        moved = _MOVED.fullmatch(path.name)
+        if moved and not (place := path.with_name(moved[1])).exists():
+            path.replace(place)
+        elif _TEMPORARY.fullmatch(path.name):
             remove(path)
 
 

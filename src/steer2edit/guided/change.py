@@ -151,12 +151,21 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def begun(folder: Path, recipe: Recipe, overrides: Sequence[str]) -> Recipe | None:
-    """The recipe of the run that the directory holds, if it is the same up to the end of its search; else None.
-
-    What was picked, exported and measured afterwards stands in that recipe, so that the run goes on with it.
+    """The recipe asked for with what was picked, exported and measured in the run that the directory holds, if both are
+    the same up to the end of the search; else None.
     """
     held = overridden(load_recipe(folder / _RECIPE), overrides)
-    return held if stage_keys(held)["search"] == stage_keys(recipe)["search"] else None
+    if stage_keys(held)["search"] != stage_keys(recipe)["search"]:
+        return None
+    asked, before = recipe.data, held.data
+    return with_keys(
+        recipe,
+        exports=list(dict.fromkeys([*recipe.exports, *held.exports])),
+        search__pick=held.search.pick if recipe.search.pick is None else recipe.search.pick,
+        data__utility=list(dict.fromkeys([*asked.utility, *before.utility])),
+        data__sets=asked.sets or before.sets,
+        data__utility_items=asked.utility_items if asked.utility else before.utility_items,
+    )
 
 
 def place_of(recipe: Recipe, out: Path | None, overrides: Sequence[str], ask: Questions | None) -> tuple[Path, Recipe]:

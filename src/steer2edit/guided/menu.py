@@ -11,7 +11,7 @@ from ..edits import load_any
 from ..errors import FileError, RecipeError, Steer2EditError
 from ..files.reading import read_json
 from ..pipeline.apply import KINDS, write
-from ..pipeline.exports import SUMMARY
+from ..pipeline.exports import EXPORTS, SUMMARY
 from ..pipeline.names import ANSWERS, EDIT
 from ..pipeline.options import console
 from ..pipeline.run import Run
@@ -34,7 +34,7 @@ _CHOICES = {
     QUIT: "",
 }
 # The name of one thing to save, where it is a file and not a folder.
-_FILES = {"gguf": "adapter.gguf", "edit": EDIT}
+_FILES = {"gguf": "adapter.gguf", "gguf-model": "edited.gguf", "edit": EDIT}
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,16 @@ def _ask_save(folder: Path, ask: Questions) -> None:
 
 def own_place(folder: Path, kind: str) -> Path:
     """Where a run itself has what is saved."""
-    if kind == "edit":
-        return folder / EDIT
+    if kind in ("edit", "gguf-model"):
+        return folder / _FILES[kind]
     return folder / kind / _FILES[kind] if kind in _FILES else folder / kind
 
 
 def save(folder: Path, kind: str, to: Path | None = None) -> Path:
     """Writes a finished run's edit for other tools; gives where it is.
 
-    In the run's own place it is an export of the recipe, with a card, and the recipe says so. Elsewhere it is what
-    `steer2edit apply` writes.
+    In the run's own place it is an export of the recipe, with a card, and the recipe says so. Elsewhere, and of a kind
+    that a recipe does not export, it is what `steer2edit apply` writes.
 
     Raises:
         Steer2EditError: it cannot be written.
@@ -142,6 +142,9 @@ def save(folder: Path, kind: str, to: Path | None = None) -> Path:
     if kind == "edit":
         return own
     recipe = load_recipe(folder)
+    if kind not in EXPORTS:
+        write(load_any(folder / EDIT), kind, own, recipe.model.name)
+        return own
     exports = recipe.exports if kind in recipe.exports else [*recipe.exports, kind]
     with _or_as_before(folder, recipe):
         run_all(Run(folder, with_keys(recipe, exports=exports)))

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ..errors import ModelError
-from ..files.writing import replacing_folder
+from ..files.writing import make_folder, replacing_folder
 from ..progress import say
 from .quiet import without_gguf_bar
 
@@ -77,6 +79,14 @@ def embedded_checkpoint() -> Path:
     folder = cache_folder() / f"smollm2-135m-instruct-{mark}"
     if (folder / "config.json").is_file():
         return folder
+    make_folder(folder.parent)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # the first of several processes converts it
+        if not (folder / "config.json").is_file():
+            _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,4 +99,3 @@ def embedded_checkpoint() -> Path:
     with replacing_folder(folder, ours="config.json") as temporary:
         model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
-    return folder

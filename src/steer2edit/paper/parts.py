@@ -97,7 +97,7 @@ class _Work:
         """The run's scores, and those of variants that score in another way, each made once."""
         scores = dict(self.run.scores)
         for variant in variants:
-            path = self.run.path(f"{FOLDER}/scores-{variant}-{self.run.keys['score']}.safetensors")
+            path = self.run.path(f"{FOLDER}/scores-{variant}-{self.run.basis('score')}.safetensors")
             if not path.is_file():
                 few = self.run.recipe.probe.expert_tokens
                 make = partial(score, probe=self.run.probe, expert_tokens=few, variant=variant)
@@ -153,7 +153,9 @@ class _Work:
             return values, about, first
         for path, some in self._asked_of(tried):
             asking = Asking(self.run.engine, Journal(path), some, self.run.recipe.evaluation.rows)
-            of_candidates = groups(some, lambda candidate: intervention_of(candidate, scores, self.run.probe))
+            of_candidates = groups(
+                some, lambda candidate: intervention_of(candidate, scores, self.run.probe, self.run.rivals)
+            )
             for name, of_task in each_task(self.run, asking, of_candidates):
                 if isinstance(of_task, Steer2EditError):
                     about[name] = {"not_measured": str(of_task)}
@@ -265,7 +267,7 @@ def _ablations(work: _Work) -> PartResult:
             why = ladders[method].why_left_off() if bench.own else NO_ANSWERS
             fronts.append(Front(method, 0, 0, None, why))
             continue
-        fronts.append(_front(method, of_method, work, bench.asked))
+        fronts.append(_front(method, of_method, work, bench.evaluations))
         best = choose(of_method, work.aim)
         if best is not None:
             wanted.append((method, "equal budget", best.candidate, dict(_by_id(some))[best.candidate.id]))
@@ -275,14 +277,14 @@ def _ablations(work: _Work) -> PartResult:
     return work.on_test(wanted, scores, fronts, work.profile.ablations.prompts)
 
 
-def _front(method: str, trials: Sequence[Trial], work: _Work, asked: int) -> Front:
+def _front(method: str, trials: Sequence[Trial], work: _Work, each: int) -> Front:
     """As a run's own fronts: of the trials within the limits, but for that of KL."""
     limits = {measure: limit for measure, limit in work.aim.limits.items() if measure != UTILITY_LOSS}
     wide = replace(work.aim, limits=limits)
     allowed = [trial for trial in trials if wide.allows(trial)]
     volume = hypervolume_interval(allowed, wide, work.run.recipe.evaluation.resamples, work.run.recipe.seed)
     ids = tuple(trial.candidate.id for trial in pareto(allowed, wide))
-    return Front(method, len(trials), len(trials) * asked, volume, ids=ids)
+    return Front(method, len(trials), len(trials) * each, volume, ids=ids)
 
 
 def _equal_kl(work: _Work, wanted: Sequence[Wanted]) -> float:

@@ -44,7 +44,7 @@ class Front:
     """What a method's strengths cover on validation.
 
     Attributes:
-        tried: configurations. evaluations: configurations × prompts. hypervolume: mean, low, high, reference.
+        tried: configurations. evaluations: what they gave and weighed in all. hypervolume: mean, low, high, reference.
         ids: the candidates on it. why: why there is none of them, if there is none.
     """
 

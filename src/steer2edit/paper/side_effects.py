@@ -142,7 +142,7 @@ def _on_items_of(
     given = {ids[other]: edits[other].intervention(ids[other]) for other in ids}
     tried = [Candidate(id, "edit", {"of": other}) for other, id in ids.items()]
     recipe = run.recipe
-    asked = hashlib.sha256(f"{run.keys['test answers']} {sorted(ids.values())}".encode()).hexdigest()[:16]
+    asked = hashlib.sha256(f"{run.basis('test answers')} {sorted(ids.values())}".encode()).hexdigest()[:16]
     bench = run.bench("test", out / f"{name}-{asked}.jsonl", host.engine, scores={}, given=given)
     bench.base = of_run.base
     with showing(f"side effects on {name}") as progress:

@@ -37,7 +37,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     questions, utility = recipe.data.questions, recipe.utility.prompts
     asked = [
         None if questions is None else [r["data"]["questions"], _file(questions.file)],
-        None if utility is None else _file(utility),
+        None if utility is None else _content(utility),
         answers,
     ]
     limits = {measure.name: limit for measure, limit in recipe.aim.limits.items()}
@@ -81,8 +81,9 @@ def _tasks(recipe: Recipe, r: dict[str, Any]) -> list[Any]:
         else []
     )
     attacks = [_file(of_set.file) for of_set in recipe.data.attacks.values()]
+    own = [_file(name) for name in recipe.data.utility if name.endswith((".yaml", ".yml"))]
     wanted = [data[name] for name in ("utility", "utility_items", "utility_order", "sets", "attacks")]
-    return [wanted, sets, attacks, [r["evaluation"][name] for name in TASK_SETTINGS]]
+    return [wanted, sets, attacks, [r["evaluation"][name] for name in TASK_SETTINGS], *own]
 
 
 def _key(*parts: Any) -> str:
@@ -93,7 +94,12 @@ def _key(*parts: Any) -> str:
 def _prompts(recipe: Recipe) -> str:
     """The source of the prompts; of a file its content."""
     names = [recipe.data.prompts or "", *([recipe.data.test_prompts] if recipe.data.test_prompts else [])]
-    return " ".join(name if name.startswith("builtin:") else _file(name) for name in names)
+    return " ".join(map(_content, names))
+
+
+def _content(name: str) -> str:
+    """A file's digest; of a set that comes with the package its name."""
+    return name if name.startswith("builtin:") else _file(name)
 
 
 def _file(path: str) -> str:

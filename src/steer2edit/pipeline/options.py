@@ -10,7 +10,8 @@ import typer
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
+    bool,
+    typer.Option("--trust-recipe-code", help="Run the code that the recipe names: of its score, and of its model."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +32,7 @@ from ..report.inspection import MANIFEST
 from ..searching.bench import Bench
 from ..searching.own_answers import Journalled
 from .keys import rival_files, score_files, stage_keys, stages_of
+from .names import PROBE
 
 # Where a kill may leave temporary files; the report writes cards into the folders of the exports.
 _FOLDERS = (
@@ -106,7 +109,7 @@ class Run:
 
     @cached_property
     def probe(self) -> Probe:
-        return Probe.load(self.path("probe.safetensors"))
+        return Probe.load(self.path(PROBE))
 
     # What is asked -------------------------------------------------------------------------------------------------
 
@@ -185,10 +188,19 @@ class Run:
         )
 
     def journal(self, split: Split) -> Path:
-        """The journal of a split's answers."""
+        """The journal of a split's answers under the scores that are here now: other scores have another journal."""
         if split == "test":
-            return self.path(f"evaluation/journal-{self.keys['test answers']}.jsonl")
-        return self.path(f"search/journal-{self.keys['search']}.jsonl")
+            return self.path(f"evaluation/journal-{self.basis('test answers')}.jsonl")
+        return self.path(f"search/journal-{self.basis('search')}.jsonl")
+
+    def basis(self, key: str) -> str:
+        """Of all that an answer depends on: a key of the recipe, and what is in the probe, the scores and the rivals.
+
+        Those may be others under the same recipe: of traces put here by hand, or of a model that moved on at the Hub.
+        """
+        files = [PROBE, *score_files(self.recipe).values(), *rival_files(self.recipe).values()]
+        contents = [sha256(self.path(file)) for file in files if self.path(file).is_file()]
+        return hashlib.sha256(json.dumps([self.keys[key], contents]).encode()).hexdigest()[:16]
 
     def _questions(self, split: Split) -> list[Item]:
         questions = self.recipe.data.questions

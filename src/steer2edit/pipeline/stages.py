@@ -82,7 +82,8 @@ def _traces(run: Run) -> list[str]:
         return [TRACES]
     # Before the model is loaded: a mistake in the files that the recipe names shows at once.
     items = run.items("probe")
-    path = run.path(f"traces/journal-{run.keys['traces']}.jsonl")
+    model = "" if run.commit is None else f"-{run.commit[:12]}"
+    path = run.path(f"traces/journal-{run.keys['traces']}{model}.jsonl")
     path.parent.mkdir(exist_ok=True)
     with showing("own answers") as progress:
         traces = run.recipe.behaviour.make_traces(Journalled(run.engine, path), items, progress)

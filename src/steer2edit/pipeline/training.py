@@ -106,7 +106,7 @@ def _edits_tried(study: Study) -> int:
 def _placed(run: Run, most: int) -> Placed:
     """The recipe's courses, each with the folder of its checkpoints, which is named after all that they depend on."""
     recipe = run.recipe
-    traces = [run.keys["traces"], sha256(run.path(TRACES)), recipe.probe.part, recipe.probe.max_tokens]
+    traces = [run.keys["traces"], run.commit, sha256(run.path(TRACES)), recipe.probe.part, recipe.probe.max_tokens]
     placed = []
     for course in courses(recipe.training, most, recipe.seed):
         digest = hashlib.sha256(json.dumps([traces, vars(course)]).encode()).hexdigest()[:12]
@@ -168,7 +168,7 @@ def _try_all(run: Run, placed: Placed, searched: Study) -> Study:
         every = [candidate for course, _ in placed if course.kind == kind for candidate in course.candidates()]
         tried = [candidate for candidate in every if candidate.id not in astray]
         name = _round(placed, kind)
-        study.evaluations[kind] = len(tried) * bench.asked
+        study.evaluations[kind] = len(tried) * bench.evaluations
         if not tried:
             continue
         study.rounds[name] = [candidate.id for candidate in tried]

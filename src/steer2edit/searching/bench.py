@@ -102,13 +102,20 @@ class Bench:
 
     @property
     def asked(self) -> int:
-        """How many answers each candidate gives: what budgets count."""
+        """How many answers each candidate gives."""
         return len(self.open) * self.plan.samples
 
     @property
+    def evaluations(self) -> int:
+        """What budgets count for each candidate: the answers that it gives, and the given ones that it weighs."""
+        return self.asked + sum(len(item.choices) for item in self.closed)
+
+    @property
     def steps(self) -> int:
-        """What progress counts for each candidate: answers, and answers and choices whose losses are measured."""
-        return self.asked + len(self.own) + sum(len(item.choices) for item in self.closed)
+        """What progress counts for each candidate: its evaluations, and the original model's answers whose losses are
+        measured.
+        """
+        return self.evaluations + len(self.own)
 
     def sane(
         self, tried: Sequence[Candidate], prompts: Sequence[str], name: str, progress: Progress | None = None

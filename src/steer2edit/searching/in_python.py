@@ -168,7 +168,8 @@ def search(
             fix = nearest(unknown[0], names, "Measures of this behaviour")
             raise RecipeError("a limit is of no measure", got=unknown[0], fix=fix)
         measured = parse(Evaluation, {**behaviour.evaluation, **(evaluation or {})}, under="evaluation")
-        mark = _mark(live, behaviour, engine.chat)
+        # Not the score: what is answered is judged again, and a function is another object in each process.
+        mark = _mark(live, behaviour.model_dump(exclude={"score"}), engine.chat)
         writer = Journalled(engine, place / f"own-{mark}.jsonl")
         traces = behaviour.make_traces(writer, behaviour.items(source, "probe"), None)
         preserve = behaviour.preserved if plan.needs_evidence else ()
@@ -349,6 +350,21 @@ def _behaviour_of(
     return behaviour, Source(None if prompts is None else str(prompts), wanted, seed)
 
 
+def _asked(trace: Trace) -> Prompt:
+    """A trace's prompt, with its system prompt as the first message.
+
+    Raises:
+        RecipeError: its answer begins after a thinking, which a pair of responses does not tell apart.
+    """
+    if trace.answer_start:
+        raise RecipeError(
+            "a search does not tell thinking and answer of a trace apart",
+            got=f"an answer that begins at character {trace.answer_start}",
+            fix="Give the answers alone, or use collect and score with part=.",
+        )
+    return trace.prompt if trace.system is None else [dict(message) for message in trace.messages()]
+
+
 def _side(name: str, given: Given, folder: Path) -> dict[str, str]:
     """A recipe's section of one side."""
     if isinstance(given, Path) or (isinstance(given, str) and (given.endswith(".jsonl") or given.startswith(BUILTIN))):
@@ -358,7 +374,7 @@ def _side(name: str, given: Given, folder: Path) -> dict[str, str]:
     path = folder / f"{name}.jsonl"
     rows = []
     for one in given:
-        prompt, response = (one.prompt, one.response) if isinstance(one, Trace) else one
+        prompt, response = (_asked(one), one.response) if isinstance(one, Trace) else one
         rows.append({"prompt": prompt, "response": response})
     if not rows:
         raise RecipeError(f"the side {name} has no response", got="an empty list", fix="Give responses.")

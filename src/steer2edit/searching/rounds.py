@@ -73,8 +73,7 @@ def run_study(
 
 def with_numbered_layers(search: Search, scores: Scores) -> Search:
     """The search with the layers of this model in place of shares of a depth."""
-    depth = 1 + max(s.site.layer for s in scores.sites.values())
-    layers = [None if text is None else numbered_layers(text, depth) for text in search.layers]
+    layers = [None if text is None else numbered_layers(text, scores.depth) for text in search.layers]
     return search.model_copy(update={"layers": list(dict.fromkeys(layers))})
 
 
@@ -224,7 +223,7 @@ class _Rounds:
         for trial in self.bench.run(tried, name, steps) if tried else []:
             kind = trial.candidate.kind
             if kind != "base":
-                self.study.evaluations[kind] = self.study.evaluations.get(kind, 0) + self.bench.asked
+                self.study.evaluations[kind] = self.study.evaluations.get(kind, 0) + self.bench.evaluations
             if kind != "base" and self.bench.own and trial.mean(UTILITY_LOSS.name) is None:
                 self.study.discarded.append(Discarded(trial.candidate, "its losses are not finite"))
             else:
@@ -234,7 +233,7 @@ class _Rounds:
 
     def _equal_budget(self, strengths: Range) -> list[Candidate]:
         """As many steering strengths as make their evaluations the edits', sanity checks included."""
-        count = max(2, math.ceil(self.study.evaluations["edit"] / max(1, self.bench.asked)))
+        count = max(2, math.ceil(self.study.evaluations["edit"] / max(1, self.bench.evaluations)))
         return [steered(short(x, 6)) for x in np.linspace(strengths.low, strengths.high, count)]
 
     def _part(self, steps: int) -> Progress | None:

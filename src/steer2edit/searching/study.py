@@ -39,7 +39,7 @@ class Study:
         trials: one for each candidate, the base model's first.
         discarded: the candidates that were thrown out, and why.
         refined: what the second grid was laid around, if there was one.
-        evaluations: kind → configurations × prompts.
+        evaluations: kind → configurations × (answers given + given answers weighed).
         rounds: each round's candidates, by their ids, in the order in which the bench had them.
         scale: what a calibration found, if there was one.
     """

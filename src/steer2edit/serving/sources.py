@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..edits import Combination, Edit, Scores, load_any
-from ..engines.plan import Model
+from ..engines.plan import Model, refuse_remote_code
 from ..errors import EditError, FileError, ModelError, RecipeError
 from ..files.gallery import GALLERY, folder_of
 from ..files.reading import read_json
@@ -136,20 +136,29 @@ def open_sources(texts: Sequence[str]) -> list[Source]:
     return sources
 
 
-def section_of(model: str | None, sources: Sequence[Source], dtype: str = "auto", device: str = "auto") -> Model:
+def section_of(
+    model: str | None,
+    sources: Sequence[Source],
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Model:
     """How the model is loaded: as a run's recipe says, under another name if one is given.
 
     Args:
         model: a Hub id, folder, `.gguf` file or `embedded:…`; None is the model of the first source.
+        trust_remote_code: the model's own code may run. A run's recipe, which may be a stranger's, cannot allow it.
 
     Raises:
-        ModelError: no model is named.
+        ModelError: no model is named, or its code would have to run.
     """
     of_runs = [source.model for source in sources if source.model is not None]
     changes = {name: value for name, value in (("dtype", dtype), ("device", device)) if value != "auto"}
     if of_runs and (model is None or of_runs[0].name == model):
-        return parse(Model, of_runs[0].model_dump(mode="json") | changes)
+        section = parse(Model, of_runs[0].model_dump(mode="json") | changes)
+        refuse_remote_code(section, trust_remote_code)
+        return section
     name = model or next((source.base for source in sources if source.base), None)
     if name is None:
         raise ModelError("no model is named", got="an edit file that names none", fix=f"Give --model, like {EMBEDDED}.")
-    return parse(Model, {"name": name} | changes)
+    return parse(Model, {"name": name, "trust_remote_code": trust_remote_code} | changes)

@@ -103,16 +103,25 @@ class TerminalChat:
         if not (question or asked):
             self.say("There is no question yet: write it behind /compare.")
             return
+        before = self.history
         if not question:
-            question, self.history = asked[-1], self.history[:-2]
-        messages = self.messages(question)
-        systems = self.conversation.systems
+            question, self.history = asked[-1], before[:-2]
         turn = None
-        turns = self.conversation.ask(dict.fromkeys(systems, messages), self.settings)
-        with contextlib.closing(turns), self._live() as show:
-            for turn in turns:
-                show(self._table({**turn.texts, **turn.failures}))
-        if turn is not None:
+        try:
+            turns = self.conversation.ask(
+                dict.fromkeys(self.conversation.systems, self.messages(question)), self.settings
+            )
+            with contextlib.closing(turns), self._live() as show:
+                for turn in turns:
+                    show(self._table({**turn.texts, **turn.failures}))
+        except KeyboardInterrupt:
+            self.say("(stopped)")
+        except Steer2EditError:
+            self.history = before
+            raise
+        if turn is None or EDIT in turn.failures:
+            self.history = before
+        else:
             said = {"role": "assistant", "content": turn.texts[EDIT]}
             self.history += [{"role": "user", "content": question}, said]
 

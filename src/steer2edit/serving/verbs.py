@@ -11,6 +11,7 @@ from ..progress import be_quiet
 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +40,7 @@ def serve(
     ] = 1024,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only errors.")] = False,
 ) -> None:
     """Serve a model and its edits to OpenAI's clients: every edit is a model name, and NAME@0.5 a strength."""
@@ -51,7 +53,7 @@ def serve(
     key = key_of(api_key, host)
     is_run = (Path(model) / "edit.safetensors").is_file()
     sources = open_sources([*([model] if is_run else []), *(edits or [])])
-    section = section_of(None if is_run else model, sources, dtype, device)
+    section = section_of(None if is_run else model, sources, dtype, device, trust_remote_code)
     with (
         listening(host, port) as bound,
         opened(section, sources, rows=rows, waiting=waiting, context=context, tokens=max_tokens) as (worker, catalogue),
@@ -76,6 +78,7 @@ def chat(
     port: Annotated[int, typer.Option(help="With --web; 0 takes a free one.", min=0, max=65535)] = 7860,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No messages about the work.")] = False,
 ) -> None:
     """Talk to a model with an edit: in the terminal, or in a browser beside the original and the steered model."""
@@ -90,7 +93,7 @@ def chat(
     if web:
         require("gradio", "chat")
     opened_sources = open_sources(sources)
-    section = section_of(model, opened_sources, dtype, device)
+    section = section_of(model, opened_sources, dtype, device, trust_remote_code)
     with opened(section, opened_sources, rows=32) as (worker, _):
         conversation = Conversation(worker, opened_sources)
         if web:

@@ -125,6 +125,12 @@ def find(name: str, held: Held, settings: Settings) -> Found | None:
     if scales is None:
         return None
     shape, grid = held[name][1].shape[-2:], held[scales][1].shape
+    if len(held[name][1].shape) == 3 and len(grid) in (1, 2):
+        raise FileError(
+            f"the scales of {name} are in a layout that is not known",
+            got=list(grid),
+            fix="Serve the edit as an adapter.",
+        )
     # Experts in one tensor have a grid of scales each.
     grid = grid[1:] if len(held[name][1].shape) == 3 else grid
     return Fp8(*_block(name, shape, grid, settings), kind), {"codes": name, "scales": scales}
