@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -71,10 +72,16 @@ def environment_of(tool: Tool) -> dict[str, str]:
 
 
 def last_words(text: str) -> str:
-    """The last line of what a process said, or pip's last error, as a cell of a table."""
+    """The last error of what a process said, or pip's last one, as a cell of a table."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines or ["it said nothing"])[-1].replace("|", "/")[:200]
+    if of_pip := [line for line in lines if line.startswith("ERROR: ")]:
+        return _cell(of_pip[-1])
+    raised = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return _cell(" ".join(lines[raised[-1] if raised else -1 :]) or "it said nothing")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")[:200]
 
 
 def measure(tool: Tool, python: str, task: str, folder: Path, out: Path) -> dict[str, Any]:

@@ -122,6 +122,22 @@ def test_a_tool_that_fails_has_a_row_that_says_so(peers: Any, stand_in: Any, tmp
     assert called(tmp_path).count("broken") == 2
 
 
+@pytest.mark.parametrize(
+    ("said", "cell"),
+    [
+        (
+            "Traceback\n  File x\nImportError: \n it needs a | b\nthat is missing\n",
+            "ImportError: it needs a / b that is missing",
+        ),
+        ("ERROR: no such version\nnote: a hint\n", "ERROR: no such version"),
+        ("boom\n", "boom"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_last_error_stands_in_the_table(peers: Any, said: str, cell: str) -> None:
+    assert peers.last_words(said) == cell
+
+
 def test_an_environment_that_cannot_be_made_has_a_row_that_says_so(
     peers: Any, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

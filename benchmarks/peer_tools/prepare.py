@@ -91,6 +91,8 @@ def for_older_readers(folder: Path) -> None:
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config["model_input_names"] = ["input_ids", "attention_mask"]  # there its default has token types, too
+    if isinstance(config.get("extra_special_tokens"), list):  # which are a mapping there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(path, config)
 
 
