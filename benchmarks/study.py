@@ -63,9 +63,8 @@ def main() -> None:
     prompts = Safety().items(Source(BUILTIN, {"validation": KINDS}), "validation")
     engine = TransformersEngine(model, tokenizer, rows=ROWS)
     tried = [edited(*configuration) for configuration in GRID]
-    ids = [engine.tokens(p.messages(None)) for p in prompts]
-
     harmful = [p for p in prompts if p.kind == "harmful"] * 2  # without benign ones no losses are measured
+    ids = [engine.tokens(p.messages(None)) for p in harmful]
 
     def study(asked: Sequence[Item] = harmful) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +80,7 @@ def main() -> None:
     ours, plain = [seconds(study)], [seconds(base), seconds(base)]
     ours.append(seconds(study))
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-    label = f"{len(tried)} configurations × {len(prompts)} prompts / plain base model"
+    label = f"{len(tried)} configurations × {len(harmful)} prompts / plain base model"
     report(label, statistics.mean(ratios), ("<=", 1.35), f"rounds {', '.join(f'{r:.3f}' for r in ratios)}")
     with tempfile.TemporaryDirectory() as folder:
         seen.save(f"{folder}/probe.safetensors")

@@ -67,8 +67,9 @@ def row(pair: Pair) -> str:
     ours, theirs = (statistics.median(side["seconds"] for side in sides) for sides in (pair.ours, pair.theirs))
     memory = [max(side["memory"] for side in sides) / 1e6 for sides in (pair.ours, pair.theirs)]
     times = f"{ours:.1f} | {theirs:.1f} | {pair.ratio('seconds'):.2f}"
+    failure = f"; then {pair.failed}" if pair.failed else ""
     numbers = f"{len(pair.theirs)} | {times} | {memory[0]:.0f} | {memory[1]:.0f}"
-    return f"| {pair.task}{remark} | {pair.tool} | {numbers} | {said(pair.agreement)} |"
+    return f"| {pair.task}{remark} | {pair.tool} | {numbers} | {said(pair.agreement)}{failure} |"
 
 
 def said(agreement: Mapping[str, Any]) -> str:
@@ -86,6 +87,8 @@ def said(agreement: Mapping[str, Any]) -> str:
 
 def verdicts(pairs: Sequence[Pair]) -> list[str]:
     """Where a tool is faster or holds less memory."""
+    if not any(pair.theirs for pair in pairs):
+        return ["Nothing is measured yet."]
     found = []
     for pair in pairs:
         if not pair.theirs:
@@ -93,7 +96,9 @@ def verdicts(pairs: Sequence[Pair]) -> list[str]:
         for what, words in (("seconds", "takes less time"), ("memory", "holds less memory")):
             if pair.ratio(what) < 1:
                 found.append(f"- {pair.tool} {words} at {pair.task}: {pair.ratio(what):.2f} of ours.")
-    return ["Where the tool wins:", "", *found] if found else ["No tool takes less time or memory in any row."]
+    if not found:
+        return ["No tool takes less time or memory in any row that was measured."]
+    return ["Where the tool wins:", "", *found]
 
 
 def starts(pairs: Sequence[Pair]) -> list[str]:

@@ -17,7 +17,7 @@ from steer2edit.behaviours.base import SPLITS, Item, Split
 from steer2edit.behaviours.contrast import read_prompts
 from steer2edit.behaviours.custom import _OPEN, _PAIRS, EVERYDAY, PAIR, PROMPT, Custom
 from steer2edit.behaviours.prompts import normalised
-from steer2edit.errors import FileError, RecipeError, Steer2EditError, TraceError
+from steer2edit.errors import FileError, RecipeError, TraceError
 from steer2edit.files.schema import parse
 from steer2edit.recipe import parse_recipe
 
@@ -145,18 +145,12 @@ def test_prompts_of_their_own_are_answered_and_the_files_pairs_compared(tmp_path
 
 
 @pytest.mark.parametrize("score", ["preference", {"phrases": ["loud"]}])
-def test_prompts_of_their_own_that_the_files_answer_too_are_no_leak(tmp_path: Path, score: Any) -> None:
-    """What gave the traces must not be asked on test: it is left out, or refused."""
+def test_prompts_of_their_own_that_the_files_answer_too_are_refused(tmp_path: Path, score: Any) -> None:
+    """What gave the traces must not be asked on test."""
     behaviour = of_files(*_files(tmp_path, 40), score=score)
-    reversed_prompts = [{"prompt": f"Prompt {i}"} for i in reversed(range(40))]
-    path = write_rows(tmp_path / "own.jsonl", reversed_prompts)
-    try:
-        items = _by_split(behaviour, source(path))
-    except RecipeError as error:
-        three_parts(error)
-        return
-    probe = set(_texts(items["probe"]))
-    assert not probe & {*_texts(items["validation"]), *_texts(items["test"])}
+    path = write_rows(tmp_path / "own.jsonl", [{"prompt": f"Prompt {i}"} for i in reversed(range(40))])
+    with pytest.raises(RecipeError, match="files of responses in validation"):
+        behaviour.items(source(path), "probe")
 
 
 def test_test_prompts_of_another_file_are_those_of_the_test_split(tmp_path: Path) -> None:
@@ -203,18 +197,12 @@ def test_files_that_share_no_prompt_give_traces_where_a_score_measures(tmp_path:
     assert {text.split()[0] for split in SPLITS[1:] for text in _texts(items[split])} == {"Own"}
 
 
-def test_files_that_share_no_prompt_and_no_prompts_of_their_own(tmp_path: Path) -> None:
-    """There is nothing to ask: other prompts are taken, or one sentence says that they are missing."""
+def test_files_that_share_no_prompt_and_no_prompts_of_their_own_leave_nothing_to_ask(tmp_path: Path) -> None:
     more, _ = _files(tmp_path, 20)
     less = write_rows(tmp_path / "other.jsonl", [{"prompt": f"Else {i}", "response": "soft"} for i in range(20)])
     behaviour = of_files(more, less, score={"phrases": ["loud"]})
-    try:
-        items = behaviour.items(source(), "validation")
-    except Steer2EditError as error:
-        three_parts(error)
-        return
-    assert items
-    assert not {item.text for item in items} & {item.text for item in behaviour.items(source(), "probe")}
+    with pytest.raises(RecipeError, match="there are no unseen prompts to measure on"):
+        behaviour.items(source(), "validation")
 
 
 def test_too_few_prompts_are_said_with_what_was_asked(tmp_path: Path) -> None:
@@ -315,3 +303,12 @@ def test_with_prompts_of_their_own_the_counts_are_of_those_and_the_files_are_div
     assert len(pairs) == (14 if score == "preference" else 0)
     seen = {item.text for item in items["probe"]}
     assert not seen & {item.text for split in ("validation", "test") for item in items[split]}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_prompt_with_a_response_among_the_traces_is_not_measured_on(tmp_path: Path, split: str) -> None:
+    behaviour = of_files(*_files(tmp_path, 40), score={"phrases": ["loud"]})
+    rows = [{"prompt": f"Own {i}", "split": SPLITS[i % 3]} for i in range(30)]
+    path = write_rows(tmp_path / "own.jsonl", [*rows, {"prompt": "Prompt 3", "split": split}])
+    with pytest.raises(RecipeError, match=rf"files of responses in {split} \(got: 1, such as 'prompt 3'\)"):
+        behaviour.items(source(path), "probe")

@@ -14,7 +14,9 @@ import yaml
 from runs import FakeEngine, command, is_one_sentence, said_by, save_pico
 from sides import ChatServer, small_recipe, three_parts, write_rows
 from steer2edit.behaviours.base import SPLITS, Item, Outcome
+from steer2edit.behaviours.judges import Endpoint
 from steer2edit.behaviours.truthfulness import CHOICE, OPEN, multiple_choice
+from steer2edit.engines.base import Answer
 from steer2edit.errors import FileError, RecipeError, Steer2EditError, TraceError
 from steer2edit.searching.bench import Bench
 from steer2edit.searching.candidates import BASE
@@ -438,3 +440,26 @@ def test_a_run_measures_all_test_questions_with_and_without_free_answers(
         assert counts == dict.fromkeys(counts, 5)
         assert 0 <= results["systems"][system]["mc2"]["mean"] <= 1
     assert results["systems"]["base"]["degenerate"]["n"] == opened
+
+
+def test_the_judge_reads_own_answers_without_their_thinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "<think>Is it false?</think>It is so."
+    start, judged = text.index("It is so"), []
+
+    class Thinker(FakeEngine):
+        def generate(self, requests: Any, *rest: Any) -> Any:
+            return [Answer(tuple(map(ord, text)), text, True, start, start) for _ in requests]
+
+    def verdicts(judge: Endpoint, pairs: Any, progress: Any = None) -> list[float]:
+        judged.extend(said for _, said in pairs)
+        return [0.5, 0.49]
+
+    monkeypatch.setattr(Endpoint, "judged", verdicts)
+    judge = {"endpoint": "http://localhost:1/v1", "model": "j", "question": "True?"}
+    behaviour = truthfulness(answers="own", judge=judge)
+    traces = behaviour.make_traces(Thinker(), behaviour.items(_source(_file(tmp_path), probe=2), "probe"))
+    assert judged == ["It is so."] * 2
+    assert [(t.response, t.answer_start, t.label) for t in traces] == [
+        (text, start, "positive"),  # one half counts as true
+        (text, start, "negative"),
+    ]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer2edit.engines.base import Engine, Losses
+from steer2edit.engines.base import Engine, Losses, Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
-from steer2edit.method.intervention import Intervention, Term, steering
+from steer2edit.method.intervention import NOTHING, Intervention, Term, steering
 
 
 @pytest.mark.parametrize("interventions", [0, 1, 2, 3, 4, 7])
@@ -183,3 +183,14 @@ def test_an_engine_says_whether_it_measures_prompts() -> None:
     assert (engine.measures_prompts, engine.rows_on_stream) == (False, True)
     with pytest.raises(NotImplementedError, match="Plain does not measure losses under other prompts"):
         engine.prompt_losses([], [])
+
+
+def test_an_answer_is_greedy_under_the_intervention_that_gave_it_alone(pico: Any, tokenizer: Any, prompts: Any) -> None:
+    engine, table = TransformersEngine(pico(), tokenizer), a_table()
+    engine.stops = set()
+    rows = range(1 + len(table))
+    answers = [a.ids for a in engine.generate([Request(prompts[4], row) for row in rows], [NOTHING, *table], 6)]
+    assert len(set(answers)) == len(answers)
+    losses = engine.losses([(prompts[4], answer) for answer in answers], table)
+    greedy = torch.cat([losses.base_greedy[:, None], losses.greedy], dim=1)  # [answers, interventions]
+    assert torch.equal(greedy, torch.eye(len(answers), dtype=torch.bool))

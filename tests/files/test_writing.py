@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,3 +109,34 @@ def test_only_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".b.abcd1234.tmp").mkdir()
     clear_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_a_file_is_synced_before_it_takes_the_place_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    fsync, rename = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.fstat(fd).st_ino)), fsync(fd))[1])
+    monkeypatch.setattr(Path, "replace", lambda a, b: (done.append(("rename", a.stat().st_ino)), rename(a, b))[1])
+    write_text(tmp_path / "a.txt", "a")
+    file = (tmp_path / "a.txt").stat().st_ino
+    assert done == [("sync", file), ("rename", file), ("sync", tmp_path.stat().st_ino)]
+    done.clear()
+    with replacing_folder(tmp_path / "b", ours="note") as temporary:
+        (temporary / "note").write_text("b", encoding="utf-8")
+    note, folder = ((tmp_path / place).stat().st_ino for place in ("b/note", "b"))
+    assert done == [("sync", note), ("rename", folder), ("sync", tmp_path.stat().st_ino)]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path: Path, mask: int) -> None:
+    old = os.umask(mask)
+    try:
+        write_text(tmp_path / "a.txt", "a")
+        with replacing_folder(tmp_path / "b", ours="note") as temporary, replacing(temporary / "note") as note:
+            note.write_text("b", encoding="utf-8")
+            (temporary / "plain").touch(0o600)
+    finally:
+        os.umask(old)
+    for place in ("a.txt", "b/note", "b/plain"):
+        assert stat.S_IMODE((tmp_path / place).stat().st_mode) == 0o666 & ~mask, place

@@ -26,7 +26,7 @@ from steer2edit.models.embedded import EMBEDDED
 from steer2edit.pipeline import exports, stages
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
-from steer2edit.recipe import Recipe, load_recipe, shipped_recipes
+from steer2edit.recipe import Recipe, load_recipe, overridden, shipped_recipes
 from task_sets import local_rows, write
 
 EDITS = ("edit-0.1-off-0.2", "edit-0.3-off-0.2")
@@ -313,10 +313,13 @@ def test_a_changed_recipe_counts_although_the_search_is_the_same(
         data__test={"harmful": 1, "benign": 2, "borderline": 1},
         exports=["checkpoint"],
     )
+    trained = overridden(load_recipe(folder), ["training.lora={}"])
+    (folder / "recipe.yaml").write_text(trained.to_yaml(), encoding="utf-8")
     taken = place_of(changed, folder, (), None)[1]
     assert (taken.search.rule, taken.search.limits) == ("knee", {"over_refusal": 0.9})
     assert taken.data.test == changed.data.test
     assert taken.exports == ["checkpoint", *load_recipe(folder).exports]
+    assert list(taken.training.methods) == ["lora"]
 
 
 # Ctrl-C and the end of the input --------------------------------------------------------------------------------------

@@ -236,3 +236,10 @@ def test_variants_of_a_model_edit_it_each_in_its_own_way(pico: Any, tokenizer: A
             edit.revert(model)
             torch.testing.assert_close(hooked, baked, atol=1e-3, rtol=1e-3, msg=name)
             assert not torch.allclose(hooked, plain)
+
+
+@pytest.mark.parametrize("variant", ["l0", "l2"])
+def test_a_variant_of_another_penalty_has_no_budget_to_change(variant: str) -> None:
+    edit = edit_of_variant(variant, TABLE, 0.4, 0.4, 0.3)
+    with pytest.raises(EditError, match=rf"no \(ρ, α\) to change \(got: the variant {variant}\)"):
+        edit.with_budget(rho_attn=0.2, rho_mlp=None, alpha=0.0)

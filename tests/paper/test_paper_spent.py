@@ -88,6 +88,8 @@ def test_parts_of_another_suite_in_the_same_folder_do_not_count(tmp_path: Path) 
     found = [Forecast(cost, dict.fromkeys(cost.parts, 1.0))]
     taken = {name: {"search": 5.0, "ablations": 90.0}, "all runs": {"tables and figures": 2.0}}
     assert spent_of(found, taken).taken == {name: {"search": 5.0}, "all runs": {"tables and figures": 2.0}}
+    taken["another-model-safety"] = {"search": 800.0}
+    assert spent_of(found, taken).taken == {name: {"search": 5.0}, "all runs": {"tables and figures": 2.0}}
 
 
 # A page for the documentation -----------------------------------------------------------------------------------------
@@ -118,6 +120,12 @@ def test_a_page_has_one_title_the_command_and_its_figures_beside_it(suite: Path,
     before = {path: path.read_bytes() for path in docs.rglob("*") if path.is_file()}
     write_pages(suite, docs, "all-cpu", ["steer2edit", "paper", "all", "--data", "/somewhere/sets"])
     assert {path: path.read_bytes() for path in docs.rglob("*") if path.is_file()} == before
+
+
+def test_a_page_names_no_folder_of_the_sets(suite: Path, tmp_path: Path) -> None:
+    (suite / "paper.md").write_text("# The suite\n\n- no file in /data/sets\n", encoding="utf-8")
+    (page,) = write_pages(suite, tmp_path / "docs", "of-sets", [], {Path("/data/sets"): "DATA"})
+    assert page.read_text(encoding="utf-8").endswith("- no file in DATA\n")
 
 
 def test_a_suite_without_a_page_or_a_figure_is_one_sentence(suite: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runs import tiny_recipe
@@ -17,9 +18,20 @@ from steer2edit.paper.figures import figure_of
 from steer2edit.paper.overall import averages_csv, averages_markdown, averages_of
 from steer2edit.paper.plan import Planned
 from steer2edit.paper.rows import Front, PartResult, Tried
-from steer2edit.paper.tables import ATTRIBUTE, PER_TOKENS, PRODUCT, Line, Of, Table, table_of
+from steer2edit.paper.tables import (
+    ATTRIBUTE,
+    PER_TOKENS,
+    PRODUCT,
+    Line,
+    Of,
+    Table,
+    shown_draws,
+    table_of,
+    utility_draws,
+)
 from steer2edit.paper.writing import FIELDS, csv_of, markdown_of
 from steer2edit.recipe import parse_recipe
+from steer2edit.searching.statistics import wilson
 
 ITEMS = 40
 CONFIG = {"rho_attn": 0.2, "rho_mlp": None, "alpha": 0.4}
@@ -154,8 +166,7 @@ def test_the_paper_stands_beside_the_rows_that_it_has() -> None:
     of = table(rows, paper="llama-2-7b-chat", base=attacks, task_first=first, task_about=about)
     known = line(of, "full", "same numbers")
     assert known.published == {
-        "gcg_refusal": 0.951, "advllm_refusal": 0.812, "gsm8k": 0.1893, "attribute": 0.8815, "utility": 0.28,
-        "product": 0.2468,
+        "gcg_refusal": 0.951, "advllm_refusal": 0.812, "gsm8k": 0.1893, "attribute": 0.8815,
     }  # fmt: skip
     assert line(of, "full", "equal budget").published == {}
     assert line(of, "attention alone", "equal budget").published == {}
@@ -169,6 +180,26 @@ def test_the_paper_stands_beside_the_rows_that_it_has() -> None:
     assert published["edit", "same numbers", "gcg_refusal"] == "0.951"
     assert published["edit", "same numbers", "piqa"] == published["edit", "same numbers", "refusal"] == ""
     assert "(paper 0.951)" in markdown_of(of)
+
+
+def test_a_mean_over_the_papers_sets_stands_beside_the_papers_mean() -> None:
+    asked = {"gcg_refusal": 10, "advllm_refusal": 6, "commonsenseqa": 8, "codemmlu": 4, "gsm8k": 5}
+    first = {f"attack {name}" if "refusal" in name else name: name for name in asked}
+    rows = [tried("full", "same numbers", 30, **asked)]
+    of = table(rows, paper="llama-2-7b-chat", base=asked, task_first=first, task_about={name: {} for name in first})
+    published = line(of, "full", "same numbers").published
+    assert {name: published[name] for name in ("attribute", "utility", "product")} == {
+        "attribute": 0.8815, "utility": 0.28, "product": 0.2468,
+    }  # fmt: skip
+
+
+def test_a_mean_over_fewer_sets_stands_beside_no_published_mean() -> None:
+    rows = [tried("full", "same numbers", 30, gcg_refusal=10, gsm8k=5)]
+    first = {"attack gcg": "gcg_refusal", "gsm8k": "gsm8k"}
+    about = {name: {} for name in first}
+    asked = {"gcg_refusal": 10, "gsm8k": 5}
+    of = table(rows, paper="llama-2-7b-chat", base=asked, task_first=first, task_about=about)
+    assert line(of, "full", "same numbers").published == {"gcg_refusal": 0.951, "gsm8k": 0.1893}
 
 
 def test_another_model_has_nothing_published() -> None:
@@ -257,10 +288,14 @@ def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def of_behaviour(behaviour: str, paper: str | None, lengths: dict[str, float] | None = None) -> Of:
-    """Ablations of one model: 20 + 2·i of 40 items under the i-th variant, or lengths in tokens."""
-    rows = [tried("original", "original", 4, 0.0, {})]
+    """Ablations of one model on the paper's sets: 20 + 2·i of 40 items under the i-th variant, which are as many under
+    either attack, or lengths in tokens; half of each utility set."""
+    attacks = ("gcg_refusal", "advllm_refusal") if behaviour == "safety" else ()
+    utility = ("commonsenseqa", "codemmlu", "gsm8k") if lengths is None else ("math500", "gpqa", "codemmlu", "gsm8k")
+    rows = [tried("original", "original", 4, 0.0, {}, **dict.fromkeys((*attacks, *utility), 10))]
     for i, variant in enumerate(PAPERS):
-        row = tried(variant, "same numbers", 20 + 2 * i, gsm8k=10)
+        asked = dict.fromkeys(attacks, 10 + i) | dict.fromkeys(utility, 10)
+        row = tried(variant, "same numbers", 20 + 2 * i, **asked)
         if lengths is not None:
             row = replace(row, values={"tokens": (lengths[variant],) * ITEMS})
         rows.append(row)
@@ -268,7 +303,8 @@ def of_behaviour(behaviour: str, paper: str | None, lengths: dict[str, float] | 
     if lengths is not None:
         raw = {"name": "r", "model": {"name": "m"}, "behaviour": {"name": "brevity"}, "evaluation": {"resamples": 50}}
         of = replace(of, recipe=parse_recipe(raw))
-    result = PartResult("ablations", "k", tuple(rows), task_first={"gsm8k": "gsm8k"})
+    first = {f"attack {name}": name for name in attacks} | {name: name for name in utility}
+    result = PartResult("ablations", "k", tuple(rows), task_first=first)
     return Of((replace(of, behaviour=behaviour),), (result,))
 
 
@@ -298,7 +334,85 @@ def test_the_overall_table_averages_models_and_then_behaviours() -> None:
     assert all(row["published"] for row in rows)
 
 
+def test_averages_over_other_sets_have_nothing_published() -> None:
+    of = of_behaviour("safety", "llama-2-7b-chat")
+    fewer = replace(of.results[0], task_first={"gsm8k": "gsm8k"})
+    assert all(average.published == {} for average in averages_of([Of(of.planned, (fewer,))]))
+
+
 def test_another_models_averages_have_nothing_published() -> None:
     (first, *_) = averages_of([of_behaviour("safety", None)])
     assert first.published == {}
     assert first.numbers["safety"].mean == 0.5
+
+
+BREVITY = {"name": "r", "model": {"name": "m"}, "behaviour": {"name": "brevity"}, "evaluation": {"resamples": 50}}
+
+
+def lengths_table(part: str, *rows: Tried, **more: Any) -> Table:
+    of = replace(planned(), recipe=parse_recipe(BREVITY))
+    return table_of(part, Of((of,), (PartResult(part, "k", rows, **more),)))
+
+
+def of_length(method: str, how: Any, tokens: float, kl: float = 0.1) -> Tried:
+    values = {"tokens": (tokens,) * 20, "utility_loss": (kl, kl)}
+    return replace(tried(method, how, 0), id=f"{method}-{tokens:g}", values=values)
+
+
+def test_the_headline_of_a_length_is_the_relative_change() -> None:
+    of = lengths_table(
+        "trade_off",
+        of_length("original", "original", 120.0, 0.0),
+        of_length("full", "chosen", 60.0, 0.1),
+        of_length("steering", "swept", 80.0, 0.2),
+        fronts=(Front("steering", 1, 6, None, ids=("steering-80",)),),
+    )
+    # Between the original model, 120 tokens at no cost, and steering, 80 at 0.2, the line is at 100.
+    assert of.headline["utility_loss"].mean == pytest.approx(60 / 100 - 1)
+    assert "relative change: -0.40 [" in markdown_of(of)
+
+
+def test_of_lengths_alone_the_shortest_ranks_first() -> None:
+    of = lengths_table(
+        "ablations",
+        of_length("original", "original", 300.0, 0.0),
+        of_length("full", "equal budget", 90.0),
+        of_length("k_mean", "equal budget", 50.0),
+    )
+    assert {one.method: one.rank for one in of.lines} == {"original": None, "full": 2, "k_mean": 1}
+
+
+def test_what_is_shown_under_an_attack_is_a_signal_too() -> None:
+    first = {"attack gcg": "gcg_refusal"}
+    rows = [tried("full", "equal budget", 4, gcg_refusal=18)]
+    of = table(rows, base={"gcg_refusal": 0}, task_first=first, task_about={"attack gcg": {}})
+    assert of.moves
+    assert line(of, "full", "equal budget").rank == 1
+
+
+def test_attribute_and_utility_are_resampled_apart() -> None:
+    """They are of other prompts: with the same draws their product would vary as the square of one of them."""
+    row = replace(tried("full", "chosen", 20), tasks={"gsm8k": shares(20)})
+    of = Of((planned(),), (PartResult("ablations", "k", (row,), task_first={"gsm8k": "gsm8k"}),))
+    shown, utility = shown_draws(of, [row]), utility_draws(of, [row])
+    assert shown is not None
+    assert utility is not None
+    assert abs(np.corrcoef(shown.drawn, utility.drawn)[0, 1]) < 0.3
+
+
+def test_an_interval_counts_every_sample_of_a_prompt() -> None:
+    recipe = tiny_recipe(evaluation__resamples=50, evaluation__samples=10, evaluation__temperature=0.7)
+    row = replace(tried("full", "chosen", 0), values={"refusal": (0.5,) * ITEMS}, tasks={"gsm8k": (0.5,) * ITEMS})
+    base = replace(row, method="original", how="original")
+    result = PartResult("ablations", "k", (base, row), task_first={"gsm8k": "gsm8k"})
+    of = table_of("ablations", Of((replace(planned(), recipe=recipe),), (result,)))
+    for name in ("refusal", "gsm8k"):
+        number = line(of, "full", "chosen").numbers[name]
+        assert (number.low, number.high) == pytest.approx(wilson(0.5, 10 * ITEMS))
+
+
+def test_a_variant_that_is_shorter_than_the_full_method_scores_one() -> None:
+    lengths = dict.fromkeys(PAPERS, 100.0) | {"k_mean": 50.0}
+    averages = {average.variant: average for average in averages_of([of_behaviour("efficiency", None, lengths)])}
+    score = averages["k_mean"].numbers["efficiency"]
+    assert (score.mean, score.low, score.high) == (1.0, 1.0, 1.0)

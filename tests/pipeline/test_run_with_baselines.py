@@ -15,6 +15,7 @@ from steer2edit.behaviours import safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.files.reading import read_json, read_jsonl
+from steer2edit.files.writing import write_jsonl
 from steer2edit.models.load import load_model
 from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.run import Run
@@ -145,6 +146,19 @@ def test_a_run_with_baselines_is_judged_again_without_a_model(copy: Path, monkey
     judged = judge(copy)
     assert {system["refusal"]["mean"] for system in judged["after"]["systems"].values()} == {1.0}
     assert set(judged["changed"]) == {row["id"] for row in read_jsonl(copy / "search/trials.jsonl")}
+
+
+def test_what_the_search_threw_out_is_not_chosen_by_a_new_judgement(copy: Path) -> None:
+    """The best edit has losses that are not finite: it is among the discarded, and in the journal's round."""
+    trials = read_jsonl(copy / "search/trials.jsonl")
+    chosen = read_json(copy / "choice.json")["edit"]["id"]
+    out = next(row for row in trials if row["id"] == chosen)
+    write_jsonl(copy / "search/trials.jsonl", [row for row in trials if row is not out])
+    thrown = {"id": out["id"], "kind": "edit", "config": out["config"], "why": "its losses are not finite"}
+    write_jsonl(copy / "search/discarded.jsonl", [thrown])
+    judged = judge(copy)
+    assert chosen not in judged["changed"]
+    assert judged["choice"]["new"] not in (None, chosen)
 
 
 def test_a_method_of_which_nothing_stays_within_the_limits_is_said_to_have_none(copy: Path, recipe: Recipe) -> None:

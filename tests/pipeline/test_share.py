@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -54,6 +55,22 @@ def test_the_folder_has_the_adapter_its_card_and_the_record(run: Path, tmp_path:
     (tmp_path / "mine/thesis.txt").write_text("x")
     with pytest.raises(FileError, match="holds other things"):
         write_share(run, tmp_path / "mine")
+
+
+def test_a_run_directory_is_never_replaced(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    before = contents(other)
+    for source in (run, run / "adapter", other):
+        with pytest.raises(FileError, match="other is a run directory"):
+            write_share(source, other)
+    assert contents(other) == before
+
+
+def test_an_export_of_another_edit_is_not_pushed(run: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(run, tmp_path / "changed"))
+    s2e.Edit.load(changed / "edit.safetensors").with_strength(0.5).save(changed / "edit.safetensors")
+    with pytest.raises(FileError, match=r"are of another edit .got: another edit when it ran export and evaluate"):
+        write_share(changed, tmp_path / "out")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -189,3 +206,10 @@ def test_both_verbs_from_the_command_line(run: Path, tmp_path: Path, monkeypatch
     assert command(monkeypatch, "push", tmp_path / "nowhere", "me/mine") == 2
     assert command(monkeypatch, "reproduce", tmp_path / "again", "--out", tmp_path / "x") == 2
     assert "no choice.json" in capsys.readouterr().err
+
+
+def test_names_of_a_strangers_tensors_act_on_no_terminal(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    found = {"tensors": {"\x1b[2Jx": "missing"}, "same": False, "close": False}
+    monkeypatch.setattr("steer2edit.pipeline.share.reproduce", lambda *_: found)
+    assert command(monkeypatch, "reproduce", tmp_path) == 1
+    assert "\\x1b[2Jx: missing" in capsys.readouterr().out

@@ -428,3 +428,18 @@ def test_an_export_that_fails_costs_no_evaluation_and_is_tried_again(
     run_all(Run(tmp_path / "run", recipe))
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
     assert (tmp_path / "run/adapter/README.md").is_file()
+
+
+def test_own_answers_of_another_prompt_or_length_are_made_again(tmp_path: Path) -> None:
+    from runs import FakeEngine
+    from steer2edit.engines.base import Request
+    from steer2edit.method.intervention import NOTHING
+    from steer2edit.searching.own_answers import Journalled
+
+    def ask(letter: str, tokens: int) -> int:
+        engine = FakeEngine()
+        journalled = Journalled(engine, tmp_path / "journal.jsonl")  # type: ignore[arg-type]
+        journalled.generate([Request((ord(letter),))], [NOTHING], tokens)
+        return len(engine.asked)
+
+    assert [ask("a", 4), ask("a", 4), ask("b", 4), ask("b", 4), ask("b", 8), ask("b", 8)] == [1, 0, 1, 0, 1, 0]

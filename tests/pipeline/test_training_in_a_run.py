@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from steer2edit.models.load import load_model
 from steer2edit.pipeline import training as stage
 from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.run import Run
-from steer2edit.pipeline.stages import run_all, run_stage, run_training
+from steer2edit.pipeline.stages import STAGES, run_all, run_stage, run_training
 from steer2edit.recipe import Recipe, load_recipe, overridden, training_overrides
 from steer2edit.searching.bench import Bench
 from steer2edit.training.course import checkpoint
@@ -299,6 +300,20 @@ def test_other_settings_are_trained_anew_and_their_old_checkpoints_go(
     assert first != second
     trials = {line["round"] for path in copy.glob("search/journal-*") for line in read_jsonl(path)}
     assert len([name for name in trials if name.startswith("lora ")]) == 2  # neither took the other's answers
+
+
+def test_an_export_that_fails_keeps_no_result_of_training_back(
+    copy: Path, plain: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(run: Run) -> list[str]:
+        raise FileError("no export here", got="nothing", fix="Leave it out.")
+
+    monkeypatch.setitem(STAGES, "export", replace(STAGES["export"], work=fails))
+    with pytest.raises(FileError, match="no export here"):
+        run_training(
+            Run(copy, overridden(plain, ["training.lora={learning_rate: [0.01], steps: [1]}", "exports=[]"])), "tiny"
+        )
+    assert "lora" in read_json(copy / "evaluation/results.json")["systems"]
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

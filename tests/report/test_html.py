@@ -403,6 +403,17 @@ def test_where_less_is_better_a_higher_number_is_worse() -> None:
     assert said.remarks[0] == "Steering does better: the edit's what is wanted differs by +0.20 [+0.10, +0.30]."
 
 
+def test_a_loss_that_is_not_finite_is_no_loss_of_nothing() -> None:
+    results = _results()
+    results["systems"]["edit"] |= {
+        "utility_loss": {"mean": None, "low": None, "high": None, "n": 20, "not_finite": 3},
+        "paid": _cell(0.05),
+    }
+    said = verdict(results)
+    assert said is not None
+    assert "it costs a KL per token that is not finite on 3 of 20 prompts;" in said.sentence
+
+
 def test_an_edit_that_wins_nowhere_says_so() -> None:
     results = _results()
     results["differences"]["edit - base"] = _difference(0.02, -0.03, 0.07)

@@ -12,11 +12,12 @@ from ruled_study import AIM, PROMPTS, _read, _trial, a_recipe, an_engine, answer
 from runs import FakeEngine
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.method.site import numbered_layers
-from steer2edit.searching.candidates import Candidate, Trial
+from steer2edit.searching.calibrate import Scale
+from steer2edit.searching.candidates import Candidate, Trial, edited
 from steer2edit.searching.choice import require_choice, summary
 from steer2edit.searching.front import hypervolume_interval
 from steer2edit.searching.grid import coarse_grid, grid, planned_edits
-from steer2edit.searching.rounds import sanity_prompts
+from steer2edit.searching.rounds import resolved, sanity_prompts
 from steer2edit.searching.study import Discarded, Study
 
 # The grid -----------------------------------------------------------------------------------------------------------
@@ -367,3 +368,24 @@ def test_l2_takes_no_alpha_and_is_tried_once_for_all_of_them(tmp_path: Path) -> 
 def test_a_second_grid_is_planned_only_where_something_can_be_refined(changes: dict[str, Any], planned: int) -> None:
     search = a_recipe(**{"refine": 3, "rho_mlp": [None], **changes}).search
     assert planned_edits(search, coarse_grid(search)) == planned
+
+
+def test_the_second_grid_has_its_neighbours_among_configurations_of_the_same_kind() -> None:
+    best, *others = coarse = [
+        edited(0.1, None, 0.2),
+        edited(0.5, None, 0.2),
+        edited(0.2, 0.4, 0.2),
+        edited(0.3, None, 0.2, "0-1"),
+        edited(0.4, None, 0.2, None, "l0"),
+    ]
+    trials = [_trial(best.id, config=best.config, refusal=0.9)]
+    study = Study(trials + [_trial(other.id, config=other.config, refusal=0.1) for other in others])
+    list(grid(a_recipe(refine=3).search, coarse, AIM, study))
+    assert study.refined is not None
+    assert study.refined["rho_attn"] == [0.1, 0.2, 0.3]  # halfway to 0.5
+
+
+def test_a_block_type_that_calibrated_edits_leave_off_can_still_be_off() -> None:
+    points = {"attn": [(edited(0.5, None, 0.0), 0.1)], "mlp": [(edited(None, 0.7, 0.0), 0.1)]}
+    found, _ = resolved(a_recipe(rho_attn="auto", rho_mlp="auto").search, Scale(points, [], {}, {}))
+    assert (found.rho_attn, found.rho_mlp) == ([None, 0.5], [None, 0.7])

@@ -178,3 +178,9 @@ def test_a_paired_difference_is_taken_prompt_by_prompt() -> None:
 def test_a_paired_difference_of_unlike_numbers_of_prompts_is_an_error() -> None:
     with pytest.raises(ValueError, match="argument 2"):
         paired_difference([1, 0], [1, 0, 1], 100, seed=0)
+
+
+def test_samples_that_agree_in_part_count_between_the_prompts_and_all_answers() -> None:
+    partly = interval([0.25, 0.75] * 20, True, 100, 0, samples=10)
+    # Var of the mean: 1/16 · 40/39 / 40 = 1/624, so that ¼ / (1/624) = 156 independent answers say as much.
+    assert (partly["low"], partly["high"]) == pytest.approx(wilson(0.5, 156))

@@ -253,6 +253,8 @@ def test_tasks_are_sampled_as_the_models_own_configuration_says(copy: Path, tmp_
     assert load_sampling(section) == Sampling(0.7, 0.9, 20)
     (model / "generation_config.json").write_text(json.dumps(config | {"do_sample": False}), encoding="utf-8")
     assert load_sampling(section) == GREEDY
+    (model / "generation_config.json").write_text("{}", encoding="utf-8")
+    assert load_sampling(section) == Sampling(1.0)
     (model / "generation_config.json").unlink()
     assert load_sampling(section) == GREEDY
 
@@ -322,6 +324,8 @@ def test_a_run_goes_on_to_its_report_without_a_task_that_fails(
     report = (copy / "report.md").read_text(encoding="utf-8")
     assert "- piqa: not measured: row 1 of piqa.jsonl is no question of piqa" in report
     assert "| utility | ARC-Easy |" in report
+    # The page has the results as well, although the test is not whole.
+    assert 'id="headline-title"' in (copy / "report.html").read_text(encoding="utf-8")
 
 
 def test_judging_again_judges_attacks_and_keeps_utility(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,9 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def _value(text: str) -> float | None:
-    plain = re.sub(r"[$,\s%]|\\[!,;]", "", text.replace("−", "-"))
+    plain = text.replace("−", "-").replace("{,}", "")
+    plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*([^{}]*?)\s*\}", r"\1", plain)
+    plain = re.sub(r"\\?[$,%]|\\[!;]|\s", "", plain)
     over = re.fullmatch(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}|(-?\d+)/(\d+)", plain)
     if over:
         top, bottom = over[1] or over[3], over[2] or over[4]

@@ -146,7 +146,10 @@ def load_section(section: Model) -> tuple[nn.Module, Any]:
 
 
 def load_sampling(section: Model) -> Sampling:
-    """How the model's own generation_config has its tokens chosen: greedy if it does not sample, or there is none."""
+    """How the model's own generation_config has its tokens chosen.
+
+    Greedy if it says so, or there is none; where it says nothing of sampling or of a temperature, drawn at 1.
+    """
     from transformers import GenerationConfig
 
     source, _ = _source(section.name, section.revision, section.trust_remote_code)
@@ -154,7 +157,7 @@ def load_sampling(section: Model) -> Sampling:
         config = GenerationConfig.from_pretrained(source, revision=section.revision or "main")
     except OSError:
         return GREEDY
-    if not config.do_sample:
+    if config.do_sample is False:
         return GREEDY
     given = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     return Sampling(**({"temperature": 1.0} | {name: value for name, value in given.items() if value is not None}))

@@ -165,6 +165,8 @@ def begun(folder: Path, recipe: Recipe, overrides: Sequence[str]) -> Recipe | No
         data__utility=list(dict.fromkeys([*asked.utility, *before.utility])),
         data__sets=asked.sets or before.sets,
         data__utility_items=asked.utility_items if asked.utility else before.utility_items,
+        data__attacks={name: of.model_dump(mode="json") for name, of in (before.attacks | asked.attacks).items()},
+        training=(recipe if recipe.training.methods else held).training.model_dump(mode="json"),
     )
 
 

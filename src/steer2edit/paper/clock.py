@@ -15,6 +15,9 @@ from ..files.writing import write_json
 # How many seconds of its count a killed suite may lose.
 _EVERY = 5.0
 
+# Under this name stands what belongs to no single run: side effects, tables and figures.
+ALL_RUNS = "all runs"
+
 
 class Clock:
     """Counts the seconds of each run and part. A file keeps them, and is written every few seconds while one is open.

@@ -17,7 +17,7 @@ from ..report.page import _markdown, interval_cell
 from .facts import BEHAVIOURS, published
 from .pooling import NONE, Draws, Number
 from .rows import Tried
-from .tables import TITLES, Of, shown_draws, utility_draws
+from .tables import TITLES, Of, of_other_sets, shown_draws, utility_draws
 
 _HOW = "same numbers"
 
@@ -99,8 +99,10 @@ def _product(one: Draws, other: Draws) -> Draws:
 
 
 def _published(ablations: Sequence[Of], variant: str) -> dict[str, float]:
-    """The paper's averages over the measured models; nothing if one of them is not the paper's."""
+    """The paper's averages over the measured models; nothing if a model or a set is not the paper's."""
     if any(of.planned[0].facts is None for of in ablations):
+        return {}
+    if any(of_other_sets(of, published().models[str(of.planned[0].paper)][FULL]) for of in ablations):
         return {}
     columns: dict[str, float] = {}
     for behaviour in BEHAVIOURS:

@@ -18,12 +18,15 @@ from .work import PAGE
 _FIGURE = re.compile(r"\]\((figures/[^)\s]+\.png)\)")
 
 
-def write_pages(out: str | Path, folder: str | Path, name: str, command: Sequence[str]) -> list[Path]:
+def write_pages(
+    out: str | Path, folder: str | Path, name: str, command: Sequence[str], places: Mapping[Path, str] | None = None
+) -> list[Path]:
     """Copies a suite's page and its PNG figures.
 
     Args:
         out: the suite's directory. folder: gets `NAME.md`, and the figures in `NAME/`.
         command: the words that made it, for the top of the page.
+        places: a folder of this machine → what the page calls it, beside OUT, the working directory and the home.
 
     Returns:
         The files written.
@@ -59,7 +62,7 @@ def write_pages(out: str | Path, folder: str | Path, name: str, command: Sequenc
         written.append(copy)
     text = _FIGURE.sub(lambda match: f"]({name}/{Path(match[1]).name})", text)
     page = folder / f"{name}.md"
-    write_text(page, _without_places(text, {out: "OUT", Path.cwd(): ".", Path.home(): "~"}))
+    write_text(page, _without_places(text, {**(places or {}), out: "OUT", Path.cwd(): ".", Path.home(): "~"}))
     return [page, *written]
 
 

@@ -67,7 +67,8 @@ def measure_part(part: Part, run: Run, planned: Planned, profile: Profile) -> Pa
 
 def _key(part: str, run: Run, profile: Profile) -> str:
     """Of everything that a part depends on."""
-    keys = [run.keys[name] for name in ("edit", "test answers", "evaluate", "search")]
+    keys = [run.keys[name] for name in ("edit", "test answers", "search")]
+    keys.append(run.keys["evaluate" if part == "training" else "measured"])
     sizes = [
         profile.stars,
         profile.swept,

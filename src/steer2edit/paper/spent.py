@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files.writing import write_json
 from ..report.page import _markdown
+from .clock import ALL_RUNS
 from .forecast import Forecast, duration
 
 COST = "cost.json"
@@ -52,17 +53,20 @@ def _sum(of_all: Parts, part: str) -> float | None:
 
 
 def spent_of(forecasts: Sequence[Forecast], taken: Parts) -> Spent:
-    """The estimates of a suite's runs beside what the clock counted; parts of other suites in its folder are left out.
+    """The estimates of a suite's runs beside what the clock counted; other suites in its folder are left out.
 
     Args:
-        taken: run → part → seconds; what belongs to no run stands under other names, and counts.
+        taken: run → part → seconds; under `ALL_RUNS` what belongs to no run.
     """
     estimated = {one.cost.planned.name: dict(one.parts) for one in forecasts}
     parts = {part for run in estimated.values() for part in run}
     kept = {
-        name: {part: seconds for part, seconds in run.items() if part in parts or name not in estimated}
+        name: {part: seconds for part, seconds in run.items() if part in parts}
         for name, run in taken.items()
+        if name in estimated
     }
+    if ALL_RUNS in taken:
+        kept[ALL_RUNS] = dict(taken[ALL_RUNS])
     return Spent(estimated, kept)
 
 

@@ -21,6 +21,9 @@ from .pooling import NONE, Draws, Number, Point, at_equal_cost, difference, draw
 from .rows import PartResult, Tried
 
 ATTRIBUTE, UTILITY, PRODUCT, PER_TOKENS = "attribute", "utility", "product", "utility_per_100_tokens"
+# What the paper's mean attributes and its mean utilities are means over, where it asked them.
+_OF_ATTRIBUTE = {"gcg_refusal", "advllm_refusal"}
+_OF_UTILITY = {"commonsenseqa", "codemmlu", "gsm8k", "math500", "gpqa"}
 # What is chosen on validation: only these tell whether a method moves the attribute.
 CHOSEN = ("chosen", "equal budget")
 # Conditions whose rows are ranked among each other.
@@ -160,8 +163,19 @@ def _line(of: Of, method: str, how: str, number: int) -> Line:
     numbers |= _composed(of, rows)
     configs = list(dict.fromkeys(describe(row.config) or "–" for row in rows))
     paper = _published(of, method, how)
-    shown = {name: paper[name] for name in numbers if name in paper}
+    others = of_other_sets(of, paper)
+    shown = {name: paper[name] for name in numbers if name in paper and name not in others}
     return Line(method, how, rows[0].config, "; ".join(configs), numbers, differences, shown, rows[0].target)
+
+
+def of_other_sets(of: Of, paper: Mapping[str, float]) -> set[str]:
+    """The means that were taken over other sets here than in the paper, so that they cannot stand beside its own."""
+    others = set()
+    if _OF_ATTRIBUTE & set(paper) != set(_attacks(of)):
+        others |= {ATTRIBUTE, PRODUCT}
+    if _OF_UTILITY & set(paper) != set(_utilities(of)):
+        others |= {UTILITY, PRODUCT, PER_TOKENS}
+    return others
 
 
 def _attacks(of: Of) -> list[str]:

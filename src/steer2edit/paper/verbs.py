@@ -74,7 +74,8 @@ def paper(
 
         options = {"--model": model, "--as": like, "--profile": profile, "--data": data, "--seeds": seeds}
         command = command_of(suite, {**options, "--set": overrides})
-        result.files += write_pages(place, pages, f"{suite}-{profile}", command)
+        places = {} if data is None else {Path(data): "DATA"}
+        result.files += write_pages(place, pages, f"{suite}-{profile}", command, places)
     if json:
         print_json(
             {"page": str(place / PAGE), "files": [str(file) for file in result.files], "failures": result.failures}

@@ -19,7 +19,7 @@ from ..pipeline.run import Run
 from ..pipeline.stages import run_all
 from ..progress import say
 from ..report.figures import heat_map
-from .clock import Clock
+from .clock import ALL_RUNS, Clock
 from .cost import SIDE_EFFECTS, TABLES
 from .facts import published
 from .figures import figure_of
@@ -36,7 +36,6 @@ from .writing import csv_of, markdown_of
 PAGE = "paper.md"
 CLOCK = "clock.json"
 # In the clock's file, whose time belongs to no run.
-_ALL = "all runs"
 TITLES: Mapping[str, str] = {
     "trade_off": "Trade-off",
     "ablations": "Ablations and component-wise budgets",
@@ -82,9 +81,9 @@ def run_suite(plan: SuitePlan, out: str | Path, forecasts: Sequence[Forecast] = 
         _run(planned, plan, out, clock, result)
     side_effects = None
     if plan.suite == "all":
-        with clock.counting(_ALL, SIDE_EFFECTS):
+        with clock.counting(ALL_RUNS, SIDE_EFFECTS):
             side_effects = _side_effects(plan, out, result)
-    with clock.counting(_ALL, TABLES):
+    with clock.counting(ALL_RUNS, TABLES):
         page = _page(plan, out, result, side_effects, set(SUITES[plan.suite]) - set(plan.parts))
     spent = spent_of(forecasts, clock.taken)
     result.files.append(write_spent(spent, out))

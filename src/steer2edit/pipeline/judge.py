@@ -70,7 +70,9 @@ def _on_validation(run: Run, recipe: Recipe, bench: Bench) -> list[Trial]:
         return run_study(bench, recipe.search, recipe.aim, recipe.seed).trials
     rows = [*read_jsonl(run.path(TRIALS)), *read_jsonl(run.path(DISCARDED))]
     by_id = {row["id"]: Candidate(row["id"], row["kind"], row["config"]) for row in rows}
-    return [trial for name, ids in rounds.items() for trial in bench.run([by_id[id] for id in ids], name)]
+    thrown_out = {row["id"] for row in read_jsonl(run.path(DISCARDED))}
+    trials = [trial for name, ids in rounds.items() for trial in bench.run([by_id[id] for id in ids], name)]
+    return [trial for trial in trials if trial.candidate.id not in thrown_out]
 
 
 def _on_test(run: Run, choice: dict[str, Any]) -> list[Trial]:

@@ -63,6 +63,8 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     # A line of the tasks' journal holds its prompts and its candidates: only what these stand for is in the key.
     keys["task answers"] = _key("task answers", keys["score"], evaluation["rows"])
     keys["train"] = _key("train", choice, r["training"], resamples)
+    # What is measured of the edits: training adds to it and changes nothing.
+    keys["measured"] = _key("measured", choice, keys["test answers"], resamples, *_tasks(recipe, r))
     trained = [keys["train"]] if recipe.training.methods else []
     keys["evaluate"] = _key("evaluate", choice, keys["test answers"], resamples, *_tasks(recipe, r), *trained)
     keys["report"] = _key("report", keys["edit"], keys["export"], keys["evaluate"], r["name"])

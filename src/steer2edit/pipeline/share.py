@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ..edits import Edit, load_any
 from ..errors import FileError, Steer2EditError
 from ..files.gallery import folder_of, is_of_gallery
-from ..files.reading import read_json
+from ..files.reading import read_json, sha256
 from ..files.writing import replacing_folder
 from ..progress import say
 from ..recipe import load_recipe, refuse_code
@@ -40,7 +40,8 @@ def write_share(source: Path, out: Path, kind: str | None = None) -> Path:
         kind: which export of a run, such as "adapter"; the first one that there is by default.
 
     Raises:
-        FileError: there is nothing of ours, or no such export, or `out` holds other things.
+        FileError: there is nothing of ours, or no such export, or the export is of another edit, or `out` holds other
+            things.
     """
     record = (source / RECIPE).is_file()
     if not source.is_dir() or not any((source / name).is_file() for name in _OURS):
@@ -59,6 +60,10 @@ def write_share(source: Path, out: Path, kind: str | None = None) -> Path:
                 fix=f"It has {', '.join(kinds) or 'none'}; name one in the recipe's exports and run the stage export.",
             )
         exported = source / (kind or kinds[0])
+    if (source / "traces.jsonl").is_file() and exported is not source:
+        _refuse_stale(source)
+    if (out / "traces.jsonl").is_file():  # it has an edit, as what is replaced here has, and hours of work
+        raise FileError(f"{out} is a run directory", got="traces.jsonl in it", fix="Give a new or an empty folder.")
     with replacing_folder(out, ours=EDIT) as temporary:
         for file in sorted(exported.rglob("*")):
             inside = file.relative_to(exported)
@@ -69,6 +74,19 @@ def write_share(source: Path, out: Path, kind: str | None = None) -> Path:
             if exported is not source and (source / name).is_file():
                 shutil.copyfile(source / name, temporary / kept)
     return out
+
+
+def _refuse_stale(run: Path) -> None:
+    """Raises FileError if the run's exports or results are of another edit than the one that it has now."""
+    stages = read_json(run / MANIFEST)["stages"] if (run / MANIFEST).is_file() else {}
+    now = sha256(run / EDIT)
+    stale = [name for name in ("export", "evaluate") if stages.get(name, {}).get("read", {}).get(EDIT, now) != now]
+    if stale:
+        raise FileError(
+            "the run's files are of another edit",
+            got=f"another edit when it ran {' and '.join(stale)}",
+            fix=f"`steer2edit run {run}` makes them again.",
+        )
 
 
 def push(source: Path, repository: str, kind: str | None = None, private: bool = False, api: Any = None) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..progress import be_quiet
+from ..report.visible import visible
 from .options import Json, console, print_json
 
 
@@ -52,7 +53,8 @@ def reproduce(
         Path, typer.Option("--out", help="Where to make it again; a run that was stopped goes on there.")
     ] = Path("runs/reproduced"),
     trust_recipe_code: Annotated[
-        bool, typer.Option("--trust-recipe-code", help="Run the Python file that the recipe's score names.")
+        bool,
+        typer.Option("--trust-recipe-code", help="Run the code that the recipe names."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Json = False,
@@ -66,7 +68,7 @@ def reproduce(
         print_json(result)
     else:
         for name, word in {**result["tensors"], **result.get("adapter", {})}.items():
-            print(f"{name}: {word if isinstance(word, str) else f'differs by {word:.1e}'}")
+            print(f"{visible(name)}: {word if isinstance(word, str) else f'differs by {word:.1e}'}")
         if result["same"]:
             print("the same")
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..behaviours.base import WEAK_AGREEMENT
 from ..edits import Edit
 from ..engines.plan import load_tokenizer
 from ..errors import FileError, ModelError, Steer2EditError, TaskError
-from ..files.reading import read_json, sha256
+from ..files.reading import read_json, read_jsonl, sha256
 from ..files.writing import write_json, write_jsonl, write_text
 from ..method.firing import firing
 from ..method.rivals import RIVALS
@@ -280,7 +280,8 @@ def _report(run: Run) -> list[str]:
     files += each_measure(results, run.path("figures/measures"))
     files += heat_map(edit, run.path("figures/lambda"))
     write_text(run.path("report.md"), markdown(run.recipe, choice, results, edit))
-    write_page(contents_of(run), run.path(PAGE))
+    # Also if a task failed, for which the test is not whole.
+    write_page(replace(contents_of(run), results=results, answers=read_jsonl(run.path(ANSWERS))), run.path(PAGE))
     for kind in EXPORTS:
         if run.path(kind).is_dir():
             write_text(run.path(f"{kind}/{CARD}"), model_card(run.recipe, edit, choice, results, kind))
@@ -375,10 +376,20 @@ def run_training(run: Run, recipe_name: str) -> None:
     """
     require_training(run.recipe)
     _require_before(run, "train", recipe_name)
+    failure: Steer2EditError | None = None
     with run.working():
         for stage in ("train", "export", "evaluate", "report"):
-            if not run.is_whole(stage):
+            if run.is_whole(stage):
+                continue
+            try:
                 _run_stage(run, stage)
+            except Steer2EditError as error:
+                if stage != "export":
+                    raise
+                say(f"  the export failed, the run goes on without it: {error}")
+                failure = error
+    if failure is not None:
+        raise failure
 
 
 def _require_before(run: Run, stage: str, recipe_name: str) -> None:

@@ -163,7 +163,7 @@ def show(console: Any, contents: dict[str, Any]) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             table = Table(title=name)
             for column in value[0]:
-                table.add_column(column)
+                table.add_column(in_markup(column))
             for row in value:
                 table.add_row(
                     *(f"{x:.4g}" if isinstance(x, float) else in_markup(_shown(str(x))) for x in row.values())

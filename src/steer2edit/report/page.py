@@ -110,7 +110,7 @@ def shortened(text: str) -> str:
 
 def _setting(name: str, value: Any) -> str:
     if name == "system":
-        return f"“{shortened(value)}”"
+        return f"“{shortened(one_line(value))}”"
     if name == "gamma":
         return f"γ {value:.4g}"
     return f"{_SIGNS.get(name, name)} {'off' if value is None else value}"
@@ -260,7 +260,8 @@ def describe_limits(aim: Aim) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    """One line of a table, whatever stands in its cells."""
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
 def print_run(console: Any, results: Mapping[str, Any], answers: Path) -> None:

@@ -66,6 +66,8 @@ def _costs(results: Mapping[str, Any], measures: Mapping[str, Any]) -> str:
     loss = edit.get(UTILITY_LOSS.name, {})
     if loss.get("mean") is not None:
         paid.append(f"{_number(loss['mean'])} {UTILITY_LOSS.title}")
+    elif loss.get("not_finite"):
+        paid.append(f"a {UTILITY_LOSS.title} that is not finite on {loss['not_finite']} of {loss['n']} prompts")
     for name, measure in measures.items():
         if name in (UTILITY_LOSS.name, results["attribute"]) or not measure["column"]:
             continue
