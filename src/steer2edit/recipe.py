@@ -356,8 +356,12 @@ def training_overrides(recipe: str | Path, methods: Sequence[str]) -> list[str]:
     return [f"training.{method}={{}}" for method in wanted if getattr(own, method) is None]
 
 
-def refuse_code(recipe: Recipe, trusted: bool) -> None:
-    """Raises RecipeError if the recipe runs a Python file or the model's own code, and nobody said that it may."""
+def refuse_code(recipe: Recipe, trusted: bool, loads_model: bool = True) -> None:
+    """Raises RecipeError if the recipe runs a Python file or the model's own code, and nobody said that it may.
+
+    Args:
+        loads_model: False where nothing is asked of the model.
+    """
     if trusted:
         return
     if recipe.behaviour.runs_code:
@@ -366,7 +370,7 @@ def refuse_code(recipe: Recipe, trusted: bool) -> None:
             got=", ".join(recipe.behaviour.files),
             fix="Read that file; if you trust it, give --trust-recipe-code.",
         )
-    if recipe.model.trust_remote_code:
+    if loads_model and recipe.model.trust_remote_code:
         raise RecipeError(
             "the recipe runs the code of its model",
             got=f"model.trust_remote_code: true, of {recipe.model.name}",

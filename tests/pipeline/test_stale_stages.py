@@ -18,6 +18,7 @@ from runs import tiny_recipe
 from steer2edit.errors import EditError, FileError
 from steer2edit.files.reading import read_json
 from steer2edit.models.load import load_model
+from steer2edit.pipeline.judge import judge
 from steer2edit.pipeline.keys import stage_keys
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import STAGES, Stage, run_all, run_stage
@@ -294,6 +295,20 @@ def test_answers_of_other_scores_are_no_answers_of_these(recipe: Recipe, tiny_ru
     again, new = (_bytes(folder, ["search/trials.jsonl", "evaluation/results.json"]) for folder in folders)
     assert again == new
     assert again != _bytes(tiny_run, ["search/trials.jsonl", "evaluation/results.json"])
+
+
+def test_journals_that_earlier_versions_named_are_read_while_their_scores_are_here(
+    run_copy: Path, recipe: Recipe
+) -> None:
+    run = Run(run_copy, recipe)
+    named = {}
+    for split, key in (("validation", "search"), ("test", "test answers")):
+        path = run.journal(split)
+        named[split] = path.rename(path.with_name(f"journal-{run.keys[key]}.jsonl"))
+        assert run.journal(split) == named[split]
+    assert judge(run_copy)["changed"] == {}
+    _alter(run_copy / "scores.safetensors")
+    assert run.journal("validation") != named["validation"]
 
 
 def test_answers_of_another_commit_of_the_model_are_not_taken(

@@ -78,7 +78,7 @@ def _report(choice: dict[str, Any], accuracy: float | None = None, results: dict
 
 def test_the_report_has_a_row_of_the_budget_and_the_hypervolume_for_each_method() -> None:
     lines = _report(_choice())
-    at = lines.index("| on validation | tried | configurations × prompts | hypervolume | on the front |")
+    at = lines.index("| on validation | tried | evaluations | hypervolume | on the front |")
     assert lines[at + 1 : at + 4] == [
         "| --- | --- | --- | --- | --- |",
         "| steering | 3 | 60 | 0.00 [0.00, 0.00] | 0 |",
@@ -114,7 +114,7 @@ def test_the_report_has_rows_of_every_baseline_in_one_order() -> None:
     del results["systems"]["layer"]
     results["systems"]["edit"] = measured | {"config": edited(0.1, None, 0.2).config}
     lines = _report(choice, results=results)
-    at = lines.index("| on validation | tried | configurations × prompts | hypervolume | on the front |")
+    at = lines.index("| on validation | tried | evaluations | hypervolume | on the front |")
     assert lines[at + 2 : at + 7] == [
         "| system prompt | 2 | 40 | 0.20 [0.00, 0.00] | 2 |",
         "| steering | 3 | 60 | 0.30 [0.00, 0.00] | 3 |",

@@ -209,4 +209,5 @@ def chat(folder: Path) -> None:
     """The chat on this terminal, with the run's edit."""
     from ..serving.verbs import chat as talk
 
-    talk([str(folder)])
+    # Whoever ran the recipe has agreed to its code.
+    talk([str(folder)], trust_remote_code=load_recipe(folder).model.trust_remote_code)

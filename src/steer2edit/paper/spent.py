@@ -58,6 +58,8 @@ def spent_of(forecasts: Sequence[Forecast], taken: Parts) -> Spent:
     Args:
         taken: run → part → seconds; under `ALL_RUNS` what belongs to no run.
     """
+    if not forecasts:
+        return Spent({}, taken)
     estimated = {one.cost.planned.name: dict(one.parts) for one in forecasts}
     parts = {part for run in estimated.values() for part in run}
     kept = {

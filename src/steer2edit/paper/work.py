@@ -35,7 +35,6 @@ from .writing import csv_of, markdown_of
 
 PAGE = "paper.md"
 CLOCK = "clock.json"
-# In the clock's file, whose time belongs to no run.
 TITLES: Mapping[str, str] = {
     "trade_off": "Trade-off",
     "ablations": "Ablations and component-wise budgets",
@@ -71,7 +70,7 @@ def run_suite(plan: SuitePlan, out: str | Path, forecasts: Sequence[Forecast] = 
 
     Args:
         out: a directory; `runs/` in it holds the runs.
-        found: what the runs were estimated to cost, which the page has beside what they took.
+        forecasts: what the runs were estimated to cost, which the page has beside what they took.
     """
     out, result = Path(out), SuiteResult()
     out.mkdir(parents=True, exist_ok=True)

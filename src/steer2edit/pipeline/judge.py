@@ -45,7 +45,7 @@ def judge(folder: str | Path, trust_code: bool = False) -> dict[str, Any]:
     if not (folder / "recipe.yaml").is_file() or not (folder / RESULTS).is_file():
         raise FileError("this is no finished run", got=folder, fix="Give a run directory with evaluation/results.json.")
     recipe = load_recipe(folder / "recipe.yaml")
-    refuse_code(recipe, trust_code)
+    refuse_code(recipe, trust_code, loads_model=False)
     run = Run(folder, recipe)
     bench = run.bench("validation", _journal(run, "validation"), None)
     after = _on_validation(run, recipe, bench)

@@ -37,7 +37,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     questions, utility = recipe.data.questions, recipe.utility.prompts
     asked = [
         None if questions is None else [r["data"]["questions"], _file(questions.file)],
-        None if utility is None else _content(utility),
+        None if utility is None else _neutral(recipe, utility),
         answers,
     ]
     limits = {measure.name: limit for measure, limit in recipe.aim.limits.items()}
@@ -64,7 +64,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     keys["task answers"] = _key("task answers", keys["score"], evaluation["rows"])
     keys["train"] = _key("train", choice, r["training"], resamples)
     # What is measured of the edits: training adds to it and changes nothing.
-    keys["measured"] = _key("measured", choice, keys["test answers"], resamples, *_tasks(recipe, r))
+    keys["measured"] = _key("evaluate", choice, keys["test answers"], resamples, *_tasks(recipe, r))
     trained = [keys["train"]] if recipe.training.methods else []
     keys["evaluate"] = _key("evaluate", choice, keys["test answers"], resamples, *_tasks(recipe, r), *trained)
     keys["report"] = _key("report", keys["edit"], keys["export"], keys["evaluate"], r["name"])
@@ -97,6 +97,13 @@ def _prompts(recipe: Recipe) -> str:
     """The source of the prompts; of a file its content."""
     names = [recipe.data.prompts or "", *([recipe.data.test_prompts] if recipe.data.test_prompts else [])]
     return " ".join(map(_content, names))
+
+
+def _neutral(recipe: Recipe, name: str) -> str:
+    """The set of neutral prompts. The behaviour's own has the word that earlier versions had for every set of the
+    package, so that their runs are whole.
+    """
+    return "missing" if name == recipe.behaviour.neutral_prompts else _content(name)
 
 
 def _content(name: str) -> str:

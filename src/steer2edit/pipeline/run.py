@@ -41,6 +41,11 @@ _FOLDERS = (
 )
 
 
+def _are(digests: Mapping[str, str], folder: Path) -> bool:
+    """Whether files of a folder have these digests."""
+    return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in digests.items())
+
+
 def _is_entry(entry: Any) -> bool:
     """Whether a value of the manifest is what `record` writes of a stage."""
     if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
@@ -190,8 +195,19 @@ class Run:
     def journal(self, split: Split) -> Path:
         """The journal of a split's answers under the scores that are here now: other scores have another journal."""
         if split == "test":
-            return self.path(f"evaluation/journal-{self.basis('test answers')}.jsonl")
-        return self.path(f"search/journal-{self.basis('search')}.jsonl")
+            return self.kept("evaluation/journal-{}.jsonl", "test answers", "evaluate")
+        return self.kept("search/journal-{}.jsonl", "search", "search")
+
+    def kept(self, name: str, key: str, stage: str) -> Path:
+        """A file that is named after its basis. Earlier versions named it after the key alone: that one, if what the
+        stage read is as it was, so that its answers are of the scores that are here now.
+        """
+        path, older = (self.path(name.format(of)) for of in (self.basis(key), self.keys[key]))
+        return older if older.is_file() and not path.is_file() and self._read_as_now(stage) else path
+
+    def _read_as_now(self, stage: str) -> bool:
+        read = (self.entry(stage) or {}).get("read")
+        return bool(read) and _are(read, self.folder)
 
     def basis(self, key: str) -> str:
         """Of all that an answer depends on: a key of the recipe, and what is in the probe, the scores and the rivals.
@@ -281,8 +297,7 @@ class Run:
             return False
         if entry.get("commit") not in (None, self.commit):  # the Hub's model has moved on
             return False
-        files = entry["files"] | entry.get("read", {})
-        return all(self.path(name).is_file() and sha256(self.path(name)) == digest for name, digest in files.items())
+        return _are(entry["files"] | entry.get("read", {}), self.folder)
 
     def record(self, stage: str, seconds: float, files: Sequence[str], read: Sequence[str]) -> None:
         """Writes into the manifest that a stage is whole.

@@ -82,11 +82,12 @@ def _traces(run: Run) -> list[str]:
         return [TRACES]
     # Before the model is loaded: a mistake in the files that the recipe names shows at once.
     items = run.items("probe")
+    engine = run.engine  # first: only a model that is loaded has its commit in the cache
     model = "" if run.commit is None else f"-{run.commit[:12]}"
     path = run.path(f"traces/journal-{run.keys['traces']}{model}.jsonl")
     path.parent.mkdir(exist_ok=True)
     with showing("own answers") as progress:
-        traces = run.recipe.behaviour.make_traces(Journalled(run.engine, path), items, progress)
+        traces = run.recipe.behaviour.make_traces(Journalled(engine, path), items, progress)
     # The copy is there first, so that after a kill these traces are known not to have been put here by hand.
     write_traces(run.path(OWN_TRACES), traces)
     write_traces(run.path(TRACES), traces)

@@ -185,7 +185,7 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
         f"On validation, of each method: {choice['rule']}. Limits: {describe_limits(recipe.aim)}.",
         *(["", person] if (person := picked_by_a_person(choice)) else []),
         "",
-        "| on validation | tried | configurations × prompts | hypervolume | on the front |",
+        "| on validation | tried | evaluations | hypervolume | on the front |",
         "| --- | --- | --- | --- | --- |",
     ]
     methods = [kind for kind in TITLES if kind in choice["tried"]]
