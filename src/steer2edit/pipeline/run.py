@@ -206,7 +206,7 @@ class Run:
         return older if older.is_file() and not path.is_file() and self._read_as_now(stage) else path
 
     def _read_as_now(self, stage: str) -> bool:
-        read = (self.entry(stage) or {}).get("read")
+        read: Mapping[str, str] = (self.entry(stage) or {}).get("read", {})
         return bool(read) and _are(read, self.folder)
 
     def basis(self, key: str) -> str:
