@@ -334,10 +334,13 @@ def test_a_base_in_an_unknown_format_serves_an_adapter_but_takes_no_checkpoint(
 # The page about it ---------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_of_the_page_on_artefacts_run_as_they_stand_there(say: Any, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "artefacts.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^    steer2edit ((?:apply|inspect|verify|diff) [^#\n]*)", page, re.MULTILINE)
-    assert len(commands) == 10
+def test_the_commands_of_the_pages_on_artefacts_and_many_edits_run_as_they_stand_there(
+    say: Any, tmp_path: Path
+) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    pages = "".join((docs / f"{name}.md").read_text(encoding="utf-8") for name in ("artefacts", "many_edits"))
+    commands = re.findall(r"^    steer2edit ((?:apply|inspect|verify|diff) [^#\n]*)", pages, re.MULTILINE)
+    assert len(commands) == 9 + 4
     model = make_pico("llama", num_hidden_layers=21)
     model.save_pretrained(tmp_path / "base")
     scores = s2e.score(model, s2e.collect(model, make_tokenizer(), *make_traces()))

@@ -257,8 +257,9 @@ def test_a_run_of_variants_layers_sanity_and_questions_reads_the_first_questions
     trials, study = read_jsonl(folder / "search/trials.jsonl"), read_json(folder / "search/study.json")
     counted = {kind: sum(t["kind"] == kind for t in trials) for kind in ("edit", "steering")}
     assert read_json(folder / "choice.json")["tried"] == counted
-    assert study["evaluations"]["edit"] == 7 * counted["edit"]  # 5 validation prompts and 2 simple ones
-    assert study["evaluations"]["steering"] == 5 * counted["steering"] >= study["evaluations"]["edit"]
+    # 5 validation prompts, two choices for each of 2 questions, and for edits 2 simple prompts.
+    assert study["evaluations"]["edit"] == (5 + 4 + 2) * counted["edit"]
+    assert study["evaluations"]["steering"] == (5 + 4) * counted["steering"] >= study["evaluations"]["edit"]
     assert read_jsonl(folder / "search/discarded.jsonl") == []
     assert all(t["accuracy"] in (0.0, 0.5, 1.0) and len(t["values"]["accuracy"]) == 2 for t in trials)
     assert ("texts" in trials[0], trials[0]["round"]) == (False, "0")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from baseline_bench import ITEMS, Prompting, _bench, _study, a_probe, a_recipe
+from baseline_bench import ITEMS, QUESTIONS, Prompting, _bench, _study, a_probe, a_recipe
 from runs import FakeEngine, a_bench, make_scores
 from steer2edit.behaviours.base import Item
 from steer2edit.engines.base import Losses
@@ -136,7 +136,7 @@ def test_a_baseline_whose_losses_are_not_finite_is_discarded_and_counted(tmp_pat
     assert [(row.candidate.id, row.why) for row in study.discarded] == [
         (f"system-{i}", "its losses are not finite") for i in range(3)
     ]
-    assert study.evaluations["system"] == 3 * len(ITEMS)
+    assert study.evaluations["system"] == 3 * (len(ITEMS) + sum(len(item.choices) for item in QUESTIONS))
     found = summary(study, recipe.aim, "grid", 10, 1)
     assert (found["tried"]["system"], found["discarded"], found["front"]["system"]) == (0, 3, [])
 

@@ -89,6 +89,7 @@ def test_several_answers_to_a_question_count_by_their_mean() -> None:
         ("commonsenseqa", ["B", "ABCDE"], r"\boxed{B}", r"\boxed{A}"),
         ("gpqa", ["D", "ABCD"], "It must be D.", "A or D: A"),
         ("codemmlu", ["A", "ABCD"], r"First B, then \boxed{A}", "B"),
+        ("codemmlu_knowledge", ["A", "ABCD"], r"First B, then \boxed{A}", "B"),
     ],
 )
 def test_each_task_of_answers_in_words_by_hand(name: str, target: object, right: str, wrong: str) -> None:

@@ -21,9 +21,6 @@ from .pooling import NONE, Draws, Number, Point, at_equal_cost, difference, draw
 from .rows import PartResult, Tried
 
 ATTRIBUTE, UTILITY, PRODUCT, PER_TOKENS = "attribute", "utility", "product", "utility_per_100_tokens"
-# What the paper's mean attributes and its mean utilities are means over, where it asked them.
-_OF_ATTRIBUTE = {"gcg_refusal", "advllm_refusal"}
-_OF_UTILITY = {"commonsenseqa", "codemmlu", "gsm8k", "math500", "gpqa"}
 # What is chosen on validation: only these tell whether a method moves the attribute.
 CHOSEN = ("chosen", "equal budget")
 # Conditions whose rows are ranked among each other.
@@ -170,10 +167,13 @@ def _line(of: Of, method: str, how: str, number: int) -> Line:
 
 def of_other_sets(of: Of, paper: Mapping[str, float]) -> set[str]:
     """The means that were taken over other sets here than in the paper, so that they cannot stand beside its own."""
+    own = {ATTRIBUTE, UTILITY, PRODUCT, PER_TOKENS, "per_100_tokens", of.recipe.behaviour.attribute.name}
+    utilities = {name for name in paper if name in TASKS}
+    attacks = {name for name in paper if name not in own | utilities and not name.startswith("tokens_")}
     others = set()
-    if _OF_ATTRIBUTE & set(paper) != set(_attacks(of)):
+    if attacks != set(_attacks(of)):
         others |= {ATTRIBUTE, PRODUCT}
-    if _OF_UTILITY & set(paper) != set(_utilities(of)):
+    if utilities != set(_utilities(of)):
         others |= {UTILITY, PRODUCT, PER_TOKENS}
     return others
 

@@ -125,7 +125,7 @@ def find(name: str, held: Held, settings: Settings) -> Found | None:
     if scales is None:
         return None
     shape, grid = held[name][1].shape[-2:], held[scales][1].shape
-    if len(held[name][1].shape) == 3 and len(grid) in (1, 2):
+    if len(held[name][1].shape) == 3 and len(grid) in (1, 2) and grid != (1,):
         raise FileError(
             f"the scales of {name} are in a layout that is not known",
             got=list(grid),
