@@ -39,7 +39,8 @@ def test_the_six_architectures_run_end_to_end(name: str, tmp_path: Path) -> None
     published = [row for row in rows_of(out, "ablations") if row["published"]]
     assert {row["method"] for row in published} == {"edit", "k_mean", "k_svd", "g_dot", "l0", "l2"}
     assert {row["condition"] for row in published} == {"same numbers"}
-    wanted = {"safety": "attribute", "truthfulness": "product", "efficiency": "gsm8k"}[behaviour]
+    # The profile asks fewer utility sets than the paper's means are over.
+    wanted = {"safety": "attribute", "truthfulness": "truthful", "efficiency": "gsm8k"}[behaviour]
     assert wanted in {row["measure"] for row in published}
 
 
