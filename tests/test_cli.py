@@ -255,6 +255,8 @@ def test_text_of_strangers_acts_on_nothing_in_the_terminal(say: Any, whole: Path
     manifest = read_json(folder / "manifest.json")
     manifest["recipe"]["name"] = manifest["recipe"]["model"]["name"] = HOSTILE
     write_json(folder / "manifest.json", manifest)
+    choice = read_json(folder / "choice.json") | {"firing": [{HOSTILE: 1.0, "[/x]": 2.0}]}
+    write_json(folder / "choice.json", choice)
     edit = Edit.load(folder / "edit.safetensors")
     dataclasses.replace(edit, provenance={"model": HOSTILE * 1000}).save(tmp_path / "stranger.safetensors")
     rows = read_jsonl(folder / "evaluation/answers.jsonl")
@@ -380,6 +382,13 @@ def test_a_folder_is_a_model_but_a_verb_comes_first(say: Any) -> None:
     is_one_sentence(say("serch", "--recipe", "demo", "--yes"), "the model serch cannot be loaded")
     is_one_sentence(say("doctor"), "no model is given")
     is_one_sentence(say("./nowhere/x", "--recipe", "demo", "--yes"), "no such folder")
+
+
+def test_a_recipe_alone_lets_no_code_of_a_model_run(say: Any) -> None:
+    recipe = load_recipe("demo", ["model.name=someone/theirs", "model.trust_remote_code=true"])
+    Path("theirs.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    is_one_sentence(say("doctor", "theirs.yaml"), "runs code of its own (got: someone/theirs)", "--trust-remote-code")
+    is_one_sentence(say("run", "theirs.yaml"), "the recipe runs the code of its model", "--trust-recipe-code")
 
 
 def test_the_version_is_that_of_the_package(say: Any) -> None:

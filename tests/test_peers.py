@@ -113,6 +113,9 @@ def test_both_sides_take_turns_and_the_table_has_medians_and_versions(
 
 def test_a_tool_that_fails_has_a_row_that_says_so(peers: Any, stand_in: Any, tmp_path: Path) -> None:
     ours, broken, whole = stand_in("mine", [1.0]), stand_in("broken", [1.0], fails=True), stand_in("whole", [2.0])
+    alone = peers.run(peers.Benchmark(tmp_path / "alone", tmp_path, ours), [broken], 1, "A title.", None)
+    assert "Nothing is measured yet." in alone
+    (tmp_path / "calls.txt").unlink()
     table = peers.run(peers.Benchmark(tmp_path, tmp_path, ours), [broken, whole], 3, "A title.", None)
     assert "| sweep-steer | broken | 0 | | | | | | broken failed: boom / it is broken |" in table
     assert "| sweep-steer | whole | 3 | 1.0 | 2.0 | 2.00 |" in table

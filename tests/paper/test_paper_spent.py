@@ -92,6 +92,10 @@ def test_parts_of_another_suite_in_the_same_folder_do_not_count(tmp_path: Path) 
     assert spent_of(found, taken).taken == {name: {"search": 5.0}, "all runs": {"tables and figures": 2.0}}
 
 
+def test_without_forecasts_all_that_was_taken_counts() -> None:
+    assert spent_of([], TAKEN).taken == TAKEN
+
+
 # A page for the documentation -----------------------------------------------------------------------------------------
 
 

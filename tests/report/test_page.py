@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from steer2edit.behaviours.safety import Safety
-from steer2edit.report.page import print_answers, print_results
+from steer2edit.report.page import markdown_table, print_answers, print_results
 
 
 def _results() -> dict[str, Any]:
@@ -50,6 +50,16 @@ def test_a_loss_that_is_not_finite_is_said_in_its_cell() -> None:
     results = _results()
     results["systems"]["edit"]["utility_loss"] = {"mean": None, "low": None, "high": None, "n": 80, "not_finite": 3}
     assert "not finite in 3" in "\n".join(_printed(results, 200))
+
+
+def test_nothing_in_a_cell_breaks_a_table() -> None:
+    results = _results()
+    results["systems"]["steering"]["config"] = {"system": "Be brief.\nAlways | refuse."}
+    rows = markdown_table(results).splitlines()
+    assert len(rows) == 2 + len(results["systems"]) + 1  # the header, and n below
+    columns = {row.replace("\\|", "").count("|") for row in rows}
+    assert len(columns) == 1
+    assert "“Be brief. Always \\| refuse.”" in rows[3]
 
 
 def _answered(*systems: str) -> list[dict[str, Any]]:

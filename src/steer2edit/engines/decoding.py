@@ -110,8 +110,7 @@ class Slots:
             shared: the cache of the prefix that all their prompts begin with, of `prefix` tokens.
         """
         free = self.free()
-        for slot in free[: len(rows)]:
-            self.cache.clear(slot)
+        self.cache.clear(free[: len(rows)])  # the last row may have left numbers that are not finite
         requests = [row.so_far() for row in rows]
         # Prompts of about the same length run together, which needs little padding.
         for part in batches_by_length([len(request.ids) - prefix for request in requests], PREFILL):

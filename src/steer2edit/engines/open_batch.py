@@ -186,7 +186,6 @@ class OpenBatch:
                     fix="Use a smaller strength.",
                 )
                 slots.release(slot)
-                slots.cache.clear(slot)
                 tokens[slot] = 0
         slots.take(tokens)
         if not slots.occupied():

@@ -4,6 +4,7 @@ padding, leave it when they are done, and make room for the next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +126,11 @@ class SlotCache(Cache):
                 layer.keys[:before, :, :kept] = old_keys[:, :, :kept]
                 layer.values[:before, :, :kept] = old_values[:, :, :kept]
 
-    def clear(self, row: int) -> None:
-        """Sets a row to 0. Masked keys count for nothing, but a masked value that is not finite would not."""
+    def clear(self, rows: Sequence[int]) -> None:
+        """Sets rows to 0. Masked keys count for nothing, but a masked value that is not finite would not."""
         for layer in self.slots:
             if layer.is_initialized:
                 assert layer.keys is not None
                 assert layer.values is not None
-                layer.keys[row] = 0
-                layer.values[row] = 0
+                layer.keys[list(rows)] = 0
+                layer.values[list(rows)] = 0

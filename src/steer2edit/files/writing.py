@@ -113,10 +113,10 @@ def replacing_folder(path: str | Path, ours: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, output: Path) -> Iterator[None]:
-    """Makes a folder, if there is none, in which no other process works while the context lasts (on
-    Windows nothing keeps one out).
+    """Makes a folder, if there is none, in which no other process works while the context lasts.
 
-    The lock is on the folder itself, so that nothing is left of it: not after a kill, and not after a rename.
+    The lock is on the folder itself, so that nothing is left of it: not after a kill, and not after a rename. On
+    Windows nothing keeps another process out.
 
     Args:
         output: what is written there, for the error.
@@ -189,8 +189,9 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def clear_temporaries(folder: str | Path) -> None:
-    """Removes what `replacing` and `replacing_folder` left in a folder when their process was killed; a folder that
-    was moved aside, and for which no new one came, goes back to its place.
+    """Removes what `replacing` and `replacing_folder` left in a folder when their process was killed.
+
+    A folder that was moved aside, and for which no new one came, goes back to its place.
     """
     for path in [*Path(folder).glob(".*.tmp*"), *Path(folder).glob(".tmp*")]:
         moved = _MOVED.fullmatch(path.name)

@@ -67,9 +67,8 @@ def measure_part(part: Part, run: Run, planned: Planned, profile: Profile) -> Pa
 
 def _key(part: str, run: Run, profile: Profile) -> str:
     """Of everything that a part depends on."""
-    keys = [
-        run.keys[name] for name in ("edit", "test answers", "evaluate" if part == "training" else "measured", "search")
-    ]
+    measured = "evaluate" if part == "training" else "measured"
+    keys = [run.keys[name] for name in ("edit", "test answers", measured, "search")]
     sizes = [
         profile.stars,
         profile.swept,

@@ -167,14 +167,14 @@ def _line(of: Of, method: str, how: str, number: int) -> Line:
 
 def of_other_sets(of: Of, paper: Mapping[str, float]) -> set[str]:
     """The means that were taken over other sets here than in the paper, so that they cannot stand beside its own."""
-    own = {ATTRIBUTE, UTILITY, PRODUCT, PER_TOKENS, "per_100_tokens", of.recipe.behaviour.attribute.name}
+    own = {ATTRIBUTE, UTILITY, PRODUCT, "per_100_tokens", of.recipe.behaviour.attribute.name}
     utilities = {name for name in paper if name in TASKS}
     attacks = {name for name in paper if name not in own | utilities and not name.startswith("tokens_")}
     others = set()
     if attacks != set(_attacks(of)):
         others |= {ATTRIBUTE, PRODUCT}
     if utilities != set(_utilities(of)):
-        others |= {UTILITY, PRODUCT, PER_TOKENS}
+        others |= {UTILITY, PRODUCT}
     return others
 
 

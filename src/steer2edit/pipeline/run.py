@@ -195,10 +195,10 @@ class Run:
     def journal(self, split: Split) -> Path:
         """The journal of a split's answers under the scores that are here now: other scores have another journal."""
         if split == "test":
-            return self.kept("evaluation/journal-{}.jsonl", "test answers", "evaluate")
-        return self.kept("search/journal-{}.jsonl", "search", "search")
+            return self.on_basis("evaluation/journal-{}.jsonl", "test answers", "evaluate")
+        return self.on_basis("search/journal-{}.jsonl", "search", "search")
 
-    def kept(self, name: str, key: str, stage: str) -> Path:
+    def on_basis(self, name: str, key: str, stage: str) -> Path:
         """A file that is named after its basis. Earlier versions named it after the key alone: that one, if what the
         stage read is as it was, so that its answers are of the scores that are here now.
         """

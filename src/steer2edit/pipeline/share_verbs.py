@@ -10,7 +10,7 @@ import typer
 
 from ..progress import be_quiet
 from ..report.visible import visible
-from .options import Json, console, print_json
+from .options import Json, TrustCode, console, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -52,10 +52,7 @@ def reproduce(
     out: Annotated[
         Path, typer.Option("--out", help="Where to make it again; a run that was stopped goes on there.")
     ] = Path("runs/reproduced"),
-    trust_recipe_code: Annotated[
-        bool,
-        typer.Option("--trust-recipe-code", help="Run the code that the recipe names."),
-    ] = False,
+    trust_recipe_code: TrustCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Json = False,
 ) -> None:

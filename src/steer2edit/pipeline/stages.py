@@ -336,18 +336,16 @@ def run_all(run: Run, until: str = "report") -> None:
                 continue
             mark(stage, "running")
             try:
-                _run_stage(run, stage)
-                mark(stage, "done")
+                no_export = _run_stage_or_no_export(run, stage)
+                mark(stage, "failed" if no_export else "done")
+                failure = no_export or failure
             except TaskError as error:  # which one was said when it failed
                 mark(stage, "failed")
                 failure = failure or error
-            except Steer2EditError as error:
+            except Steer2EditError:
                 mark(stage, "failed")
-                if stage != "export":
-                    write_what_is_there(run)
-                    raise
-                say(f"  the export failed, the run goes on without it: {error}")
-                failure = error
+                write_what_is_there(run)
+                raise
     if failure is not None:
         raise failure
 
@@ -380,15 +378,8 @@ def run_training(run: Run, recipe_name: str) -> None:
     failure: Steer2EditError | None = None
     with run.working():
         for stage in ("train", "export", "evaluate", "report"):
-            if run.is_whole(stage):
-                continue
-            try:
-                _run_stage(run, stage)
-            except Steer2EditError as error:
-                if stage != "export":
-                    raise
-                say(f"  the export failed, the run goes on without it: {error}")
-                failure = error
+            if not run.is_whole(stage):
+                failure = _run_stage_or_no_export(run, stage) or failure
     if failure is not None:
         raise failure
 
@@ -412,6 +403,18 @@ def _require_before(run: Run, stage: str, recipe_name: str) -> None:
 def _hand_made(run: Run, before: str, stage: str) -> bool:
     """Whether traces were put into the run directory in place of the stage that makes them."""
     return before == "traces" and stage == "probe" and _put_by_hand(run)
+
+
+def _run_stage_or_no_export(run: Run, stage: str) -> Steer2EditError | None:
+    """As `_run_stage`. An export that fails is said and given back, since what comes after it needs none."""
+    try:
+        _run_stage(run, stage)
+    except Steer2EditError as error:
+        if stage != "export":
+            raise
+        say(f"  the export failed, the run goes on without it: {error}")
+        return error
+    return None
 
 
 def _run_stage(run: Run, stage: str) -> None:

@@ -120,7 +120,7 @@ def judged_again(run: Run, tried: Sequence[Candidate], before: Mapping[str, Any]
 
 def tasks_journal(run: Run) -> Path:
     """The journal of what the tasks asked of a run's chosen systems."""
-    return run.kept("evaluation/tasks-{}.jsonl", "task answers", "evaluate")
+    return run.on_basis("evaluation/tasks-{}.jsonl", "task answers", "evaluate")
 
 
 def _asking(run: Run, tried: Sequence[Candidate], replay: bool) -> tuple[Asking, list[Group]]:

@@ -107,7 +107,8 @@ def _placed(run: Run, most: int) -> Placed:
     """The recipe's courses, each with the folder of its checkpoints, which is named after all that they depend on."""
     recipe = run.recipe
     traces = [run.keys["traces"], sha256(run.path(TRACES)), recipe.probe.part, recipe.probe.max_tokens]
-    traces += [] if run.commit is None else [run.commit]
+    if run.commit is not None:
+        traces.append(run.commit)
     placed = []
     for course in courses(recipe.training, most, recipe.seed):
         digest = hashlib.sha256(json.dumps([traces, vars(course)]).encode()).hexdigest()[:12]
