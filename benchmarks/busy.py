@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 
+from steer2edit.cli import SPIN_COUNT
+
 ROUNDS = 5
 WORK = """
 import time, torch
@@ -29,7 +31,7 @@ print(time.perf_counter() - start)
 SETTINGS = {
     "spinning": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "short spin": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},  # what the command line sets
+    "short spin": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": SPIN_COUNT},  # what the command line sets
 }
 SPIN = "import torch\nx = torch.randn(512, 512)\nwhile True: x @ x"
 

@@ -19,10 +19,16 @@ QUESTION = [{"role": "user", "content": "Write three sentences about the sea, an
 
 
 def main() -> None:
-    model, tokenizer = base_model()
-    source = Source("edit", scores().edit(rho_attn=0.3, rho_mlp=None, alpha=0.2), scores(), gamma=0.02)
-    worker = Worker(TransformersEngine(model, tokenizer))
-    conversation = Conversation(worker, [source])
+    sources: list[Source] = []
+
+    def make() -> TransformersEngine:
+        found = scores()
+        sources.append(Source("edit", found.edit(rho_attn=0.3, rho_mlp=None, alpha=0.2), found, gamma=0.02))
+        return TransformersEngine(*base_model())
+
+    worker = Worker(make)
+    tokenizer = worker.engine.tokenizer
+    conversation = Conversation(worker, sources)
     settings = Settings({"edit": 0.5}, gamma=0.02, tokens=TOKENS)
     lengths: list[int] = []
 

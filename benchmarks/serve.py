@@ -1,17 +1,25 @@
 """What serving costs: 32 clients at once for two minutes, each under another edit, against `generate` on as many rows.
 
-Clients disconnect in between. At the end no row is left, and the memory of the second minute is that of the first.
+The server is the command itself, in a process of its own on the same cores as its clients. Some of them disconnect in
+between. At the end no row is left, and the memory of the second minute is that of the first.
 
 Run: python benchmarks/serve.py [seconds]
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import openai
 import psutil
@@ -20,10 +28,9 @@ from steer2edit.behaviours.base import Source as Prompts
 from steer2edit.behaviours.safety import BUILTIN, Safety
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
+from steer2edit.models.embedded import EMBEDDED
 from steer2edit.serving.catalogue import Catalogue
-from steer2edit.serving.server import listening, server_on
 from steer2edit.serving.sources import Source
-from steer2edit.serving.worker import Worker
 from timing import report, seconds
 from workload import base_model, scores
 
@@ -32,34 +39,40 @@ NAMES = ("base", "dense", "dense@0.5", "sparse", "sparse@-0.5", "dense@0.3+spars
 
 
 def main(duration: float) -> None:
-    model, tokenizer = base_model()
     rhos = {"dense": 0.2, "sparse": 0.3}
-    edits = [Source(name, scores().edit(rho_attn=rho, rho_mlp=None, alpha=0.2)) for name, rho in rhos.items()]
-    engine = TransformersEngine(model, tokenizer, rows=ROWS)
-    catalogue = Catalogue(model, "smollm2", edits)
-    worker = Worker(engine)
-    bound = listening("127.0.0.1", 0)
-    server = server_on(worker, catalogue, bound, None)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}/v1", api_key="none", max_retries=0)
+    edits = {name: scores().edit(rho_attn=rho, rho_mlp=None, alpha=0.2) for name, rho in rhos.items()}
     prompts = [p.text for p in Safety().items(Prompts(BUILTIN, {"probe": {"benign": ROWS}}), "probe")]
-    try:
-        throughput(engine, worker, catalogue, client, prompts)
-        if duration:
-            endure(worker, client, prompts, duration)
-    finally:
-        server.should_exit = True
-        thread.join()
-        worker.close()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, edit in edits.items():
+            edit.save(Path(folder) / f"{name}.safetensors")
+        with serving([f"{name}={folder}/{name}.safetensors" for name in edits]) as (process, address):
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+            throughput([Source(name, edit) for name, edit in edits.items()], client, prompts)
+            if duration:
+                endure(process, address, client, prompts, duration)
 
 
-def throughput(
-    engine: TransformersEngine, worker: Worker, catalogue: Catalogue, client: openai.OpenAI, prompts: list[str]
-) -> None:
-    names = [NAMES[i % len(NAMES)] for i in range(ROWS)]
+@contextlib.contextmanager
+def serving(edits: list[str]) -> Iterator[tuple[psutil.Process, str]]:
+    """The command while it runs, and its address."""
+    command = [sys.executable, "-m", "steer2edit", "serve", EMBEDDED, *edits, "--port", "0", "--rows", str(ROWS)]
+    options = ["--dtype", "float32", "--device", "cpu"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            address = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.]+:\d+", line)))
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            yield psutil.Process(server.pid), address
+        finally:
+            server.terminate()
+
+
+def throughput(edits: list[Source], client: openai.OpenAI, prompts: list[str]) -> None:
+    model, tokenizer = base_model()
+    engine = TransformersEngine(model, tokenizer, rows=ROWS)
+    catalogue = Catalogue(model, EMBEDDED, edits)
     table = [catalogue.intervention(name) for name in NAMES]
-    ids = [worker.encode([{"role": "user", "content": prompt}]) for prompt in prompts]
+    ids = [engine.tokens([{"role": "user", "content": prompt}]) for prompt in prompts]
     requests = [Request(one, i % len(NAMES)) for i, one in enumerate(ids)]
     texts: dict[str, list[str]] = {"generate": [], "serve": []}
 
@@ -70,7 +83,7 @@ def throughput(
         texts["serve"] = [""] * ROWS
 
         def ask(i: int) -> None:
-            texts["serve"][i] = streamed(client, names[i], prompts[i])
+            texts["serve"][i] = streamed(client, NAMES[i % len(NAMES)], prompts[i])
 
         side_by_side(ask, ROWS)
 
@@ -88,8 +101,7 @@ def throughput(
     report(label, statistics.median(ratios), (">=", 0.85), f"{same} of {ROWS} answers the same")
 
 
-def endure(worker: Worker, client: openai.OpenAI, prompts: list[str], duration: float) -> None:
-    process = psutil.Process()
+def endure(process: psutil.Process, address: str, client: openai.OpenAI, prompts: list[str], duration: float) -> None:
     started = time.monotonic()
     memory: list[tuple[float, int]] = []
     finished = [0] * ROWS
@@ -105,9 +117,11 @@ def endure(worker: Worker, client: openai.OpenAI, prompts: list[str], duration: 
 
     side_by_side(ask, ROWS)
     time.sleep(0.5)
+    with urllib.request.urlopen(f"{address}/health") as answer:
+        left = {key: value for key, value in json.load(answer).items() if key != "status"}
     halves = [[size for at, size in memory if (at < duration / 2) == first] for first in (True, False)]
     growth = (max(halves[1]) - max(halves[0])) / 2**20
-    print(f"  {sum(finished)} requests of {ROWS} clients in {duration:.0f} s; left: {worker.counts()}")
+    print(f"  {sum(finished)} requests of {ROWS} clients in {duration:.0f} s; left: {left}")
     report("memory of the second half less that of the first, MB", growth, ("<=", 30))
 
 

@@ -38,6 +38,8 @@ ModelName = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory; runs/NAME by default.")]
 _INTERRUPTED = 130
+# How often a thread of OpenMP looks whether there is work before it sleeps: some tens of microseconds.
+SPIN_COUNT = "5000"
 # How many characters of each part of an error are shown.
 _SHOWN = 600
 
@@ -62,11 +64,11 @@ def options(
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
     # OpenMP's threads spin while they wait, which makes everything several times slower beside another busy process;
-    # threads that sleep at once are slower alone. A short spin is good in both cases (benchmarks/busy.py). It is read
-    # when torch is loaded; what the user has set stands.
+    # threads that sleep at once are slower alone. A short spin does for both (benchmarks/busy.py). It is read when
+    # torch is loaded; what the user has set stands.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     be_quiet(False)
     try:
         app(prog_name="steer2edit")

@@ -40,12 +40,16 @@ def opened(
         ModelError: the model cannot be loaded, its family cannot be served, or an edit is of another model.
     """
     say(f"loading {section.name}")
-    model, tokenizer = load_section(section)
-    engine = TransformersEngine(model, tokenizer, rows=rows, chat=section.chat)
-    catalogue = Catalogue(model, section.name, sources)
-    worker = Worker(engine, waiting=waiting, context=context, tokens=tokens)
+    catalogues: list[Catalogue] = []
+
+    def make() -> TransformersEngine:
+        model, tokenizer = load_section(section)
+        catalogues.append(Catalogue(model, section.name, sources))
+        return TransformersEngine(model, tokenizer, rows=rows, chat=section.chat)
+
+    worker = Worker(make, waiting=waiting, context=context, tokens=tokens)
     try:
-        yield worker, catalogue
+        yield worker, catalogues[0]
     finally:
         worker.close()
 

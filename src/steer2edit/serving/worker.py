@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -86,25 +87,35 @@ class Worker:
     """Runs the decode batch in a thread of its own.
 
     Args:
+        make: loads the model and gives its engine. It is called in the worker's thread: OpenMP keeps a team of threads
+            for every thread that computes, and with more of them than cores they no longer spin while they wait, which
+            makes decoding of a few rows up to half as fast. What it raises is raised here.
         waiting: how many requests may wait for a slot, beside those that run.
         context: the most tokens of a prompt and its answer; the model's own limit if it is lower.
         tokens: the most new tokens of a request that names no number.
     """
 
-    def __init__(self, engine: TransformersEngine, *, waiting: int = 128, context: int = 8192, tokens: int = 1024):
-        self.engine = engine
-        limit = getattr(engine.config, "max_position_embeddings", None)
-        self.context = min(context, limit) if limit else context
+    def __init__(
+        self,
+        make: Callable[[], TransformersEngine],
+        *,
+        waiting: int = 128,
+        context: int = 8192,
+        tokens: int = 1024,
+    ):
         self.waiting, self.tokens = waiting, tokens
-        self._batch = OpenBatch(engine)
         self._tickets: dict[OpenRow, Ticket] = {}
         self._arrived: list[Ticket] = []
         self._left: list[Ticket] = []
         self._changed = threading.Condition()
         self._closing = False
         self._encoding = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="steer2edit-model", daemon=True)
+        made: Future[TransformersEngine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make, made), name="steer2edit-model", daemon=True)
         self._thread.start()
+        self.engine = made.result()
+        limit = getattr(self.engine.config, "max_position_embeddings", None)
+        self.context = min(context, limit) if limit else context
 
     # Called by any thread ------------------------------------------------------------------------------------------
 
@@ -183,29 +194,34 @@ class Worker:
 
     # The thread ----------------------------------------------------------------------------------------------------
 
+    def _run(self, make: Callable[[], TransformersEngine], made: Future[TransformersEngine]) -> None:
+        try:
+            engine = make()
+            self._batch = OpenBatch(engine)
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        made.set_result(engine)
+        self._serve()
+
     @torch.inference_mode()
-    def _run(self) -> None:
+    def _serve(self) -> None:
+        batch = self._batch
         while True:
             with self._changed:
-                while not (self._arrived or self._left or self._batch.busy or self._closing):
+                while not (self._arrived or self._left or batch.busy or self._closing):
                     self._changed.wait()
                 arrived, self._arrived = self._arrived, []
                 left, self._left = self._left, []
                 closing = self._closing
             for ticket in arrived:
-                self._batch.add(ticket.row)
+                batch.add(ticket.row)
             for ticket in left:
-                self._batch.drop(ticket.row)
+                batch.drop(ticket.row)
             if closing:
-                self._tell(self._batch.fail(Closed("the model is not served any more", got="an end", fix="Ask again.")))
+                self._tell(batch.fail(Closed("the model is not served any more", got="an end", fix="Ask again.")))
                 return
-            self._tell(self._rows())
-
-    def _rows(self) -> list[OpenRow]:
-        try:
-            return self._batch.step()
-        except Exception as error:  # a bug of ours must not end the service: those who asked are told
-            return self._batch.fail(error)
+            self._tell(_stepped(batch))
 
     def _tell(self, rows: Sequence[OpenRow]) -> None:
         with self._changed:
@@ -233,6 +249,13 @@ class Worker:
         rest = stream.finish(answer.text)
         done = Done(answer, len(row.ids))
         return [Piece(rest), done] if rest else [done]
+
+
+def _stepped(batch: OpenBatch) -> list[OpenRow]:
+    try:
+        return batch.step()
+    except Exception as error:  # a bug of ours must not end the service: those who asked are told
+        return batch.fail(error)
 
 
 def streamed(worker: Worker, questions: Sequence[Question]) -> Generator[tuple[int, Event], None, None]:
