@@ -1,7 +1,7 @@
 """What serving costs: 32 clients at once for two minutes, each under another edit, against `generate` on as many rows.
 
 The server is the command itself, in a process of its own on the same cores as its clients. Some of them disconnect in
-between. At the end no row is left, and the memory of the second minute is that of the first.
+between. At the end no row is left, and the server's memory in the second minute is that of the first.
 
 Run: python benchmarks/serve.py [seconds]
 """
@@ -103,8 +103,13 @@ def throughput(edits: list[Source], client: openai.OpenAI, prompts: list[str]) -
 
 def endure(process: psutil.Process, address: str, client: openai.OpenAI, prompts: list[str], duration: float) -> None:
     started = time.monotonic()
-    memory: list[tuple[float, int]] = []
+    memory: list[int] = []
     finished = [0] * ROWS
+
+    def watch() -> None:
+        while time.monotonic() - started < duration:
+            memory.append(process.memory_info().rss)
+            time.sleep(1)
 
     def ask(i: int) -> None:
         turn = i
@@ -112,15 +117,17 @@ def endure(process: psutil.Process, address: str, client: openai.OpenAI, prompts
             streamed(client, NAMES[turn % len(NAMES)], prompts[turn % ROWS], leave=turn % 5 == 0)
             finished[i] += 1
             turn += 1
-            if i == 0:
-                memory.append((time.monotonic() - started, process.memory_info().rss))
 
+    watching = threading.Thread(target=watch)
+    watching.start()
     side_by_side(ask, ROWS)
+    watching.join()
     time.sleep(0.5)
     with urllib.request.urlopen(f"{address}/health") as answer:
         left = {key: value for key, value in json.load(answer).items() if key != "status"}
-    halves = [[size for at, size in memory if (at < duration / 2) == first] for first in (True, False)]
-    growth = (max(halves[1]) - max(halves[0])) / 2**20
+    # Medians, since the batch takes more or less while it grows and shrinks. The first seconds are those of the start.
+    half = len(memory) // 2
+    growth = (statistics.median(memory[half:]) - statistics.median(memory[5:half])) / 2**20
     print(f"  {sum(finished)} requests of {ROWS} clients in {duration:.0f} s; left: {left}")
     report("memory of the second half less that of the first, MB", growth, ("<=", 30))
 
