@@ -6,11 +6,12 @@ Run: python benchmarks/chat.py
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.serving.conversation import EDIT, Conversation, Settings
 from steer2edit.serving.sources import Source
-from steer2edit.serving.worker import Worker
+from steer2edit.serving.worker import Worker, one_team
 from timing import ratio
 from workload import base_model, scores
 
@@ -19,16 +20,18 @@ QUESTION = [{"role": "user", "content": "Write three sentences about the sea, an
 
 
 def main() -> None:
-    sources: list[Source] = []
-
-    def make() -> TransformersEngine:
+    with one_team() as threads:  # as the command does
+        model, tokenizer = base_model()
         found = scores()
-        sources.append(Source("edit", found.edit(rho_attn=0.3, rho_mlp=None, alpha=0.2), found, gamma=0.02))
-        return TransformersEngine(*base_model())
+        source = Source("edit", found.edit(rho_attn=0.3, rho_mlp=None, alpha=0.2), found, gamma=0.02)
+        worker = Worker(TransformersEngine(model, tokenizer), threads=threads)
+        try:
+            measure(Conversation(worker, [source]), tokenizer)
+        finally:
+            worker.close()
 
-    worker = Worker(make)
-    tokenizer = worker.engine.tokenizer
-    conversation = Conversation(worker, sources)
+
+def measure(conversation: Conversation, tokenizer: Any) -> None:
     settings = Settings({"edit": 0.5}, gamma=0.02, tokens=TOKENS)
     lengths: list[int] = []
 
@@ -37,17 +40,14 @@ def main() -> None:
         assert not turn.failures
         lengths.append(statistics.mean(len(tokenizer(text)["input_ids"]) for text in turn.texts.values()))
 
-    try:
-        ratio(
-            lambda: ask(conversation.systems),
-            lambda: ask((EDIT,)),
-            ROUNDS,
-            ("<=", 1.3),
-            "three answers side by side / one",
-        )
-        print(f"  tokens an answer: {min(lengths):.0f} to {max(lengths):.0f}")
-    finally:
-        worker.close()
+    ratio(
+        lambda: ask(conversation.systems),
+        lambda: ask((EDIT,)),
+        ROUNDS,
+        ("<=", 1.3),
+        "three answers side by side / one",
+    )
+    print(f"  tokens an answer: {min(lengths):.0f} to {max(lengths):.0f}")
 
 
 if __name__ == "__main__":

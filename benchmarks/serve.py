@@ -60,7 +60,14 @@ def serving(edits: list[str]) -> Iterator[tuple[psutil.Process, str]]:
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
-            address = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.]+:\d+", line)))
+            said: list[str] = []
+            for line in server.stderr:
+                said.append(line)
+                if found := re.search(r"http://[\d.]+:\d+", line):
+                    break
+            else:
+                raise RuntimeError("".join(said))
+            address = found[0]
             threading.Thread(target=server.stderr.read, daemon=True).start()
             yield psutil.Process(server.pid), address
         finally:
@@ -86,6 +93,7 @@ def throughput(edits: list[Source], client: openai.OpenAI, prompts: list[str]) -
             texts["serve"][i] = streamed(client, NAMES[i % len(NAMES)], prompts[i])
 
         side_by_side(ask, ROWS)
+        assert all(texts["serve"]), "a client got no answer"
 
     seconds(plain), seconds(served)
     ratios = []
@@ -125,9 +133,10 @@ def endure(process: psutil.Process, address: str, client: openai.OpenAI, prompts
     time.sleep(0.5)
     with urllib.request.urlopen(f"{address}/health") as answer:
         left = {key: value for key, value in json.load(answer).items() if key != "status"}
+    assert not any(left.values()), left
     # Medians, since the batch takes more or less while it grows and shrinks. The first seconds are those of the start.
     half = len(memory) // 2
-    growth = (statistics.median(memory[half:]) - statistics.median(memory[5:half])) / 2**20
+    growth = (statistics.median(memory[half:]) - statistics.median(memory[min(5, half // 2) : half])) / 2**20
     print(f"  {sum(finished)} requests of {ROWS} clients in {duration:.0f} s; left: {left}")
     report("memory of the second half less that of the first, MB", growth, ("<=", 30))
 

@@ -34,7 +34,7 @@ def two_edits(model: Any) -> list[Source]:
 def a_worker(rows: int = 8, **options: Any) -> Iterator[tuple[Worker, Catalogue]]:
     """A worker on a pico model whose vocabulary has tokens that the tokenizer does not know."""
     model = make_pico(max_position_embeddings=512)
-    worker = Worker(lambda: TransformersEngine(model, make_tokenizer(), rows=rows), **options)
+    worker = Worker(TransformersEngine(model, make_tokenizer(), rows=rows), **options)
     try:
         yield worker, Catalogue(model, "pico", two_edits(model))
     finally:

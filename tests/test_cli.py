@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from runs import is_one_sentence, said_by, save_pico, tiny_recipe
+from steer2edit.cli import SPIN_COUNT
 from steer2edit.edits import Edit
 from steer2edit.files.reading import read_json, read_jsonl
 from steer2edit.files.writing import write_json, write_jsonl
@@ -445,7 +446,7 @@ def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "becomes"),
     [
-        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}),
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": SPIN_COUNT}),
         ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],

@@ -29,27 +29,30 @@ def require(package: str, extra: str) -> None:
 
 @contextlib.contextmanager
 def opened(
-    section: Model, sources: Sequence[Source], *, rows: int, waiting: int = 128, context: int = 8192, tokens: int = 1024
+    section: Model,
+    sources: Sequence[Source],
+    *,
+    rows: int,
+    waiting: int = 128,
+    context: int = 8192,
+    tokens: int = 1024,
+    threads: int | None = None,
 ) -> Iterator[tuple[Worker, Catalogue]]:
     """A loaded model with its edits, whose worker runs while the context lasts.
 
     Args:
-        rows: the most requests that run at once. waiting, context, tokens: see Worker.
+        rows: the most requests that run at once. waiting, context, tokens, threads: see Worker.
 
     Raises:
         ModelError: the model cannot be loaded, its family cannot be served, or an edit is of another model.
     """
     say(f"loading {section.name}")
-    catalogues: list[Catalogue] = []
-
-    def make() -> TransformersEngine:
-        model, tokenizer = load_section(section)
-        catalogues.append(Catalogue(model, section.name, sources))
-        return TransformersEngine(model, tokenizer, rows=rows, chat=section.chat)
-
-    worker = Worker(make, waiting=waiting, context=context, tokens=tokens)
+    model, tokenizer = load_section(section)
+    engine = TransformersEngine(model, tokenizer, rows=rows, chat=section.chat)
+    catalogue = Catalogue(model, section.name, sources)
+    worker = Worker(engine, waiting=waiting, context=context, tokens=tokens, threads=threads)
     try:
-        yield worker, catalogues[0]
+        yield worker, catalogue
     finally:
         worker.close()
 

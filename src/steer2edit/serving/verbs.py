@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -46,19 +47,22 @@ def serve(
     """Serve a model and its edits to OpenAI's clients: every edit is a model name, and NAME@0.5 a strength."""
     from .server import key_of, listening, opened, require, serve_on
     from .sources import open_sources, section_of
+    from .worker import one_team
 
     be_quiet(quiet)
     for package in ("fastapi", "uvicorn"):
         require(package, "serve")
     key = key_of(api_key, host)
     is_run = (Path(model) / "edit.safetensors").is_file()
-    sources = open_sources([*([model] if is_run else []), *(edits or [])])
-    section = section_of(None if is_run else model, sources, dtype, device, trust_remote_code)
-    with (
-        listening(host, port) as bound,
-        opened(section, sources, rows=rows, waiting=waiting, context=context, tokens=max_tokens) as (worker, catalogue),
-    ):
-        serve_on(worker, catalogue, bound, key)
+    with one_team() as threads:
+        sources = open_sources([*([model] if is_run else []), *(edits or [])])
+        section = section_of(None if is_run else model, sources, dtype, device, trust_remote_code)
+        limits = {"rows": rows, "waiting": waiting, "context": context, "tokens": max_tokens}
+        with (
+            listening(host, port) as bound,
+            opened(section, sources, **limits, threads=threads) as (worker, catalogue),
+        ):
+            serve_on(worker, catalogue, bound, key)
 
 
 def chat(
@@ -88,13 +92,15 @@ def chat(
     from .conversation import Conversation
     from .server import opened, require
     from .sources import open_sources, section_of
+    from .worker import one_team
 
     be_quiet(quiet)
     if web:
         require("gradio", "chat")
-    opened_sources = open_sources(sources)
-    section = section_of(model, opened_sources, dtype, device, trust_remote_code)
-    with opened(section, opened_sources, rows=32) as (worker, _):
+    with one_team() as threads, contextlib.ExitStack() as stack:
+        opened_sources = open_sources(sources)
+        section = section_of(model, opened_sources, dtype, device, trust_remote_code)
+        worker, _ = stack.enter_context(opened(section, opened_sources, rows=32, threads=threads))
         conversation = Conversation(worker, opened_sources)
         if web:
             from .playground import serve_playground

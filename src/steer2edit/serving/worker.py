@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,13 +83,27 @@ class Ticket:
         self._worker.cancel(self)
 
 
+@contextlib.contextmanager
+def one_team() -> Iterator[int]:
+    """While it lasts, this thread, and every one that begins later, computes alone. Gives the number of threads that a
+    worker may use instead.
+
+    OpenMP keeps a team of threads for each thread that computes with several. Once there are more of them than cores,
+    none spins while it waits, and decoding a few rows on a CPU takes up to twice as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Worker:
     """Runs the decode batch in a thread of its own.
 
     Args:
-        make: loads the model and gives its engine. It is called in the worker's thread: OpenMP keeps a team of threads
-            for every thread that computes, and with more of them than cores they no longer spin while they wait, which
-            makes decoding of a few rows up to half as fast. What it raises is raised here.
+        threads: with how many threads the model computes on a CPU; None is torch's own number. See `one_team`.
         waiting: how many requests may wait for a slot, beside those that run.
         context: the most tokens of a prompt and its answer; the model's own limit if it is lower.
         tokens: the most new tokens of a request that names no number.
@@ -97,25 +111,31 @@ class Worker:
 
     def __init__(
         self,
-        make: Callable[[], TransformersEngine],
+        engine: TransformersEngine,
         *,
         waiting: int = 128,
         context: int = 8192,
         tokens: int = 1024,
+        threads: int | None = None,
     ):
-        self.waiting, self.tokens = waiting, tokens
+        self.engine = engine
+        limit = getattr(engine.config, "max_position_embeddings", None)
+        self.context = min(context, limit) if limit else context
+        self.waiting, self.tokens, self.threads = waiting, tokens, threads
+        self._batch = OpenBatch(engine)
         self._tickets: dict[OpenRow, Ticket] = {}
         self._arrived: list[Ticket] = []
         self._left: list[Ticket] = []
         self._changed = threading.Condition()
         self._closing = False
         self._encoding = threading.Lock()
-        made: Future[TransformersEngine] = Future()
-        self._thread = threading.Thread(target=self._run, args=(make, made), name="steer2edit-model", daemon=True)
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="steer2edit-model", daemon=True)
         self._thread.start()
-        self.engine = made.result()
-        limit = getattr(self.engine.config, "max_position_embeddings", None)
-        self.context = min(context, limit) if limit else context
+        if threads is not None:
+            # What one thread sets, torch takes for all that begin later: they are to compute as this one does.
+            started.wait()
+            torch.set_num_threads(torch.get_num_threads())
 
     # Called by any thread ------------------------------------------------------------------------------------------
 
@@ -194,18 +214,12 @@ class Worker:
 
     # The thread ----------------------------------------------------------------------------------------------------
 
-    def _run(self, make: Callable[[], TransformersEngine], made: Future[TransformersEngine]) -> None:
-        try:
-            engine = make()
-            self._batch = OpenBatch(engine)
-        except BaseException as error:
-            made.set_exception(error)
-            return
-        made.set_result(engine)
-        self._serve()
-
     @torch.inference_mode()
-    def _serve(self) -> None:
+    def _run(self, started: threading.Event) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+            torch.get_num_threads()  # a new thread's number becomes its own only when it is read
+        started.set()
         batch = self._batch
         while True:
             with self._changed:
