@@ -1,7 +1,7 @@
 """What serving costs: 32 clients at once for two minutes, each under another edit, against `generate` on as many rows.
 
 The server is the command itself, in a process of its own on the same cores as its clients. Some of them disconnect in
-between. At the end no row is left, and the server's memory in the second minute is that of the first.
+between. At the end no row may be left, and the server's memory is compared between the first minute and the second.
 
 Run: python benchmarks/serve.py [seconds]
 """

@@ -64,8 +64,8 @@ def options(
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and exit code 2."""
     # OpenMP's threads spin while they wait, which makes everything several times slower beside another busy process;
-    # threads that sleep at once are slower alone. A short spin does for both (benchmarks/busy.py). It is read when
-    # torch is loaded; what the user has set stands.
+    # threads that sleep at once are slower alone. A short spin lies between the two (benchmarks/busy.py). It is read
+    # when torch is loaded; what the user has set stands.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import steer2edit as s2e
 from runs import command, save_pico, tiny_recipe
 from served import HELLO, a_worker, two_edits, until
 from steer2edit.edits import load_any
-from steer2edit.engines.base import Answer, Request
+from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, FileError, ModelError, RecipeError
 from steer2edit.method.intervention import NOTHING
@@ -26,7 +25,6 @@ from steer2edit.report.visible import visible
 from steer2edit.serving.conversation import EDIT, ORIGINAL, STEERING, Budget, Conversation, Settings
 from steer2edit.serving.sources import Source, open_source, open_sources, section_of
 from steer2edit.serving.terminal import TerminalChat
-from steer2edit.serving.worker import Closed, Done, Piece
 
 BAD = "<script>alert(1)</script>[red]x[/red]\x1b[31m\x9b31m\u202egnp.exe\r\x00\ud800"
 
@@ -361,60 +359,3 @@ def test_the_chat_runs_from_the_command_line(
     assert command(monkeypatch, "chat", edit_file, "--model", other) == 2
     assert command(monkeypatch, "chat", edit_file, "--model", folder, "--web", "--host", "0.0.0.0") == 2
     assert "no login" in capsys.readouterr().err
-
-
-# The worker --------------------------------------------------------------------------------------------------------
-
-
-def test_a_closed_worker_tells_everyone_and_asks_nothing() -> None:
-    from steer2edit.serving.worker import Question, streamed
-
-    with a_worker() as (worker, _):
-        events: list[Any] = []
-        started = threading.Event()
-
-        def listen() -> None:
-            for _, event in streamed(worker, [Question(worker.encode(HELLO), tokens=400)]):
-                started.set()
-                events.append(event)
-
-        thread = threading.Thread(target=listen)
-        thread.start()
-        started.wait()
-    thread.join()
-    assert isinstance(events[-1].error, Closed)
-    with pytest.raises(Closed):
-        worker.ask([])
-
-
-def test_a_listener_that_fails_harms_nobody_else() -> None:
-    from steer2edit.serving.worker import Question, answers_of
-
-    with a_worker() as (worker, _):
-        question = Question(worker.encode(HELLO), tokens=30)
-
-        def broken(event: Any) -> None:
-            raise RuntimeError("the loop is closed")
-
-        worker.ask([(question, broken)])
-        (done,) = answers_of(worker, [question])
-        assert isinstance(done, Done)
-        assert isinstance(done.answer, Answer)
-        until(lambda: worker.counts() == {"running": 0, "waiting": 0})
-
-
-def test_pieces_are_whole_characters_and_make_the_text(tokenizer: Any) -> None:
-    from steer2edit.serving.stream import TextStream
-
-    text = "naïve 你好 👩‍👩‍👧 end. \n\n x"
-    ids = tokenizer(text)["input_ids"]
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(ids[: n + 1]) for n in range(len(ids))]
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert stream.finish(text) == ""
-    held = TextStream(tokenizer, ("end. STOP",))
-    given = "".join(held.push(ids[: n + 1]) for n in range(len(ids)))
-    assert given == text[: len(text) - 8]
-    assert given + held.finish(text) == text
-    assert Piece("x").text == "x"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -57,11 +56,8 @@ def serve(
     with one_team() as threads:
         sources = open_sources([*([model] if is_run else []), *(edits or [])])
         section = section_of(None if is_run else model, sources, dtype, device, trust_remote_code)
-        limits = {"rows": rows, "waiting": waiting, "context": context, "tokens": max_tokens}
-        with (
-            listening(host, port) as bound,
-            opened(section, sources, **limits, threads=threads) as (worker, catalogue),
-        ):
+        limits = {"rows": rows, "waiting": waiting, "context": context, "tokens": max_tokens, "threads": threads}
+        with listening(host, port) as bound, opened(section, sources, **limits) as (worker, catalogue):
             serve_on(worker, catalogue, bound, key)
 
 
@@ -97,26 +93,26 @@ def chat(
     be_quiet(quiet)
     if web:
         require("gradio", "chat")
-    with one_team() as threads, contextlib.ExitStack() as stack:
+    with one_team() as threads:
         opened_sources = open_sources(sources)
         section = section_of(model, opened_sources, dtype, device, trust_remote_code)
-        worker, _ = stack.enter_context(opened(section, opened_sources, rows=32, threads=threads))
-        conversation = Conversation(worker, opened_sources)
-        if web:
-            from .playground import serve_playground
+        with opened(section, opened_sources, rows=32, threads=threads) as (worker, _):
+            conversation = Conversation(worker, opened_sources)
+            if web:
+                from .playground import serve_playground
 
-            first = Path(sources[0].rpartition("=")[2])
-            serve_playground(conversation, first if first.is_dir() else Path(), section.name, host, port)
-            return
-        from .terminal import chat_here
+                first = Path(sources[0].rpartition("=")[2])
+                serve_playground(conversation, first if first.is_dir() else Path(), section.name, host, port)
+                return
+            from .terminal import chat_here
 
-        settings = conversation.defaults()
-        first_name = opened_sources[0].name
-        settings = replace(
-            settings,
-            strengths={**settings.strengths, first_name: strength},
-            sampling=Sampling(temperature),
-            tokens=tokens,
-            seed=seed,
-        )
-        chat_here(conversation, settings, system)
+            settings = conversation.defaults()
+            first_name = opened_sources[0].name
+            settings = replace(
+                settings,
+                strengths={**settings.strengths, first_name: strength},
+                sampling=Sampling(temperature),
+                tokens=tokens,
+                seed=seed,
+            )
+            chat_here(conversation, settings, system)

@@ -85,11 +85,12 @@ class Ticket:
 
 @contextlib.contextmanager
 def one_team() -> Iterator[int]:
-    """While it lasts, this thread, and every one that begins later, computes alone. Gives the number of threads that a
-    worker may use instead.
+    """While it lasts, this thread and those that begin later each compute without helpers. Gives the number of threads
+    that this one had, for the worker.
 
-    OpenMP keeps a team of threads for each thread that computes with several. Once there are more of them than cores,
-    none spins while it waits, and decoding a few rows on a CPU takes up to twice as long.
+    On a CPU OpenMP keeps a team of helpers for every thread that computes with more than one. Once the teams together
+    have more threads than there are cores, none of these spins while it waits, and decoding a few rows takes up to
+    twice as long.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -220,22 +221,27 @@ class Worker:
             torch.set_num_threads(self.threads)
             torch.get_num_threads()  # a new thread's number becomes its own only when it is read
         started.set()
-        batch = self._batch
         while True:
             with self._changed:
-                while not (self._arrived or self._left or batch.busy or self._closing):
+                while not (self._arrived or self._left or self._batch.busy or self._closing):
                     self._changed.wait()
                 arrived, self._arrived = self._arrived, []
                 left, self._left = self._left, []
                 closing = self._closing
             for ticket in arrived:
-                batch.add(ticket.row)
+                self._batch.add(ticket.row)
             for ticket in left:
-                batch.drop(ticket.row)
+                self._batch.drop(ticket.row)
             if closing:
-                self._tell(batch.fail(Closed("the model is not served any more", got="an end", fix="Ask again.")))
+                self._tell(self._batch.fail(Closed("the model is not served any more", got="an end", fix="Ask again.")))
                 return
-            self._tell(_stepped(batch))
+            self._tell(self._rows())
+
+    def _rows(self) -> list[OpenRow]:
+        try:
+            return self._batch.step()
+        except Exception as error:  # a bug of ours must not end the service: those who asked are told
+            return self._batch.fail(error)
 
     def _tell(self, rows: Sequence[OpenRow]) -> None:
         with self._changed:
@@ -263,13 +269,6 @@ class Worker:
         rest = stream.finish(answer.text)
         done = Done(answer, len(row.ids))
         return [Piece(rest), done] if rest else [done]
-
-
-def _stepped(batch: OpenBatch) -> list[OpenRow]:
-    try:
-        return batch.step()
-    except Exception as error:  # a bug of ours must not end the service: those who asked are told
-        return batch.fail(error)
 
 
 def streamed(worker: Worker, questions: Sequence[Question]) -> Generator[tuple[int, Event], None, None]:
