@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -17,11 +19,12 @@ import pytest
 
 from runs import command
 from served import HELLO, a_server, a_worker, until
+from steer2edit import cli
 from steer2edit.engines.base import Request, Sampling
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
 from steer2edit.serving.requests import MOST_CHOICES
-from steer2edit.serving.server import key_of, listening
+from steer2edit.serving.server import key_of, listening, run_until_stopped, server_on
 
 NAMES = ["base", "small", "large@0.5", "pico", "large@-1", "small@2+large@0.25", "small@0"]
 
@@ -402,3 +405,20 @@ def test_mistakes_on_the_command_line_come_before_the_model_is_loaded(
     with listening("127.0.0.1", 0) as bound:
         assert command(monkeypatch, "serve", "nowhere", "--port", bound.getsockname()[1]) == 2
         assert "address cannot be used" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_server_in_one_sentence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with a_worker() as (worker, catalogue), listening("127.0.0.1", 0) as bound:
+            server = server_on(worker, catalogue, bound, None)
+            threading.Thread(
+                target=lambda: (until(lambda: server.started), os.kill(os.getpid(), signal.SIGINT))
+            ).start()
+            monkeypatch.setattr(cli, "app", lambda **_: run_until_stopped(server, bound))
+            assert command(monkeypatch, "serve") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err.endswith("\nsteer2edit: stopped; nothing is served any more.\n")

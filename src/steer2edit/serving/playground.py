@@ -17,7 +17,7 @@ from ..errors import FileError, Steer2EditError
 from ..progress import say
 from ..report.visible import visible
 from .conversation import Budget, Conversation, Messages, Settings
-from .server import address_of, http_server, is_loopback, listening
+from .server import address_of, http_server, is_loopback, listening, run_until_stopped
 
 # Seconds between two looks at an answer that grows.
 REFRESH = 0.1
@@ -225,4 +225,4 @@ def serve_playground(conversation: Conversation, folder: Path, title: str, host:
         address, hosts = address_of(bound)
         app = build_playground(conversation, folder, title, hosts)
         say(f"  open {address} in a browser")
-        http_server(app).run(sockets=[bound])
+        run_until_stopped(http_server(app), bound)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..engines.plan import Model, load_section
 from ..engines.transformers import TransformersEngine
-from ..errors import Steer2EditError
+from ..errors import Interrupted, Steer2EditError
 from ..progress import say
 from .catalogue import Catalogue
 from .sources import Source
@@ -100,8 +100,8 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def serve_on(worker: Worker, catalogue: Catalogue, bound: socket.socket, key: str | None) -> None:
-    """Serves on a socket until Ctrl-C."""
-    server_on(worker, catalogue, bound, key).run(sockets=[bound])
+    """Serves on a socket until Ctrl-C, which raises Interrupted."""
+    run_until_stopped(server_on(worker, catalogue, bound, key), bound)
 
 
 def server_on(worker: Worker, catalogue: Catalogue, bound: socket.socket, key: str | None) -> Any:
@@ -126,6 +126,14 @@ def address_of(bound: socket.socket) -> tuple[str, tuple[str, ...]]:
         return url, ()
     say("  only this machine can reach it; Ctrl-C ends it")
     return url, ("localhost", "127.0.0.1", "::1", host)
+
+
+def run_until_stopped(server: Any, bound: socket.socket) -> None:
+    """Runs a uvicorn server, which raises Ctrl-C again once it has closed."""
+    try:
+        server.run(sockets=[bound])
+    except KeyboardInterrupt:
+        raise Interrupted("nothing is served any more") from None
 
 
 def http_server(app: Any) -> Any:
