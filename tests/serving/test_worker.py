@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -19,8 +20,19 @@ from steer2edit.engines.base import Answer
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
 from steer2edit.serving import server
+from steer2edit.serving import worker as worker_module
 from steer2edit.serving.stream import TextStream
-from steer2edit.serving.worker import Closed, Done, Piece, Question, Worker, answers_of, one_team, streamed
+from steer2edit.serving.worker import (
+    Closed,
+    Done,
+    Piece,
+    Question,
+    Worker,
+    answers_of,
+    give_memory_back,
+    one_team,
+    streamed,
+)
 
 
 def test_only_the_worker_computes_with_several_threads(monkeypatch: Any) -> None:
@@ -44,6 +56,28 @@ def test_only_the_worker_computes_with_several_threads(monkeypatch: Any) -> None
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    pieces = [torch.ones(25_000) for _ in range(2000)]  # small enough for the heap, 200 MB together
+    last = pieces[-1]  # stays at the heap's end, so that the heap cannot shrink
+    pieces.clear()
+    before = psutil.Process().memory_info().rss
+    if not give_memory_back():
+        pytest.skip("this C library has no malloc_trim")
+    assert before - psutil.Process().memory_info().rss > 100e6
+    assert float(last[0]) == 1
+
+
+def test_a_worker_gives_memory_back_now_and_then(monkeypatch: Any) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(worker_module, "give_memory_back", lambda: calls.append(1))
+    with a_worker() as (worker, _):
+        answers_of(worker, [Question((1, 2, 3), tokens=4)])
+        assert not calls
+        monkeypatch.setattr(worker_module, "TRIM", -1.0)
+        answers_of(worker, [Question((1, 2, 3), tokens=4)])
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("verb", ["chat", "serve"])
