@@ -39,7 +39,6 @@ from steer2edit.searching.rounds import prompts_that_ask, with_numbered_layers
 MIDDLE = "33%-67%"
 # The edits: method → the layers and the variant.
 EDITS: dict[str, tuple[str | None, str]] = {
-    "repel": (MIDDLE, "repel"),
     "preserve": (MIDDLE, "preserve"),
     "full": (None, "full"),
     "full-middle": (MIDDLE, "full"),
@@ -47,13 +46,12 @@ EDITS: dict[str, tuple[str | None, str]] = {
 METHODS = (*EDITS, "steering", "layer", "direction", "system", *RIVALS)
 TITLE = {name: TITLES.get(name, name) for name in METHODS} | {
     "base": "original",
-    "repel": "edit that repels, middle third",
     "preserve": "edit that preserves, middle third",
     "full": "the paper's edit, all layers",
     "full-middle": "the paper's edit, middle third",
 }
 # What tells apart prompts at which nothing is to change.
-NEED_EVIDENCE = {"preserve", "repel", "llm_va", "null_space"}
+NEED_EVIDENCE = {"preserve", "llm_va", "null_space"}
 SHARES: dict[Split, float] = {"probe": 0.5, "validation": 0.2, "test": 0.3}
 SETS = {
     "AdvBench": ("advbench.jsonl", "harmful"),

@@ -31,7 +31,7 @@ from .method.preserve import Evidence, quieted
 from .method.scores import SiteScores
 from .method.site import BLOCKS, are_layers, layers_of, numbered_layers
 from .method.theorems import check_budget, magnitudes
-from .method.variants import FULL, PRESERVE, REPEL, SCORED
+from .method.variants import FULL, PRESERVE, SCORED
 from .models import bake
 from .models.hooks import intervening
 
@@ -93,7 +93,6 @@ class Scores:
         alpha: float,
         layers: str | Container[int] | None = None,
         preserve: float | None = None,
-        repel: float = 0.0,
     ) -> Edit:
         """The edit of one configuration; ρ = None switches a block type off.
 
@@ -102,12 +101,9 @@ class Scores:
                 "33%-67%". None is all.
             preserve: ε of `method.preserve`, above 0: heads fire little at what the probe was told to preserve. A
                 smaller ε is quieter there; a large one gives the paper's edit, as None does.
-            repel: β of `method.preserve`, at least 0, with `preserve` alone: how hard preserved prompts are pushed the
-                other way before their answer begins, as a share of the push on positive responses.
 
         Raises:
-            EditError: ρ ≤ 0, α outside [0, 1), ε ≤ 0 or β < 0, layers that cannot be read, no evidence to preserve by,
-                or β without ε.
+            EditError: ρ ≤ 0, α outside [0, 1) or ε ≤ 0, layers that cannot be read, or no evidence to preserve by.
         """
         rho = {"attn": rho_attn, "mlp": rho_mlp}
         for value in rho.values():
@@ -118,15 +114,7 @@ class Scores:
         edit = Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
         if layers is not None:
             edit = edit.only(self._numbered(layers))
-        if not (isinstance(repel, int | float) and 0 <= repel < math.inf):
-            raise EditError("repel must be at least 0 and finite", got=repel, fix="Use 0 to leave prompts alone.")
-        if preserve is not None:
-            return self._preserving(edit, preserve, float(repel))
-        if repel:
-            raise EditError(
-                "nothing is preserved that could be repelled", got=f"repel {repel}", fix="Give preserve too."
-            )
-        return edit
+        return edit if preserve is None else self._preserving(edit, preserve)
 
     def _numbered(self, layers: str | Container[int]) -> Container[int]:
         if isinstance(layers, str):
@@ -135,7 +123,7 @@ class Scores:
             return layers_of(numbered_layers(layers, self.depth))
         return layers
 
-    def _preserving(self, edit: Edit, epsilon: float, repel: float) -> Edit:
+    def _preserving(self, edit: Edit, epsilon: float) -> Edit:
         if not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
             raise EditError("preserve must be above 0 and finite", got=epsilon, fix="Use None for the paper's edit.")
         if self.evidence is None:
@@ -144,9 +132,8 @@ class Scores:
                 got="a probe without preserve",
                 fix="Collect with preserve=(…), the groups of negative traces that the edit should leave alone.",
             )
-        sites = {key: quieted(site, self.evidence, epsilon, repel) for key, site in edit.sites.items()}
-        config = {**edit.config, PRESERVE: float(epsilon)} | ({REPEL: repel} if repel else {})
-        return replace(edit, sites=sites, config=config)
+        sites = {key: quieted(site, self.evidence, epsilon) for key, site in edit.sites.items()}
+        return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon)})
 
     def save(self, path: str | Path) -> None:
         save_scores(self, path)

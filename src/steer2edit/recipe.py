@@ -19,7 +19,7 @@ from .errors import FileError, RecipeError
 from .files.plain_yaml import read_yaml
 from .files.reading import read_text
 from .files.schema import Count, Many, Section, Text, _number, at_most, nearest, parse
-from .method.variants import PRESERVING
+from .method.variants import PRESERVE
 from .searching.front import Aim
 from .searching.plan import Evaluation, Search
 from .training.plan import KINDS, Training
@@ -97,7 +97,7 @@ class Data(Section):
 class ProbePass(Section):
     """The pass over the traces.
 
-    `preserve` names the groups of negative traces that an edit of the variant `preserve` or `repel` should leave alone;
+    `preserve` names the groups of negative traces that an edit of the variant `preserve` should leave alone;
     without it the behaviour says which.
     """
 
@@ -198,7 +198,7 @@ class Recipe(Section):
             )
         self._check_tasks()
         if self.search.needs_evidence and not self.preserved:
-            key = "variants" if set(PRESERVING) & set(self.search.variants) else "baselines"
+            key = "variants" if PRESERVE in self.search.variants else "baselines"
             raise RecipeError(
                 f"the recipe's search.{key} cannot be used",
                 got=f"{self.search.needs_evidence[0]}, and nothing to preserve",

@@ -27,45 +27,37 @@ def _case(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
     return a0, h, weights, positive
 
 
-def _least_squares(a0: Any, h: Any, weights: Any, positive: Any, epsilon: float, wanted: Any) -> np.ndarray:
+def _least_squares(a0: Any, h: Any, weights: Any, positive: Any, epsilon: float) -> np.ndarray:
     """The same minimum, as one tall least-squares problem: rows √w·h → √w·target, and √(ε s̄)·I → √(ε s̄)·a₀."""
-    a0, h, weights, wanted = (x.double().numpy() for x in (a0, h, weights, wanted))
+    a0, h, weights = (x.double().numpy() for x in (a0, h, weights))
     positive = positive.numpy()
     share = weights[positive] / weights[positive].sum()
     target = sum(w * float(x @ a0) for w, x in zip(share, h[positive], strict=True))
     scale = sum(w * float(x @ x) for w, x in zip(weights, h, strict=True)) / h.shape[1]
     root, pull = np.sqrt(weights), np.sqrt(epsilon * scale)
     A = np.concatenate([root[:, None] * h, pull * np.eye(h.shape[1])])
-    b = np.concatenate([root * target * wanted, pull * a0])
+    b = np.concatenate([root * target * positive, pull * a0])
     return np.linalg.lstsq(A, b, rcond=None)[0]
 
 
-def _wanted(positive: torch.Tensor, repel: float = 0.0) -> torch.Tensor:
-    """1 on the positive rows, −`repel` on every other one of the rest."""
-    return torch.where(positive, 1.0, -repel * (torch.arange(len(positive)) % 2))
-
-
-@pytest.mark.parametrize("repel", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3, 10.0])
 @pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40), (20, 20)])
-def test_the_quiet_row_is_the_minimum(rows: int, columns: int, epsilon: float, repel: float) -> None:
+def test_the_quiet_row_is_the_minimum(rows: int, columns: int, epsilon: float) -> None:
     case = _case(rows, columns)
-    wanted = _wanted(case[-1], repel)
-    expected = _least_squares(*case, epsilon, wanted)
-    np.testing.assert_allclose(quiet_row(*case, epsilon, wanted), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(quiet_row(*case, epsilon), _least_squares(*case, epsilon), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40)])
 def test_a_large_epsilon_gives_the_papers_row(rows: int, columns: int) -> None:
     a0, *rest = _case(rows, columns)
-    torch.testing.assert_close(quiet_row(a0, *rest, 1e6, _wanted(rest[-1], 0.5)), a0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quiet_row(a0, *rest, 1e6), a0, rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_linear_in_the_papers_row() -> None:
     a0, *rest = _case(30, 12)
-    other, of = torch.randn(12), (0.3, _wanted(rest[-1], 0.5))
-    sum_of_both = quiet_row(a0, *rest, *of) * 2 + quiet_row(other, *rest, *of)
-    torch.testing.assert_close(quiet_row(2 * a0 + other, *rest, *of), sum_of_both, rtol=1e-4, atol=1e-4)
+    other = torch.randn(12)
+    sum_of_both = quiet_row(a0, *rest, 0.3) * 2 + quiet_row(other, *rest, 0.3)
+    torch.testing.assert_close(quiet_row(2 * a0 + other, *rest, 0.3), sum_of_both, rtol=1e-4, atol=1e-4)
 
 
 def test_it_fires_less_where_nothing_is_to_change_and_as_much_where_it_should() -> None:
@@ -77,21 +69,16 @@ def test_it_fires_less_where_nothing_is_to_change_and_as_much_where_it_should() 
     h[positive, 1] += 1.5
     a0 = torch.zeros(8)
     a0[0] = 1.0
-    weights = torch.full((200,), 1 / 200)
-    a = quiet_row(a0, h, weights, positive, 0.05, positive.float())
+    a = quiet_row(a0, h, torch.full((200,), 1 / 200), positive, 0.05)
     fired, quiet = (h[positive] @ a).mean(), (h[~positive] @ a).mean()
     assert float(fired) == pytest.approx(float((h[positive] @ a0).mean()), rel=0.2)
     assert float(quiet) < 0.25 * float(fired)
     assert float((h[~positive] @ a0).mean()) > 0.9 * float((h[positive] @ a0).mean())
-    # Repelled, the other group is pushed the other way, and the first as hard as before.
-    away = quiet_row(a0, h, weights, positive, 0.05, torch.where(positive, 1.0, -0.5))
-    assert float((h[positive] @ away).mean()) == pytest.approx(float(fired), rel=0.2)
-    assert float((h[~positive] @ away).mean()) < -0.25 * float(fired)
 
 
 def test_inputs_of_zero_leave_the_papers_row() -> None:
     a0, h, weights, positive = _case(10, 4)
-    assert torch.equal(quiet_row(a0, 0 * h, weights, positive, 0.3, positive.float()), a0)
+    assert torch.equal(quiet_row(a0, 0 * h, weights, positive, 0.3), a0)
 
 
 def _rows(*of: tuple[str, str, int]) -> list[EvidenceRow]:
@@ -115,9 +102,6 @@ def test_the_weights_of_the_rows_by_hand() -> None:
     # The positive half: two parts of 1/4, of which the first has two rows. The other half: three parts of 1/6.
     expected = [1 / 8, 1 / 8, 1 / 4, 1 / 6, 1 / 6, 1 / 12, 1 / 12]
     np.testing.assert_allclose(evidence.weights, expected, rtol=1e-6)
-    # Repelled is what stands before the answer to a preserved prompt.
-    assert evidence.wanted(0.5).tolist() == [1, 1, 1, -0.5, 0, -0.5, -0.5]
-    assert evidence.wanted(0.0).tolist() == [1, 1, 1, 0, 0, 0, 0]
 
 
 def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
@@ -130,18 +114,16 @@ def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
     return SiteEdit(site, s.u, s.k, s.g, s.reach, lam), Evidence(rows, *({"0.attn": x} for x in in_bytes(h)))
 
 
-@pytest.mark.parametrize("repel", [0.0, 0.7])
-def test_components_that_are_not_edited_stay_so_and_signs_stay(repel: float) -> None:
+def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
     edit, evidence = _site_edit()
-    quiet = quieted(edit, evidence, 0.3, repel)
+    quiet = quieted(edit, evidence, 0.3)
     assert torch.equal(torch.sign(quiet.lam), torch.sign(edit.lam))
     assert quiet.row.view(4, 3)[1].tolist() == [0, 0, 0]
     lengths = torch.linalg.vector_norm(quiet.k, dim=1)
     torch.testing.assert_close(lengths, torch.ones(4), rtol=1e-5, atol=1e-5)
     columns = [0, 1, 2, 6, 7, 8, 9, 10, 11]
     h = evidence.of("0.attn")[:, columns]
-    wanted = evidence.wanted(repel)
-    expected = _least_squares(edit.row[columns], h, evidence.weights, evidence.positive, 0.3, wanted)
+    expected = _least_squares(edit.row[columns], h, evidence.weights, evidence.positive, 0.3)
     np.testing.assert_allclose(quiet.row[columns], expected, rtol=1e-3, atol=1e-4)
     assert (quiet.g is edit.g, quiet.u is edit.u) == (True, True)
 
@@ -170,11 +152,6 @@ def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_rang
     for epsilon in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(EditError, match="above 0"):
             scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=epsilon)
-    for repel in (-0.1, float("inf"), float("nan")):
-        with pytest.raises(EditError, match="at least 0"):
-            scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3, repel=repel)
-    with pytest.raises(EditError, match="nothing is preserved that could be repelled"):
-        scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, repel=0.5)
     with pytest.raises(EditError, match="no \\(ρ, α\\) to change"):
         scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3).with_budget(
             rho_attn=0.1, rho_mlp=None, alpha=0.0

@@ -17,7 +17,7 @@ from steer2edit.report.html.render import write_page
 
 
 def test_a_run_with_edits_that_preserve_says_where_its_edit_fires(tmp_path: Path) -> None:
-    recipe = tiny_recipe(save_pico(tmp_path / "model"), search__variants=["preserve", "full", "repel"])
+    recipe = tiny_recipe(save_pico(tmp_path / "model"), search__variants=["preserve", "full"])
     run = Run(tmp_path / "run", recipe)
     run_all(run)
     probe = s2e.Probe.load(tmp_path / "run/probe.safetensors")
@@ -26,7 +26,7 @@ def test_a_run_with_edits_that_preserve_says_where_its_edit_fires(tmp_path: Path
     assert {(row.label, row.group) for row in probe.evidence.rows} == {("positive", "harmful"), ("negative", "benign")}
     trials = [json.loads(line) for line in (tmp_path / "run/search/trials.jsonl").read_text().splitlines()]
     variants = [row["config"].get("variant", "full") for row in trials if row["kind"] == "edit"]
-    assert sorted(variants) == ["full", "full", "preserve", "preserve", "repel", "repel"]
+    assert sorted(variants) == ["full", "full", "preserve", "preserve"]
     choice = json.loads((tmp_path / "run/choice.json").read_text())
     assert [row["group"] for row in choice["firing"]] == ["positive: harmful", "negative: benign"]
     assert "## Where it fires" in (tmp_path / "run/report.md").read_text()
@@ -40,11 +40,10 @@ def test_a_run_without_them_keeps_no_evidence(tmp_path: Path) -> None:
     assert "firing" not in json.loads((tmp_path / "run/choice.json").read_text())
 
 
-@pytest.mark.parametrize("variant", ["preserve", "repel"])
-def test_a_recipe_must_say_what_to_preserve(variant: str) -> None:
-    with pytest.raises(RecipeError, match=f"search.variants cannot be used .got: {variant}, and nothing to preserve"):
-        tiny_recipe(search__variants=[variant], behaviour__negative=["harmful"])
-    named = tiny_recipe(search__variants=[variant], behaviour__negative=["harmful", "borderline"])
+def test_a_recipe_must_say_what_to_preserve() -> None:
+    with pytest.raises(RecipeError, match="nothing to preserve"):
+        tiny_recipe(search__variants=["preserve"], behaviour__negative=["harmful"])
+    named = tiny_recipe(search__variants=["preserve"], behaviour__negative=["harmful", "borderline"])
     assert named.preserved == ("borderline",)
     assert tiny_recipe().preserved == ()
 

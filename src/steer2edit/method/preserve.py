@@ -2,8 +2,7 @@
 
 The probe may keep *evidence*: the mean inputs of attention heads over three parts of every positive response, and of
 every response to prompts on which the model should stay as it is. `quiet_row` turns the paper's row a₀ of a site into
-the row that fires evenly on the first and hardly on the second, and otherwise stays near a₀. It may also *repel*: push
-the prompts of the second the other way before their answer begins, which leaves a margin between the two.
+the row that fires evenly on the first and hardly on the second, and otherwise stays near a₀.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from .site import Site
 
 # How near the paper's row the quiet one stays. It was chosen on validation prompts of the demo: docs/preserve.md.
 EPSILON = 0.1
-# The variant `repel`: how hard preserved prompts are pushed the other way, as a share of the push on positive ones.
-REPULSION = 0.5
 
 # The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
 # positions that predict the next five; and all later ones.
@@ -96,12 +93,6 @@ class Evidence:
         """Which rows are of positive responses [rows]."""
         return torch.tensor([row.label == "positive" for row in self.rows])
 
-    def wanted(self, repel: float) -> Tensor:
-        """The push that each row is to get, as a share of that on the positive ones [rows]: 1 on these, −`repel` at the
-        last token of a preserved prompt, and 0 on the rest of the response to it."""
-        before = torch.tensor([PARTS[row.part] == PARTS[0] for row in self.rows])
-        return torch.where(self.positive, 1.0, torch.where(before, -repel, 0.0))
-
     @cached_property
     def weights(self) -> Tensor:
         """What each row weighs [rows]: the positive ones together one half, as do the others. Within a side every part
@@ -124,19 +115,18 @@ def in_bytes(h: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().to(torch.int8), scale
 
 
-def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, epsilon: float, wanted: Tensor) -> Tensor:
-    """The row near the paper's that fires as much on the positive rows, evenly, and as wanted on the others.
+def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, epsilon: float) -> Tensor:
+    """The row near the paper's that fires as much on the positive rows, evenly, and little on the others.
 
-        a = argmin_a  E[(aᵀh − w t)²] + ε s̄ ‖a − a₀‖²,      t = E₊[a₀ᵀh]
-          = (S + ε s̄ I)⁻¹ (t E[w h] + ε s̄ a₀),      S = E[h hᵀ],  s̄ = tr S / (n·c)
+        a = argmin_a  E₊[(aᵀh − t)²] + E₋[(aᵀh)²] + ε s̄ ‖a − a₀‖²,      t = E₊[a₀ᵀh]
+          = (S + ε s̄ I)⁻¹ (t m₊ + ε s̄ a₀),      S = E[h hᵀ],  m₊ = E₊[h],  s̄ = tr S / (n·c)
 
-    Here E weighs each side one half, and t is the mean over the positive rows alone. The row is a ridge
+    Here E = E₊ + E₋, in which each side weighs one half; t is the mean over the positive rows alone. The row is a ridge
     regression around a₀ (docs/preserve.md has the proof). It is linear in a₀, so that a strength scales both rows
     alike; ε → ∞ gives a₀, the paper's edit. With fewer rows than columns the system is solved for the rows.
 
     Args:
         a0: [n·c] fp32. h: [rows, n·c]. weights: [rows]. positive: [rows] bool. epsilon: above 0.
-        wanted: w [rows], what each row's firing should be as a share of t: 1 on the positive rows, at most 0 elsewhere.
     """
     h, weights = h.float(), weights[:, None]
     scale = float((weights * h.square()).sum()) / h.shape[1]
@@ -144,7 +134,7 @@ def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, epsilon:
         return a0
     target = float((weights * h * positive[:, None]).sum(dim=0) @ a0) / float(weights[positive].sum())
     ridge = epsilon * scale
-    pull = target * (weights * h * wanted[:, None]).sum(dim=0) + ridge * a0  # [n·c]
+    pull = target * (weights * h * positive[:, None]).sum(dim=0) + ridge * a0  # [n·c]
     return ridge_solution(h, weights, ridge, pull)
 
 
@@ -162,13 +152,10 @@ def ridge_solution(h: Tensor, weights: Tensor, ridge: float, pull: Tensor) -> Te
     return (pull - root.T @ inner) / ridge
 
 
-def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, repel: float = 0.0) -> SiteEdit:
+def quieted(site: SiteEdit, evidence: Evidence, epsilon: float) -> SiteEdit:
     """A site's edit with the quiet row over the components that it edits; as it was, if there is no evidence for it.
 
     |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
-
-    Args:
-        repel: β, at least 0: how hard the prompts of preserved responses are pushed the other way.
     """
     h = evidence.of(site.site.key)
     edited = site.lam != 0
@@ -176,8 +163,7 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, repel: float = 0
         return site
     columns = edited.repeat_interleave(site.site.width)
     row = torch.zeros_like(site.row)
-    weights, wanted = evidence.weights, evidence.wanted(repel)
-    row[columns] = quiet_row(site.row[columns], h[:, columns], weights, evidence.positive, epsilon, wanted)
+    row[columns] = quiet_row(site.row[columns], h[:, columns], evidence.weights, evidence.positive, epsilon)
     parts = row.view(site.site.n, site.site.width)
     lam = torch.copysign(torch.linalg.vector_norm(parts, dim=1), site.lam) * edited
     k = torch.where(lam[:, None] != 0, parts / lam[:, None], site.k)

@@ -1,7 +1,7 @@
 """The ablations (paper, tables 2–6): each changes one part of the method.
 
 k_mean and k_svd use another input direction, g_dot another score: they change the scores. l0 and l2 use another
-penalty: they change how scores become an edit. `preserve` and `repel` are not the paper's: see `method/preserve.py`.
+penalty: they change how scores become an edit. `preserve` is not the paper's: `method/preserve.py` has it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from torch import Tensor
 
 from .scores import SiteScores, unit
 
-Variant = Literal["full", "k_mean", "k_svd", "g_dot", "l0", "l2", "preserve", "repel"]
+Variant = Literal["full", "k_mean", "k_svd", "g_dot", "l0", "l2", "preserve"]
 
 FULL: Variant = "full"
 PRESERVE: Variant = "preserve"
-REPEL: Variant = "repel"
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-# Those that need the evidence of prompts which an edit should leave alone.
-PRESERVING: tuple[Variant, ...] = (PRESERVE, REPEL)
 # The paper's method and its ablations.
-PAPERS: tuple[Variant, ...] = tuple(variant for variant in VARIANTS if variant not in PRESERVING)
+PAPERS: tuple[Variant, ...] = tuple(variant for variant in VARIANTS if variant != PRESERVE)
 
 # Variants with scores of their own; the others use the full method's scores.
 SCORED = ("k_mean", "k_svd", "g_dot")

@@ -12,11 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from ..edits import Edit, Scores
 from ..errors import EditError, FileError
 from ..method.intervention import NOTHING, Intervention, Term, residual_key, steering
-from ..method.preserve import EPSILON, REPULSION
+from ..method.preserve import EPSILON
 from ..method.rivals import RIVALS
 from ..method.site import layers_of
 from ..method.theorems import output_direction
-from ..method.variants import FULL, PRESERVING, REPEL, SCORED, VARIANTS
+from ..method.variants import FULL, PRESERVE, SCORED, VARIANTS
 from ..probing.probe import Probe
 from ..probing.rivals import safety_direction
 from ..probing.traces import Label
@@ -218,8 +218,7 @@ def edit_of_variant(
         rho_mlp=rho_mlp,
         alpha=0.0 if variant == "l2" else alpha,
         layers=layers,
-        preserve=EPSILON if variant in PRESERVING else None,
-        repel=REPULSION if variant == REPEL else 0.0,
+        preserve=EPSILON if variant == PRESERVE else None,
     )
     if variant == "l0":
         edit = _hard(edit, rho_attn, rho_mlp, alpha)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ..files.schema import Count, Many, Positive, Section, Share, Text, _number, at_most
 from ..method.rivals import RIVALS, WITH_EVIDENCE, Rival
 from ..method.site import are_layers
-from ..method.variants import PRESERVING, Variant
+from ..method.variants import PRESERVE, Variant
 from .front import Rule
 
 
@@ -104,7 +104,7 @@ class Search(Section):
     @property
     def needs_evidence(self) -> list[str]:
         """What in the search needs the evidence of prompts that an edit should leave alone."""
-        return [name for name in (*PRESERVING, *WITH_EVIDENCE) if name in (*self.variants, *self.baselines)]
+        return [name for name in (PRESERVE, *WITH_EVIDENCE) if name in (*self.variants, *self.baselines)]
 
     @model_validator(mode="after")
     def _edits(self) -> Search:

@@ -14,7 +14,7 @@ from ..files.gallery import GALLERY, folder_of
 from ..files.reading import read_json
 from ..files.schema import parse
 from ..method.site import layers_of
-from ..method.variants import PRESERVE, REPEL
+from ..method.variants import PRESERVE
 from ..models.embedded import EMBEDDED, HUB_NAMES
 from ..recipe import load_recipe
 from ..report.inspection import MANIFEST, changed_files
@@ -55,13 +55,9 @@ class Source:
         if not isinstance(edit, Edit):
             raise EditError("a combination has no (ρ, α) to change", got=edit.id, fix="Change its strength.")
         if PRESERVE in edit.config and self.scores is not None:  # the file alone does not hold the evidence
+            epsilon = edit.config[PRESERVE]
             other = self.scores.edit(
-                rho_attn=rho_attn,
-                rho_mlp=rho_mlp,
-                alpha=alpha,
-                layers=self.layers,
-                preserve=edit.config[PRESERVE],
-                repel=edit.config.get(REPEL) or 0.0,
+                rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha, layers=self.layers, preserve=epsilon
             )
             return other.with_strength(edit.strength)
         other = edit.with_budget(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)
