@@ -69,12 +69,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
-def test_it_ends_with_a_chosen_edit_or_one_sentence(folder: str, name: str, tmp_path: Path) -> None:
+def test_it_ends_with_a_chosen_edit_or_one_sentence(
+    folder: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     run = Run(tmp_path / "run", small(name, folder))
     try:
         run_all(run)
     except Steer2EditError as error:
         sentence = str(error)
+        assert (request.node.callspec.params["folder"], name) not in EDITED, sentence
         assert sentence.startswith(SENTENCES), sentence
         assert "\n" not in sentence
         return
@@ -87,6 +90,8 @@ def test_it_ends_with_a_chosen_edit_or_one_sentence(folder: str, name: str, tmp_
     assert {"base", "edit"} <= set(results["systems"])
 
 
+# Of these the random weights of this seed leave an edit, so that not every case may end with a sentence.
+EDITED = {("llama", "pirate"), ("llama", "lists")}
 # What a run on random weights may end with: no strength has a useful KL, or no edit stays within the limits.
 SENTENCES = (
     "nothing moved: no strength of any edit has a useful effect",
