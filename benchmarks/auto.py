@@ -3,7 +3,7 @@
 Three of the shipped recipes, on the same traces, prompts and limits. The hand-made grids are what a careful user would
 write who knows the scale of this model: ρ_attn in equal steps of log ρ over the range that is useful here, for all
 layers, for the middle third and for the upper half. A grid of which no edit stays within the limits has a hypervolume
-of 0. Some thirty minutes on two cores.
+of 0. For each recipe that is one search by `auto` and three by hand.
 
 Run: python benchmarks/auto.py [RECIPE …]
 """

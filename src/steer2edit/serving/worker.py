@@ -109,7 +109,7 @@ def give_memory_back() -> bool:
     """Gives memory that was freed, and that the C library keeps, back to the system. Whether this library can.
 
     Caches that come and go between those of rows that stay leave glibc's heap in pieces: without this a busy server's
-    memory grows for as long as it runs.
+    memory creeps up.
     """
     try:
         trim = ctypes.CDLL(None).malloc_trim
