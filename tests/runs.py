@@ -121,6 +121,9 @@ class FakeEngine:
         base = torch.full((len(pairs),), 2.0)
         return Losses(kl, base[:, None] + kl / 2, base)
 
+    def nll(self, pairs: Sequence[Any], table: Sequence[Intervention], progress: Any = None) -> torch.Tensor:
+        return self.losses(pairs, table, progress).nll
+
 
 def a_bench(
     engine: Any,

@@ -106,6 +106,27 @@ def test_a_models_measures_are_those_of_losses_by_hand_with_and_without_an_edit(
     assert 0 < sum(base.values["mc2"]) < 6
 
 
+def test_a_later_round_has_the_numbers_of_a_first_one_and_does_not_run_the_original_model_again(tmp_path: Path) -> None:
+    model, tokenizer = make_pico(max_position_embeddings=512), make_tokenizer()
+    engine = Recording(model, tokenizer)
+    traces = truthfulness().make_traces(engine, truthfulness().items(_source(_questions(tmp_path)), "probe"))
+    scores = {"full": s2e.score(model, s2e.collect(model, tokenizer, traces))}
+    first, second = edited(0.05, None, 0.2), edited(0.02, None, 0.2)
+    path = _questions(tmp_path)
+    together = _bench(engine, path, tmp_path / "together.jsonl", scores).run([BASE, first, second], "0")
+    apart = _bench(engine, path, tmp_path / "apart.jsonl", scores)
+    apart.run([BASE, first], "0")
+    engine.__dict__["scored"].clear()
+    (later,) = apart.run([second], "1")
+    assert engine.__dict__["scored"] == []
+    _assert_close(later, {name: list(together[2].values[name]) for name in ("truthful", "margin", "mc1", "mc2")})
+    # Resumed from the journal, the later round has the same numbers, and nothing is run.
+    passes, again = engine.forward_passes, _bench(engine, path, tmp_path / "apart.jsonl", scores)
+    again.run([BASE, first], "0")
+    assert again.run([second], "1")[0].values == later.values
+    assert engine.forward_passes == passes
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [("llama", {}), ("qwen3", {"head_dim": 16}), ("mistral", {"num_key_value_heads": 4, "sliding_window": 24})],

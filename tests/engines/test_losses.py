@@ -73,6 +73,39 @@ def test_choices_after_one_prompt_have_the_losses_that_each_has_alone(
     assert len({round(x, 4) for x in losses.base_nll[:4].tolist()}) == 4
 
 
+@pytest.mark.parametrize("logits_at_once", [64_000_000, 1], ids=["all rows at once", "two rows at once"])
+@pytest.mark.parametrize("slotted", [True, False])
+@pytest.mark.parametrize(("model_type", "overrides"), SHAPES, ids=str)
+def test_the_nll_alone_is_that_of_losses_and_the_base_is_not_run_for_it(
+    pico: Any, tokenizer: Any, prompts: Any, model_type: str, overrides: Any, slotted: bool, logits_at_once: int
+) -> None:
+    model, table = pico(model_type, **overrides), [*a_table(), steering({"0.attn": torch.ones(32)}, 0.3)]
+    engine = TransformersEngine(model, tokenizer)
+    engine.slotted, engine.logits = slotted, logits_at_once
+    pairs = [(prompt, choice) for prompt in (prompts[4], prompts[0], (5,)) for choice in CHOICES]
+    wanted = engine.losses(pairs, table).nll
+    rows: list[int] = []
+    seen: list[tuple[int, int]] = []
+    engine.model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out.logits)), with_kwargs=True)
+    torch.testing.assert_close(
+        engine.nll(pairs, table, lambda *steps: seen.append(steps)), wanted, atol=2e-5, rtol=1e-4
+    )
+    assert sum(rows) == len(pairs) * len(table)
+    assert seen[-1] == (len(pairs) * len(table),) * 2
+    assert engine.nll(pairs, []).shape == (len(pairs), 0)
+    assert engine.nll([], table).shape == (0, len(table))
+
+
+def test_an_engine_without_a_way_of_its_own_takes_the_nll_from_its_losses() -> None:
+    class Plain(Engine):
+        def generate(self, *_: Any) -> Any: ...
+
+        def losses(self, pairs: Any, table: Any, progress: Any = None) -> Losses:
+            return Losses(torch.zeros(1, 1), torch.tensor([[1.5]]), torch.zeros(1))
+
+    assert Plain().nll([((5,), (6,))], [NOTHING]).tolist() == [[1.5]]
+
+
 def test_a_prompt_that_comes_again_is_not_run_again(pico: Any, tokenizer: Any, prompts: Any, monkeypatch: Any) -> None:
     engine = TransformersEngine(pico(), tokenizer)
     ran: list[tuple[int, int, int]] = []

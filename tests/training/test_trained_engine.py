@@ -197,6 +197,22 @@ def test_losses_are_against_the_base_model(engine: TrainedEngine, models: dict[s
     assert torch.equal(losses.nll[:, [1, 3]], own.nll)
 
 
+def test_the_nll_alone_is_that_of_losses_and_the_base_is_not_run_for_it(engine: TrainedEngine) -> None:
+    table = [Intervention("a"), pushed(), Intervention("b"), NOTHING]
+    wanted = engine.losses(PAIRS, table).nll
+    rows: list[int] = []
+    engine.engine.model.register_forward_hook(
+        lambda _, args, kwargs, out: rows.append(len(out.logits)), with_kwargs=True
+    )
+    seen: list[tuple[int, int]] = []
+    nll = engine.nll(PAIRS, table, lambda *steps: seen.append(steps))
+    torch.testing.assert_close(nll, wanted, atol=1e-5, rtol=1e-5)
+    assert sum(rows) == len(PAIRS) * len(table)
+    assert seen == sorted(seen)
+    assert seen[-1] == (6, 6)
+    assert float((nll[:, 0] - nll[:, 2]).abs().min()) > 1e-3
+
+
 def test_a_checkpoint_that_is_the_base_costs_exactly_nothing_and_answers_the_same(tmp_path: Path) -> None:
     write_weights(tmp_path / "0.safetensors", make_pico(), {})
     inner = TransformersEngine(make_pico(), make_tokenizer(), rows=4)

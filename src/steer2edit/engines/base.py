@@ -169,6 +169,18 @@ class Engine(ABC):
             pairs: prompt ids and answer ids.
         """
 
+    def nll(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """NLL per token of given answers under each intervention, [answers, table], where KL is not asked for.
+
+        Engines that need not run the base model for it are faster here than in `losses`.
+        """
+        return self.losses(pairs, table, progress).nll
+
     def prompt_losses(
         self,
         pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],

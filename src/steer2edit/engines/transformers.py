@@ -7,8 +7,8 @@ waiting ones take their slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -26,6 +26,8 @@ from .base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 from .decoding import SlotDecoder, common_prefix
 from .sampling import ChosenOnly, Draw, draws_of
 from .slots import SlotCache
+
+T = TypeVar("T")
 
 # Logits held at once while scoring: 64 M numbers, 256 MB in fp32.
 LOGITS = 64_000_000
@@ -175,15 +177,37 @@ class TransformersEngine(Engine):
         Args:
             pairs: prompt ids and answer ids, neither empty. The model does not read an answer's last token.
         """
-        # Logits of one intervention on the longest answer.
-        each = self.config.vocab_size * max((len(answer) for _, answer in pairs), default=1)
         most = 1 + len(table) if table else len(pairs)
+        if not table:
+            return self._halving(pairs, most, lambda rows: self._base_losses(pairs, rows, progress))
+        kl, nll, greedy = self._halving(
+            pairs, most, lambda rows: self._under(pairs, [NOTHING, *table], rows, progress, base_leads=True)
+        )
+        return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
+
+    @torch.inference_mode()
+    def nll(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """As `losses`, without the base model's row in every batch."""
+        _, nll, _ = self._halving(pairs, len(table), lambda rows: self._under(pairs, table, rows, progress))
+        return nll
+
+    def _halving(
+        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], most: int, run: Callable[[int], T]
+    ) -> T:
+        """What `run` gives with as many rows at once, `most` at most, as the logits of the longest answer allow.
+
+        If the device runs out of memory, half as many from then on.
+        """
+        each = self.config.vocab_size * max((len(answer) for _, answer in pairs), default=1)
         while True:
             rows = max(2, min(most, self.logits // each))
             try:
-                if not table:
-                    return self._base_losses(pairs, rows, progress)
-                return self._losses(pairs, table, rows, progress)
+                return run(rows)
             except RuntimeError as error:
                 if rows == 2 or not should_reduce_batch_size(error):
                     raise
@@ -238,26 +262,33 @@ class TransformersEngine(Engine):
                     progress(scored, len(pairs))
         return losses
 
-    def _losses(
+    def _under(
         self,
         pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
         table: Sequence[Intervention],
         rows_at_once: int,
         progress: Progress | None,
-    ) -> Losses:
-        full = [NOTHING, *table]
-        kl, nll = torch.zeros(len(pairs), len(full)), torch.zeros(len(pairs), len(full))
-        greedy = torch.zeros(len(pairs), len(full), dtype=torch.bool)
-        if not pairs:
-            return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
+        base_leads: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """KL, NLL and whether an answer is the greedy one, each [answers, table].
+
+        Args:
+            base_leads: the table's first row is the base model, and runs in every batch: KL is measured against it.
+                Without it KL is 0.
+        """
+        kl, nll = torch.zeros(len(pairs), len(table)), torch.zeros(len(pairs), len(table))
+        greedy = torch.zeros(len(pairs), len(table), dtype=torch.bool)
+        if not pairs or not table:
+            return kl, nll, greedy
         longest = max(len(p) + len(a) for p, a in pairs)
         self._check_length(longest - 1)
         prefix = common_prefix([p for p, _ in pairs]) if self.slotted else ()
-        with Interventions(self.model, full) as running:
+        leads = [0] if base_leads else []
+        with Interventions(self.model, table) as running:
             scored = 0  # pairs of an answer and a row
-            for first in range(1, max(2, len(full)), rows_at_once - 1):
-                rows = [0, *range(first, min(first + rows_at_once - 1, len(full)))]  # the base model leads every batch
-                fresh = len(rows) if first == 1 else len(rows) - 1
+            for some in _chunks(list(range(len(leads), len(table))), rows_at_once - len(leads)):
+                rows = [*leads, *some]
+                fresh = len(some) if scored else len(rows)
                 cache = self.prefix_cache(prefix, running, rows, capacity=longest)
                 if cache is None and self.slotted:
                     cache = SlotCache(self.config.num_hidden_layers, len(rows), longest)
@@ -270,16 +301,17 @@ class TransformersEngine(Engine):
                     logits = self._run(ids, cache, start, head=len(answer))  # [rows, m, vocabulary]
                     wanted = torch.tensor(answer, device=logits.device)
                     log_base = logits[0].float().log_softmax(dim=-1)
-                    p_base = log_base.exp()
+                    p_base = log_base.exp() if base_leads else None
                     for j, row in enumerate(rows):
                         log_row = log_base if j == 0 else logits[j].float().log_softmax(dim=-1)
-                        kl[i, row] = (p_base * (log_base - log_row)).sum(dim=-1).mean()
+                        if p_base is not None:
+                            kl[i, row] = (p_base * (log_base - log_row)).sum(dim=-1).mean()
                         nll[i, row] = -log_row.gather(1, wanted[:, None]).mean()
                         greedy[i, row] = (log_row.argmax(dim=-1) == wanted).all()
                     scored += fresh
                     if progress:
-                        progress(scored, len(full) * len(pairs))
-        return Losses(kl[:, 1:], nll[:, 1:], nll[:, 0], greedy[:, 1:], greedy[:, 0])
+                        progress(scored, len(table) * len(pairs))
+        return kl, nll, greedy
 
     @torch.inference_mode()
     def prompt_losses(

@@ -81,6 +81,7 @@ class Bench:
         self.base: list[list[Outcome]] | None = None
         self.labels: dict[str, list[dict[str, float | None]]] = {}
         self._ids_of: dict[str, Ids] = {}
+        self._known: list[float] = []  # the original model's NLL per token of every choice, once it is measured
         own = self._own_answers(neutral)
         self.own = [(item, ids) for item, ids in zip(neutral, own, strict=True) if ids]
         self.empty = len(neutral) - len(self.own)
@@ -244,6 +245,7 @@ class Bench:
         pair: Callable[[int], tuple[Ids, Ids]],
         name: str,
         progress: Progress | None,
+        known: Sequence[float] = (),
     ) -> tuple[list[list[float | None]], list[list[float | None]], list[float | None]]:
         """KL and rise of the NLL per token, [answers][candidates], and the NLL of the original model [answers].
 
@@ -252,6 +254,8 @@ class Bench:
 
         Args:
             asked: what each answer is, for the journal. pair: i → the i-th prompt's ids and answer's ids.
+            known: the original model's NLLs, where they were measured before and KL is not asked for: it is not run
+                again, and KL stays 0.
         """
         changed = [c for c, candidate in enumerate(tried) if candidate.kind not in ("base", "system")]
         kl: list[list[float | None]] = [[0.0] * len(tried) for _ in asked]
@@ -265,6 +269,9 @@ class Bench:
             def make(here: range = here) -> dict[str, Any]:
                 table = [self._intervention(tried[c]) for c in changed]
                 counted = _of_losses(progress, here, len(asked), len(tried))
+                if known:
+                    nll = self.engine.nll([pair(i) for i in here], table, counted)
+                    return {"nll_rise": _finite(nll - torch.tensor([known[i] for i in here])[:, None])}
                 losses = self.engine.losses([pair(i) for i in here], table, counted)
                 rises = losses.nll - losses.base_nll[:, None]
                 base_nll = finite(losses.base_nll.tolist())
@@ -273,9 +280,14 @@ class Bench:
             what = [[tried[c].id for c in changed], [asked[i] for i in here]]
             line = self.journal.keep(name, "losses", number, what, make)
             base += line.get("base_nll", [])
-            for i, kl_of_answer, rise_of_answer in zip(here, line["kl"], line["nll_rise"], strict=True):
-                for c, value, other in zip(changed, kl_of_answer, rise_of_answer, strict=True):
-                    kl[i][c], rise[i][c] = value, other
+            for i, rise_of_answer in zip(here, line["nll_rise"], strict=True):
+                for c, value in zip(changed, rise_of_answer, strict=True):
+                    rise[i][c] = value
+            if "kl" not in line:
+                continue
+            for i, kl_of_answer in zip(here, line["kl"], strict=True):
+                for c, value in zip(changed, kl_of_answer, strict=True):
+                    kl[i][c] = value
         return kl, rise, base
 
     def _choices(
@@ -286,9 +298,11 @@ class Bench:
             return [[] for _ in tried], []
         flat = [(item, choice) for item in self.closed for choice in item.choices]
         asked = [[self._messages(item), choice] for item, choice in flat]
-        _, rise, known = self._losses(tried, asked, lambda i: self._choice_ids(*flat[i]), f"{name} choices", progress)
-
-        base, lengths = self._base_choices(flat, BASE, known)
+        _, rise, measured = self._losses(
+            tried, asked, lambda i: self._choice_ids(*flat[i]), f"{name} choices", progress, self._known
+        )
+        base, lengths = self._base_choices(flat, BASE, measured)
+        self._known = [] if None in base else [value for value in base if value is not None]
         rows = []
         for c, candidate in enumerate(tried):
             if candidate.kind == "system":
@@ -299,18 +313,18 @@ class Bench:
         return rows, self._by_item([_sum(nll, 0.0) for nll in base], lengths)
 
     def _base_choices(
-        self, flat: Sequence[tuple[Item, str]], candidate: Candidate, known: Sequence[float | None] = ()
+        self, flat: Sequence[tuple[Item, str]], candidate: Candidate, measured: Sequence[float | None] = ()
     ) -> tuple[list[float | None], Sequence[int]]:
         """The original model's NLL per token of every choice, under a candidate's prompt, and its tokens.
 
         Args:
-            known: the NLLs, if they were measured beside others'.
+            measured: the NLLs, if they were measured beside others'.
         """
 
         def make() -> dict[str, Any]:
             pairs = [self._choice_ids(item, choice, candidate) for item, choice in flat]
             # Lines of older versions hold no NLL of the original model, so that none or some are known.
-            values = known if len(known) == len(flat) else finite(self.engine.losses(pairs, []).base_nll.tolist())
+            values = measured if len(measured) == len(flat) else finite(self.engine.losses(pairs, []).base_nll.tolist())
             return {"nll": [[value] for value in values], "lengths": [len(ids) for _, ids in pairs]}
 
         asked = [[self._messages(item, candidate), choice] for item, choice in flat]

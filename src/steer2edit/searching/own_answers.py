@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..engines.base import GREEDY, Answer, Engine, Losses, Progress, Request, Sampling
 from ..method.intervention import Intervention
 from .journal import Journal
@@ -75,6 +77,14 @@ class Journalled(Engine):
         progress: Progress | None = None,
     ) -> Losses:
         return self.engine.losses(pairs, table, progress)
+
+    def nll(
+        self,
+        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        table: Sequence[Intervention],
+        progress: Progress | None = None,
+    ) -> Tensor:
+        return self.engine.nll(pairs, table, progress)
 
     def prompt_losses(
         self,

@@ -102,6 +102,20 @@ class TrainedEngine(Engine):
         base_nll = torch.stack([_nll(log, answer) for log, (_, answer) in zip(base, pairs, strict=True)])
         return Losses(kl, nll, base_nll.cpu())
 
+    @torch.inference_mode()
+    def nll(self, pairs: Sequence[Pair], table: Sequence[Intervention], progress: Progress | None = None) -> Tensor:
+        """NLL per token of given answers under each intervention, [answers, table]; the base model is not run."""
+        nll = torch.zeros(len(pairs), len(table))
+        others = [row for row, intervention in enumerate(table) if intervention.name not in self.checkpoints]
+        if others:
+            nll[:, others] = self.engine.nll(pairs, [table[row] for row in others])
+        trained = [row for row in range(len(table)) if row not in others]
+        for number, row in enumerate(trained):
+            counted = _after(progress, number * len(pairs), len(trained) * len(pairs))
+            with self._as(table[row]):
+                nll[:, row] = self.engine.nll(pairs, [NOTHING], counted)[:, 0]
+        return nll
+
     def prompt_losses(
         self, pairs: Sequence[Pair], prompts: Sequence[tuple[int, ...]], progress: Progress | None = None
     ) -> Losses:
