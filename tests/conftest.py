@@ -63,6 +63,16 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"steer2edit.{room}.figures.save", empty_figure)
 
 
+@pytest.fixture
+def stored_nf4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes computes with 4-bit weights as they are stored, on every CPU.
+
+    On one with AVX-512 for bf16 it repacks them in place at the first pass and computes in bf16; what its own
+    `state_dict` and `dequantize_4bit` say of a repacked weight is another weight.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a pico model with its tokenizer. Nobody changes it."""

@@ -324,6 +324,7 @@ def by_transformers(tensors: dict[str, Tensor], name: str) -> Tensor:
 # Loaded by transformers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("stored_nf4")
 @pytest.mark.parametrize("name", ["fp8 block", "nf4", "nf4 twice", "int8"])
 def test_transformers_loads_the_export_and_its_logits_are_the_edits(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, SCHEMES[name])

@@ -32,6 +32,8 @@ from steer2edit.models.selfcheck import self_check
 from steer2edit.models.sites import find_sites
 from steer2edit.models.weights import quantised, read_weight
 
+pytestmark = pytest.mark.usefixtures("stored_nf4")
+
 BUDGET = {"rho_attn": 0.3, "rho_mlp": 0.3, "alpha": 0.2}
 SCHEMES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
@@ -150,6 +152,30 @@ def test_a_4_bit_weight_in_a_bf16_model_is_read_to_bf16s_rounding(folder: Path) 
         wanted = told_by_bitsandbytes(module)
         largest = float(wanted.abs().max() + module.bias.detach().abs().max())
         torch.testing.assert_close(read_weight(model, site).float(), wanted, rtol=0, atol=2.0**-7 * largest)
+
+
+@pytest.mark.skipif(
+    not bitsandbytes.functional.has_avx512bf16(), reason="where AVX-512 has no bf16, weights stay as they are stored"
+)
+@pytest.mark.parametrize("scheme", ["nf4", "nf4, quantised twice"])
+def test_a_weight_that_bitsandbytes_repacked_for_the_cpu_is_read_and_edited(
+    model: Any, folder: Path, scheme: str, make_edit: Callable[..., s2e.Edit]
+) -> None:
+    stored, edit, ids = load(folder, scheme), make_edit(model), batch()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    logits(model, ids)
+    for site in find_sites(model):
+        module = model.get_submodule(site.module)
+        assert module.weight.quant_state.packing_format_for_cpu
+        wanted = read_weight(stored, site)
+        largest = float(wanted.abs().max() + module.bias.detach().abs().max())
+        torch.testing.assert_close(read_weight(model, site), wanted, rtol=0, atol=2.0**-7 * largest)
+    with edit.applied(model), edit.applied(stored):
+        repacked, wanted = logits(model, ids), logits(stored, ids)
+    moved = float((wanted - logits(stored, ids)).norm())
+    assert float((repacked - wanted).norm()) < 0.05 * moved
 
 
 def test_a_weight_is_read_in_parts_when_it_is_wide(model: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
