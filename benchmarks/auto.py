@@ -5,6 +5,8 @@ write who knows the scale of this model: ρ_attn in equal steps of log ρ over t
 layers, for the middle third and for the upper half. A grid of which no edit stays within the limits has a hypervolume
 of 0. For each recipe that is one search by `auto` and three by hand.
 
+The hypervolume ends at the recipe's limit of the KL: no choice may take an edit beyond it, and `auto` tries none there.
+
 Run: python benchmarks/auto.py [RECIPE …]
 """
 
@@ -16,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from steer2edit.behaviours.base import UTILITY_LOSS
 from steer2edit.errors import EditError
 from steer2edit.files.reading import read_json
 from steer2edit.pipeline.run import Run
@@ -61,7 +64,8 @@ def main() -> None:
 
 def searched(name: str, folder: Path, overrides: list[str], stages: list[str]) -> dict[str, Any]:
     """What the stage `edit` writes of a recipe's search, without baselines."""
-    run = Run(folder, load_recipe(name, ["search.baselines=[]", *overrides]))
+    limit = load_recipe(name).aim.limits[UTILITY_LOSS]
+    run = Run(folder, load_recipe(name, ["search.baselines=[]", f"search.reference={limit}", *overrides]))
     for stage in stages:
         run_stage(run, stage, name)
     return read_json(folder / "choice.json")

@@ -31,6 +31,7 @@ from steer2edit.models.load import load_model
 from steer2edit.models.selfcheck import self_check
 from steer2edit.models.sites import find_sites
 from steer2edit.models.weights import quantised, read_weight
+from steer2edit.searching.in_python import _mark
 
 pytestmark = pytest.mark.usefixtures("stored_nf4")
 
@@ -172,6 +173,9 @@ def test_a_weight_that_bitsandbytes_repacked_for_the_cpu_is_read_and_edited(
         wanted = read_weight(stored, site)
         largest = float(wanted.abs().max() + module.bias.detach().abs().max())
         torch.testing.assert_close(read_weight(model, site), wanted, rtol=0, atol=2.0**-7 * largest)
+    before = logits(model, ids)
+    assert _mark(model) == _mark(model)
+    assert torch.equal(logits(model, ids), before)
     with edit.applied(model), edit.applied(stored):
         repacked, wanted = logits(model, ids), logits(stored, ids)
     moved = float((wanted - logits(stored, ids)).norm())

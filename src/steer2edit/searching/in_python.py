@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,14 @@ def _mark(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            for name, weight in part.state_dict().items():
+            # No `state_dict`: of a 4-bit weight that was repacked for the CPU bitsandbytes' own changes the weight.
+            for name, weight in chain(
+                part.named_parameters(remove_duplicate=False), part.named_buffers(remove_duplicate=False)
+            ):
                 digest.update(f"{name} {tuple(weight.shape)}".encode())
                 if not weight.is_meta:
-                    digest.update(weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
+                    some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+                    digest.update(some.float().cpu().numpy().tobytes())
         else:
             digest.update(repr(part).encode())
     return digest.hexdigest()[:16]
