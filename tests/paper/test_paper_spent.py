@@ -89,6 +89,7 @@ def test_parts_of_another_suite_in_the_same_folder_do_not_count(tmp_path: Path) 
     taken = {name: {"search": 5.0, "ablations": 90.0}, "all runs": {"tables and figures": 2.0}}
     assert spent_of(found, taken).taken == {name: {"search": 5.0}, "all runs": {"tables and figures": 2.0}}
     taken["another-model-safety"] = {"search": 800.0}
+    taken["all runs"]["side effects"] = 400.0
     assert spent_of(found, taken).taken == {name: {"search": 5.0}, "all runs": {"tables and figures": 2.0}}
 
 

@@ -65,10 +65,8 @@ def spent_of(forecasts: Sequence[Forecast], taken: Parts) -> Spent:
     kept = {
         name: {part: seconds for part, seconds in run.items() if part in parts}
         for name, run in taken.items()
-        if name in estimated
+        if name in estimated or name == ALL_RUNS
     }
-    if ALL_RUNS in taken:
-        kept[ALL_RUNS] = dict(taken[ALL_RUNS])
     return Spent(estimated, kept)
 
 
