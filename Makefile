@@ -43,7 +43,7 @@ test-versions: $(READY)
 # fifth; a second call goes on with one that was stopped.
 SCALE ?= 1
 torture: $(READY)
-	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(PY) -m torture --out runs/torture --scale $(SCALE)
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(PY) -m torture --out runs/torture --scale $(SCALE) --lanes 2
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -5,7 +5,7 @@ rivals are made as the demo makes them; every method gets as many strengths, at 
 validation; test says what they do. `--behaviour sentiment` (lists, pirate) does the same for a style.
 
 Every batch is journalled in the folder, so that a run that was killed goes on. The folder then holds `results.json`,
-`tables.md` and, apart since they differ from run to run, `costs.json`.
+`tables.md`, the figure `curves` and, apart since they differ from run to run, `costs.json`.
 
 Run: python benchmarks/beyond.py --out runs/beyond
 """
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import steer2edit as s2e
+from beyond_figure import draw_curves
 from beyond_numbers import markdown, results_of
 from beyond_seed import EDITS, METHODS, NEED_EVIDENCE, TITLE, Plan, Remembered, SeedRun
 from steer2edit.behaviours.base import SPLITS, Split
+from steer2edit.behaviours.safety import BORDERLINE, OVER_REFUSAL
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import Steer2EditError
 from steer2edit.files.reading import read_json
@@ -80,6 +82,7 @@ def run(plan: Plan, seeds: Sequence[int], out: Path) -> dict[str, Any]:
     first = out / f"seed-{seeds[0]}"
     costs = clock.rows(len(seeds)) | _megabytes(first)
     write_text(out / "tables.md", markdown(results, TITLE, costs))
+    draw_curves(results, TITLE, (OVER_REFUSAL.name, BORDERLINE.name), out / "curves")
     return results
 
 

@@ -41,6 +41,28 @@ def draw(numbers: Any) -> Any:
     return beyond_seed
 
 
+def test_the_figure_draws_each_method_over_kl_and_over_the_attribute(
+    numbers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import beyond_figure
+
+    names = {"refusal": "refused", "over_refusal": "plain refused", "utility_loss": "KL"}
+    curve = {
+        "preserve": {"refusal": [0.0, 0.4, 0.8], "over_refusal": [0.0, 0.1, 0.2], "utility_loss": [0.0, 0.05, 0.1]},
+        "steering": {"refusal": [0.0, None, 0.6], "over_refusal": [0.0, None, 0.3], "utility_loss": [0.0, None, 0.1]},
+    }
+    results = {"attribute": "refusal", "titles": names, "curve": curve, "seeds": [0, 1]}
+    titles = {"preserve": "quiet", "steering": "steering"}
+    drawn: list[Any] = []
+    monkeypatch.setattr(beyond_figure, "save", lambda figure, path: drawn.append(figure))
+    beyond_figure.draw_curves(results, titles, ("over_refusal", "not_measured"), tmp_path / "curves")
+    first, second = drawn[0].axes
+    assert [first.get_xlabel(), first.get_ylabel()] == ["KL", "refused"]
+    assert [second.get_xlabel(), second.get_ylabel()] == ["refused", "plain refused"]
+    assert [list(line.get_ydata()) for line in second.lines] == [[0.0, 0.1, 0.2], [0.0, 0.3]]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["quiet", "steering"]
+
+
 # The numbers --------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +213,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_results(
     assert kills == 3
     with pytest.raises(SystemExit, match=r"another comparison .*another behaviour"):
         beyond.main(["--quick", "--behaviour", "lists", "--model", model, "--out", str(tmp_path / "killed")])
-    for name in ("results.json", "seed-0/trials.json", "seed-1/trials.json"):
+    for name in ("results.json", "curves.png", "seed-0/trials.json", "seed-1/trials.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 

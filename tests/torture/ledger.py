@@ -42,31 +42,43 @@ class Case:
 
 
 class Ledger:
-    """The cases that were done, in a folder."""
+    """The cases that were done, in a folder, by one process or by several at once.
 
-    def __init__(self, folder: Path, seed: int = 0):
-        self.folder, self.seed = folder, seed
-        self.path = folder / "cases.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+    Args:
+        lane: the number of this process. Number 0 begins, and clears what an earlier torture claimed; each writes a
+            journal of its own, and reads all.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0, lane: int = 0):
+        self.folder, self.seed, self.lane = folder, seed, lane
+        self.path = folder / f"cases-{lane}.jsonl"
+        self.claims = folder / "claims"
+        if lane == 0:
+            shutil.rmtree(self.claims, ignore_errors=True)
+        self.claims.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one may be cut short
-            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            self.rows = {row["id"]: row for row in map(json.loads, lines)}
+        for path in sorted(folder.glob("cases-*.jsonl")):
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one may be cut short
+            if path == self.path:
+                path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            self.rows |= {row["id"]: row for row in map(json.loads, lines)}
 
     def run(self, cases: Iterable[Case], seconds: float = float("inf"), loud: bool = True) -> bool:
-        """Does what was not done. Gives False if the time was up before."""
+        """Does what was not done and no other process does. Gives False if the time was up before."""
         every = list(cases)
         todo = [case for case in every if case.id not in self.rows]
         started = time.monotonic()
-        for done, case in enumerate(todo):
+        for case in todo:
             age = time.monotonic() - started
             if age > seconds:
                 return False
+            if not self._claim(case):
+                continue
             if loud:
+                done = len(list(self.claims.iterdir())) - 1
                 left = f"about {age / done * (len(todo) - done):.0f} s left" if done else "starting"
                 print(f"\r{len(every) - len(todo) + done}/{len(every)} {case.id}, {left}   ", end="", file=sys.stderr)
-            work = self.folder / "work"
+            work = self.folder / f"work-{self.lane}"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             begun = time.monotonic()
@@ -78,6 +90,14 @@ class Ledger:
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.copytree(work, kept, symlinks=True, ignore_dangling_symlinks=True)
             shutil.rmtree(work)
+        return True
+
+    def _claim(self, case: Case) -> bool:
+        """Whether this process is the first to take the case."""
+        try:
+            (self.claims / case.id.replace("/", "-")).touch(exist_ok=False)
+        except FileExistsError:
+            return False
         return True
 
     def _add(self, case: Case, outcome: Outcome, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -132,7 +133,7 @@ def _make_whole(world: World) -> None:
 
     from steer2edit.progress import be_quiet
 
-    whole, out = world.folder / "whole", world.folder / "making"
+    whole, out = world.folder / "whole", world.folder / f"making-{os.getpid()}"
     shutil.rmtree(out, ignore_errors=True)
     assert command("run", world.recipe, "--out", out, "--quiet", "--json")() == 0
     be_quiet()
