@@ -341,13 +341,15 @@ def judge(
 WEAK_AGREEMENT = 0.3
 
 # What a search tries where the recipe says nothing. At equal KL, edits of attention in the middle or in the upper half
-# of the model move a behaviour furthest; the first layers cost the most KL and add the least (docs/recipes.md). The last
-# strength lies beyond the limit of the KL: no rule takes it, but the trade-off shows what more strength would give.
+# of the model move a behaviour furthest; the first layers cost the most KL and add the least (docs/recipes.md). Which
+# of the two depends on the behaviour: one strength of each shows it. The last strength lies beyond the limit of the KL:
+# no rule takes it, but the trade-off shows what more strength would give.
 AUTOMATIC: Mapping[str, Any] = {
     "rho_mlp": [None],
     "layers": ["33%-83%", "50%-100%"],
-    "span": [0.2, 0.8],
-    "points": 3,
+    "span": [0.1, 0.8],
+    "points": 5,
+    "narrow": True,
 }
 
 # The kind of a multiple-choice question from `data.questions`, whatever the behaviour.

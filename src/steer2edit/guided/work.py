@@ -21,7 +21,7 @@ from ..pipeline.run import Run
 from ..probing.collect import plan_pass
 from ..probing.traces import Trace, read_traces
 from ..searching.candidates import DEPTHS
-from ..searching.grid import coarse_grid, planned_edits
+from ..searching.grid import coarse_edits, coarse_grid, planned_edits
 from ..searching.plan import AUTO, Search
 
 # Answers on which a calibration measures KL, and answers whose losses are measured at once (searching/bench.py).
@@ -107,7 +107,7 @@ def _edit_ladders(search: Search) -> tuple[int, int]:
     ladders = each * len(list(shapes))
     if search.method == "tpe":
         return ladders, search.trials
-    return ladders, ladders * search.points + search.refine ** len(automatic)
+    return ladders, coarse_edits(search, [search.points] * ladders) + search.refine ** len(automatic)
 
 
 def beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, float]:

@@ -118,7 +118,7 @@ def _file(path: str) -> str:
 def _searched(recipe: Recipe) -> dict[str, Any]:
     """What the trials depend on of the search section: the rule and the limits only if they steer the search."""
     s = recipe.search.model_dump(mode="json")
-    steered = recipe.search.method == "tpe" or recipe.search.refine
+    steered = recipe.search.method == "tpe" or recipe.search.refine or recipe.search.narrow
     left_out = {"pick"} if steered else {"pick", "limits", "rule", "tolerance", "reference"}
     kept = {key: s[key] for key in sorted(s) if key not in left_out}
     by_kl = [kind for kind in recipe.search.baselines if kind != "system"]

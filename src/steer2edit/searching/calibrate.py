@@ -25,7 +25,7 @@ from ..method.rivals import WITH_EVIDENCE
 from ..method.variants import FULL
 from ..probing.chat import CHAT, Chat
 from .candidates import TITLES, Candidate, directed, edited, intervention_of, rival, steered, steered_at
-from .grid import short
+from .grid import coarse_edits, short
 from .plan import AUTO, Search
 from .statistics import finite
 from .utility import base_answers, engine_of, refuse_other_base
@@ -320,7 +320,8 @@ def find_scale(
     joint = joint_ladders(search, scores, ladders)
     climb(joint, measure, "calibration of both")
     ladders += joint
-    edits = sum(len(ladder.points()) for ladder in ladders) if planned is None else planned
+    lengths = [len(points) for ladder in ladders if (points := ladder.points())]
+    edits = coarse_edits(search, lengths) if planned is None else planned
     others = baseline_ladders(search, edits, layers)
     climb(others, measure, "calibration of the baselines")
     return scale_of(ladders, others)

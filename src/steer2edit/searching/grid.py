@@ -1,4 +1,4 @@
-"""The grid: every combination, then a finer one around the best."""
+"""The grid: every combination, or the best series of them alone; then a finer one around the best."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..method.variants import FULL
-from .candidates import Candidate, edited
+from .candidates import Candidate, Trial, edited
 from .front import Aim, choose, cost_of
 from .plan import Search
 from .study import Study
@@ -41,18 +41,29 @@ def planned_edits(s: Search, coarse: Sequence[Candidate]) -> int:
         return s.trials
     refinable = _refinable(s)
     refined = s.refine ** len(refinable) if s.refine and refinable else 0
-    return len(coarse) + refined
+    return coarse_edits(s, [len(one) for one in _series(coarse)]) + refined
+
+
+def coarse_edits(s: Search, lengths: Sequence[int]) -> int:
+    """How many edits the coarse grid tries, at most, of series that are this long."""
+    return len(lengths) + max(lengths, default=1) - 1 if s.narrow else sum(lengths)
 
 
 def grid(s: Search, coarse: Sequence[Candidate], aim: Aim, study: Study) -> Iterator[list[Candidate]]:
-    """The coarse grid; then, if asked for, a finer one around what the rule takes of it (paper, section 5)."""
-    yield list(coarse)
-    if not s.refine:
-        return
-    edits = study.of_kind("edit")
-    # If nothing is within the limits, the good region is where they are missed least: at the smallest cost.
-    best = choose(edits, aim) or min(edits, key=lambda t: (cost_of(t), aim.gain(t) or 0.0), default=None)
-    if best is None:
+    """The coarse grid; then, if asked for, a finer one around what the rule takes of it (paper, section 5).
+
+    With `narrow`, of the coarse grid first the middle of each series, and then the series that the rule takes.
+    """
+    series = _series(coarse)
+    if s.narrow and len(series) > 1:
+        yield [one[len(one) // 2] for one in series]
+        best = _best(study, aim)
+        if best is not None:
+            better = next(one for one in series if best.candidate.id in [candidate.id for candidate in one])
+            yield [candidate for candidate in better if candidate.id not in study.known()]
+    else:
+        yield list(coarse)
+    if not s.refine or (best := _best(study, aim)) is None:
         return
     config = best.candidate.config
     axes: dict[str, Sequence[Any]] = {
@@ -63,9 +74,24 @@ def grid(s: Search, coarse: Sequence[Candidate], aim: Aim, study: Study) -> Iter
         # The strengths that were found for each α are others.
         neighbours = [c for c in alike if name == "alpha" or c["alpha"] == config["alpha"]]
         axes[name] = _around(config[name], [c[name] for c in neighbours], s.refine)
-    tried = {candidate.id for candidate in coarse}
+    tried = study.known()
     study.refined = {"around": best.candidate.id, **{name: list(values) for name, values in axes.items()}}
     yield [candidate for candidate in _grid(s, axes) if candidate.id not in tried]
+
+
+def _best(study: Study, aim: Aim) -> Trial | None:
+    """The edit that the rule takes so far; None if there is none at all."""
+    edits = study.of_kind("edit")
+    # If nothing is within the limits, the good region is where they are missed least: at the smallest cost.
+    return choose(edits, aim) or min(edits, key=lambda t: (cost_of(t), aim.gain(t) or 0.0), default=None)
+
+
+def _series(coarse: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The candidates that differ in ρ alone, in their order."""
+    found: dict[tuple[Any, ...], list[Candidate]] = {}
+    for candidate in coarse:
+        found.setdefault((*_shape(candidate.config), candidate.config["alpha"]), []).append(candidate)
+    return list(found.values())
 
 
 def _shape(config: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -60,6 +60,9 @@ class Search(Section):
     spans `span`, evenly in log KL, for each α. Edits are compared with `steering` and with the `baselines`, each of
     which gets as many strengths as there are edits; the closed-form rivals among these are off unless named.
 
+    With `narrow`, of what is `auto` not every combination is tried: first the middle strength for each α, layer range
+    and variant, then the others for those that the rule takes.
+
     `pick` is a person's choice in place of the rule's: an edit's id, or its number on the front (choice.py).
     """
 
@@ -72,6 +75,7 @@ class Search(Section):
     layers: list[Layers | None] = Field([None], min_length=1)
     variants: list[Variant] = Field(["full"], min_length=1)
     sanity: Annotated[int, Field(ge=0, le=20), BeforeValidator(_number)] = 0
+    narrow: bool = False
     refine: Annotated[int, Field(ge=0, le=25), BeforeValidator(_number)] = 0
     trials: Many = 60
     at_once: Many = 12
@@ -85,11 +89,13 @@ class Search(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _steering_too(cls, raw: Any) -> Any:
-        """If the strengths of edits are found automatically, so are those of steering."""
-        if isinstance(raw, dict) and AUTO in (raw.get("rho_attn", AUTO), raw.get("rho_mlp", AUTO)):
+    def _of_auto(cls, raw: Any) -> Any:
+        """If the strengths of edits are found automatically, so are those of steering; else all edits are tried."""
+        if not isinstance(raw, dict):
+            return raw
+        if AUTO in (raw.get("rho_attn", AUTO), raw.get("rho_mlp", AUTO)):
             return {"steering": AUTO} | raw
-        return raw
+        return raw | {"narrow": False}
 
     @property
     def automatic(self) -> bool:
