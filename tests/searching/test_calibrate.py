@@ -17,7 +17,9 @@ from steer2edit.behaviours.base import Item
 from steer2edit.engines.base import Request
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, ModelError, RecipeError
+from steer2edit.guided.work import tried_of
 from steer2edit.method.intervention import NOTHING
+from steer2edit.paper.cost import edits_of
 from steer2edit.searching.calibrate import Ladder, climb, joint_ladders, ladders_of, scale_of, targets_of
 from steer2edit.searching.candidates import Candidate, intervention_of, steered
 from steer2edit.searching.rounds import run_study
@@ -135,6 +137,23 @@ def test_a_search_finds_its_scale_for_both_block_types_and_steering(tmp_path: Pa
     assert set(study.scale) == {"edits", "steering", "others", "missing", "left_off"}
     assert study.scale["others"] == {}  # no other baseline is asked for
     assert len(study.scale["edits"]) == 3
+
+
+def test_a_narrow_search_finishes_one_layer_range_and_gives_the_others_as_many_strengths(tmp_path: Path) -> None:
+    search = {"search__rho_mlp": [None], "search__points": 4, "search__span": [0.1, 1.0], "search__narrow": True}
+    search |= {"search__alpha": [0.0, 0.2], "search__baselines": []}
+    study, _, recipe = _study(tmp_path, 0.1, **search)
+    tried = [trial.candidate.config["alpha"] for trial in study.of_kind("edit")]
+    assert sorted(map(tried.count, set(tried))) == [1, 4]
+    assert study.evaluations["edit"] == study.evaluations["steering"]
+    assert (len(tried), list(study.rounds)) == (5, ["0", "1"])
+    assert tried_of(recipe.search, 0).edits == edits_of(recipe.search) == 5  # what the forecasts count
+
+
+def test_a_narrow_search_tries_all_numbers_that_are_written() -> None:
+    written = {"search__rho_attn": [0.1, 0.2], "search__rho_mlp": [None], "search__narrow": True}
+    assert not tiny_recipe(**written).search.narrow
+    assert tiny_recipe(**written | {"search__rho_attn": "auto"}).search.narrow
 
 
 def test_every_alpha_has_a_ladder_and_l2_which_takes_none_has_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from ruled_study import AIM, PROMPTS, _read, _trial, a_recipe, an_engine, answer, losses, rounds, run
 from runs import FakeEngine
+from steer2edit.behaviours.base import UTILITY_LOSS
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.method.site import numbered_layers
 from steer2edit.searching.calibrate import Scale
@@ -348,6 +350,42 @@ def test_the_summary_of_a_study_without_steering_says_so(tmp_path: Path) -> None
 def test_a_grid_is_one_round_without_refine() -> None:
     s = a_recipe().search
     assert [len(proposed) for proposed in grid(s, coarse_grid(s), AIM, Study())] == [6]
+
+
+def _two_ranges(*costs: float) -> tuple[Any, list[Candidate], Study]:
+    """Three strengths for each of two layer ranges, and a study of the middle ones at these costs."""
+    coarse = [edited(rho, None, 0.4, layers) for layers in ("0-4", "5-9") for rho in (0.3, 0.2, 0.1)]
+    search = a_recipe().search.model_copy(update={"narrow": True})
+    middle = [edited(0.2, None, 0.4, layers) for layers in ("0-4", "5-9")]
+    trials = [_trial(c.id, config=c.config, utility_loss=cost) for c, cost in zip(middle, costs, strict=False)]
+    return search, coarse, Study(trials=trials)
+
+
+def test_a_narrow_grid_tries_the_middle_of_each_series_and_then_the_better_series() -> None:
+    search, coarse, study = _two_ranges(0.2, 0.1)  # as many refusals: the rule takes the cheaper
+    first, second = grid(search, coarse, AIM, study)
+    assert [(c.config["layers"], c.config["rho_attn"]) for c in first] == [("0-4", 0.2), ("5-9", 0.2)]
+    assert [(c.config["layers"], c.config["rho_attn"]) for c in second] == [("5-9", 0.3), ("5-9", 0.1)]
+    assert planned_edits(search, coarse) == 4
+
+
+def test_a_narrow_grid_of_which_no_middle_is_within_the_limits_goes_on_where_it_costs_least() -> None:
+    search, coarse, study = _two_ranges(8.0, 9.0)
+    study.trials[1].values["refusal"] = (1.0,)  # it refuses more, and the rule would take it
+    aim = replace(AIM, limits={UTILITY_LOSS: 0.5})
+    *_, second = grid(search, coarse, aim, study)
+    assert {c.config["layers"] for c in second} == {"0-4"}
+
+
+def test_a_narrow_grid_of_which_every_middle_was_discarded_ends_there() -> None:
+    search, coarse, study = _two_ranges()
+    assert [len(proposed) for proposed in grid(search, coarse, AIM, study)] == [2]
+
+
+def test_a_narrow_grid_of_one_series_is_the_whole_grid() -> None:
+    search, coarse, study = _two_ranges()
+    assert list(grid(search, coarse[:3], AIM, study)) == [coarse[:3]]
+    assert planned_edits(search, coarse[:3]) == 3
 
 
 def test_l2_takes_no_alpha_and_is_tried_once_for_all_of_them(tmp_path: Path) -> None:
