@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from .behaviours.base import SPLITS, Behaviour, Source
+from .behaviours.base import SPLITS, Behaviour, Source, search_defaults
 from .behaviours.known import BEHAVIOURS
 from .engines.plan import EnginePlan, Model
 from .errors import FileError, RecipeError
@@ -160,7 +160,8 @@ class Recipe(Section):
             numbers = {split: n for split in SPLITS if isinstance(n := raw["data"].get(split), int)}
             raw["data"] = raw["data"] | {split: {behaviour.kinds[0]: n} for split, n in numbers.items()}
         utility = {} if behaviour.neutral_prompts is None else {"prompts": behaviour.neutral_prompts}
-        defaults = {"data": data, "evaluation": behaviour.evaluation, "search": behaviour.search, "utility": utility}
+        search = search_defaults(behaviour.search, raw["search"]) if isinstance(raw["search"], dict) else {}
+        defaults = {"data": data, "evaluation": behaviour.evaluation, "search": search, "utility": utility}
         for key, values in defaults.items():
             if isinstance(raw[key], dict):
                 raw[key] = {**values, **raw[key]}

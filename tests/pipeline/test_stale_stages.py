@@ -168,6 +168,16 @@ def test_other_neutral_prompts_of_the_package_are_noticed() -> None:
     assert [stage for stage in STAGES if before[stage] != after[stage]] == _from("search")
 
 
+def test_a_limit_steers_a_narrow_search_and_no_other() -> None:
+    def stale(narrow: bool) -> list[str]:
+        same = {"search__rho_attn": "auto", "search__rho_mlp": [None], "search__narrow": narrow}
+        before, after = (stage_keys(tiny_recipe(**same, search__limits={"utility_loss": at})) for at in (0.3, 0.4))
+        return [stage for stage in STAGES if before[stage] != after[stage]]
+
+    assert stale(True) == _from("search")
+    assert stale(False) == _from("edit")
+
+
 def test_a_changed_task_of_lm_eval_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     keys = []

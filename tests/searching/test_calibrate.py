@@ -20,6 +20,7 @@ from steer2edit.errors import EditError, ModelError, RecipeError
 from steer2edit.guided.work import tried_of
 from steer2edit.method.intervention import NOTHING
 from steer2edit.paper.cost import edits_of
+from steer2edit.recipe import load_recipe
 from steer2edit.searching.calibrate import Ladder, climb, joint_ladders, ladders_of, scale_of, targets_of
 from steer2edit.searching.candidates import Candidate, intervention_of, steered
 from steer2edit.searching.rounds import run_study
@@ -154,6 +155,16 @@ def test_a_narrow_search_tries_all_numbers_that_are_written() -> None:
     written = {"search__rho_attn": [0.1, 0.2], "search__rho_mlp": [None], "search__narrow": True}
     assert not tiny_recipe(**written).search.narrow
     assert tiny_recipe(**written | {"search__rho_attn": "auto"}).search.narrow
+
+
+def test_a_style_is_narrowed_unless_its_points_are_written() -> None:
+    def narrow(*overrides: str) -> bool:
+        return load_recipe("lists", overrides).search.narrow
+
+    assert narrow()
+    assert narrow("search.span=[0.1,0.3]")
+    assert not narrow("search.points=8")
+    assert narrow("search.points=8", "search.narrow=true")
 
 
 def test_every_alpha_has_a_ladder_and_l2_which_takes_none_has_one() -> None:

@@ -352,6 +352,15 @@ AUTOMATIC: Mapping[str, Any] = {
     "narrow": True,
 }
 
+
+def search_defaults(own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """A behaviour's keys of the section `search` beside those that are written.
+
+    Whoever writes how many points there are wants them all, as do recipes from before `narrow`.
+    """
+    return {key: value for key, value in own.items() if key != "narrow" or "points" not in written}
+
+
 # The kind of a multiple-choice question from `data.questions`, whatever the behaviour.
 QUESTION = "multiple choice"
 

@@ -120,6 +120,8 @@ def _searched(recipe: Recipe) -> dict[str, Any]:
     s = recipe.search.model_dump(mode="json")
     steered = recipe.search.method == "tpe" or recipe.search.refine or recipe.search.narrow
     left_out = {"pick"} if steered else {"pick", "limits", "rule", "tolerance", "reference"}
+    if not recipe.search.narrow:  # earlier versions did not have it, and their runs are whole
+        left_out.add("narrow")
     kept = {key: s[key] for key in sorted(s) if key not in left_out}
     by_kl = [kind for kind in recipe.search.baselines if kind != "system"]
     if not recipe.search.automatic and not by_kl:  # nothing is found by KL

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..behaviours.base import SPLITS, UTILITY_LOSS, Item, Measure, Prompt, Source
+from ..behaviours.base import SPLITS, UTILITY_LOSS, Item, Measure, Prompt, Source, search_defaults
 from ..behaviours.contrast import Side
 from ..behaviours.custom import PAIR, PROMPT, Custom
 from ..behaviours.prompts import BUILTIN, load_neutral
@@ -163,7 +163,8 @@ def search(
         )
     with _folder(folder) as place:
         behaviour, source = _behaviour_of(more, less, prompts, score, title, place, seed, counts)
-        plan = parse(Search, {**behaviour.search, **(options or {})}, under="search")
+        written = options or {}
+        plan = parse(Search, {**search_defaults(behaviour.search, written), **written}, under="search")
         names = [measure.name for measure in behaviour.measures]
         if unknown := [name for name in plan.limits if name not in names]:
             fix = nearest(unknown[0], names, "Measures of this behaviour")
