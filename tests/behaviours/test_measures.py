@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import VOCABULARY, make_tokenizer
@@ -64,6 +65,13 @@ def test_phrases_stand_anywhere_in_upper_or_lower_case() -> None:
     assert isinstance(score, Phrases)
     assert score.counted(_asked("well, aHOY", "Die Straße.", "a hoy", "")) == [1.0, 1.0, 0.0, 0.0]
     assert score.counted(_thought("Ahoy? ", "Hello.")) == [0.0]
+
+
+def test_a_backspace_in_a_pattern_is_refused_since_yaml_reads_one_in_double_quotes() -> None:
+    written = yaml.safe_load(r"""{single: '\bahoy\b', escaped: "\\bahoy\\b", double: "\bahoy\b"}""")
+    assert score_of({"pattern": written["single"]}) == score_of({"pattern": written["escaped"]})
+    with pytest.raises(RecipeError, match=r"holds a backspace: in YAML write \\b within single quotes, or \\\\b"):
+        score_of({"pattern": written["double"]})
 
 
 @pytest.mark.parametrize("score", [{"pattern": "ahoy"}, {"phrases": ["ahoy"]}])

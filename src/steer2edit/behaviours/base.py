@@ -347,7 +347,7 @@ WEAK_AGREEMENT = 0.3
 AUTOMATIC: Mapping[str, Any] = {
     "rho_mlp": [None],
     "layers": ["33%-83%", "50%-100%"],
-    "span": [0.1, 0.8],
+    "span": [0.1, 0.65],
     "points": 5,
     "narrow": True,
 }

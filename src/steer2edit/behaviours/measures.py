@@ -31,6 +31,10 @@ def _is_regex(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise ValueError(f"The pattern is no regular expression: {error}") from None
+    if "\b" in text:  # it would be looked for, and be found in no answer
+        raise ValueError(
+            "The pattern holds a backspace: in YAML write \\b within single quotes, or \\\\b within double ones"
+        )
     return text
 
 
