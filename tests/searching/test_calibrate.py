@@ -21,7 +21,15 @@ from steer2edit.guided.work import tried_of
 from steer2edit.method.intervention import NOTHING
 from steer2edit.paper.cost import edits_of
 from steer2edit.recipe import load_recipe
-from steer2edit.searching.calibrate import Ladder, climb, joint_ladders, ladders_of, scale_of, targets_of
+from steer2edit.searching.calibrate import (
+    Ladder,
+    baseline_ladders,
+    climb,
+    joint_ladders,
+    ladders_of,
+    scale_of,
+    targets_of,
+)
 from steer2edit.searching.candidates import Candidate, intervention_of, steered
 from steer2edit.searching.rounds import run_study
 
@@ -149,6 +157,14 @@ def test_a_narrow_search_finishes_one_layer_range_and_gives_the_others_as_many_s
     assert study.evaluations["edit"] == study.evaluations["steering"]
     assert (len(tried), list(study.rounds)) == (5, ["0", "1"])
     assert tried_of(recipe.search, 0).edits == edits_of(recipe.search) == 5  # what the forecasts count
+
+
+def test_in_a_narrow_search_a_baseline_has_at_each_layer_the_strengths_of_an_edits_ladder() -> None:
+    auto = {"search__rho_attn": "auto", "search__rho_mlp": [None], "search__points": 5, "search__baselines": ["layer"]}
+    for narrow, each in ((True, 5), (False, 2)):
+        search = tiny_recipe(**auto, search__narrow=narrow).search
+        of_layers = [one for one in baseline_ladders(search, 6, [1, 2, 3]) if one.name != "steering"]
+        assert [len(one.targets) for one in of_layers] == [each] * 3
 
 
 def test_a_narrow_search_tries_all_numbers_that_are_written() -> None:

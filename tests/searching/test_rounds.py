@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 from ruled_study import AIM, PROMPTS, _read, _trial, a_recipe, an_engine, answer, losses, rounds, run
-from runs import FakeEngine
+from runs import FakeEngine, make_scores
+from runs import a_bench as bench_of
 from steer2edit.behaviours.base import UTILITY_LOSS
 from steer2edit.errors import EditError, RecipeError
 from steer2edit.method.site import numbered_layers
 from steer2edit.searching.calibrate import Scale
-from steer2edit.searching.candidates import Candidate, Trial, edited
+from steer2edit.searching.candidates import Candidate, Trial, edited, steered
 from steer2edit.searching.choice import require_choice, summary
 from steer2edit.searching.front import hypervolume_interval
 from steer2edit.searching.grid import coarse_grid, grid, planned_edits
-from steer2edit.searching.rounds import resolved, sanity_prompts
+from steer2edit.searching.rounds import _Rounds, resolved, sanity_prompts
 from steer2edit.searching.study import Discarded, Study
 
 # The grid -----------------------------------------------------------------------------------------------------------
@@ -377,15 +378,34 @@ def test_a_narrow_grid_of_which_no_middle_is_within_the_limits_goes_on_where_it_
     assert {c.config["layers"] for c in second} == {"0-4"}
 
 
-def test_a_narrow_grid_of_which_every_middle_was_discarded_ends_there() -> None:
+def test_a_narrow_grid_of_which_every_middle_was_discarded_has_nothing_to_go_on_with() -> None:
     search, coarse, study = _two_ranges()
-    assert [len(proposed) for proposed in grid(search, coarse, AIM, study)] == [2]
+    assert [len(proposed) for proposed in grid(search, coarse, AIM, study)] == [2, 0]
 
 
 def test_a_narrow_grid_of_one_series_is_the_whole_grid() -> None:
     search, coarse, study = _two_ranges()
     assert list(grid(search, coarse[:3], AIM, study)) == [coarse[:3]]
     assert planned_edits(search, coarse[:3]) == 3
+
+
+def test_baselines_are_narrowed_as_edits_are_and_get_as_many_strengths(tmp_path: Path) -> None:
+    recipe = a_recipe(steering=[], baselines=[])
+    search = recipe.search.model_copy(update={"narrow": True})
+    coarse = [edited(rho, None, alpha) for alpha in (0.2, 0.6) for rho in (0.5, 0.3, 0.1)]
+    baselines = [[steered(gamma) for gamma in of_layer] for of_layer in ((0.2, 0.4, 0.6), (0.3, 0.5, 0.7))]
+    bench = bench_of(an_engine(), {"full": make_scores()}, PROMPTS, recipe, tmp_path / "j")
+    study = _Rounds(bench, search, coarse, baselines, recipe.aim, 0, Study(), None, None).run()
+    assert study.rounds["0"] == ["base", "steering-0.4", "steering-0.5", "edit-0.3-off-0.2", "edit-0.3-off-0.6"]
+    assert study.rounds["1"] == ["steering-0.3", "steering-0.7", "edit-0.5-off-0.2", "edit-0.1-off-0.2"]
+    assert study.evaluations["edit"] == study.evaluations["steering"]
+    # Edits of one series are one round; the baselines go on alone.
+    alone = _Rounds(bench, search, coarse[:3], baselines, recipe.aim, 0, Study(), None, None).run()
+    assert alone.rounds["baselines"] == ["steering-0.3", "steering-0.7"]
+
+
+def test_a_search_by_tpe_is_not_narrowed() -> None:
+    assert not a_recipe(rho_attn="auto", method="tpe", narrow=True).search.narrow
 
 
 def test_l2_takes_no_alpha_and_is_tried_once_for_all_of_them(tmp_path: Path) -> None:

@@ -88,8 +88,9 @@ def tried_of(search: Search, instructions: int) -> Tried:
     for kind in search.baselines:
         if kind != "system":
             ladders = len(search.layers) if kind in WITH_EVIDENCE else len(DEPTHS)
-            each = max(2, math.ceil(edits / ladders))
-            changed += each * ladders
+            narrow = search.narrow and ladders > 1
+            each = search.points if narrow else max(2, math.ceil(edits / ladders))
+            changed += coarse_edits(search, [each] * ladders)
             rungs += (_FIRST_OF_BASELINE + _EACH_OF_BASELINE * each) * ladders
             kinds += 1
     prompts = instructions if "system" in search.baselines else 0

@@ -240,20 +240,25 @@ def baseline_ladders(search: Search, edits: int, layers: Sequence[int]) -> list[
     """The ladders of what edits are compared with, each method with as many strengths as there are edits.
 
     Args:
-        layers: at which the baselines of one layer are tried, with equal shares of the strengths. Rivals that edit some
-            layers have equal shares for each of the edits' own ranges.
+        layers: at which the baselines of one layer are tried, with equal shares of the strengths; in a narrow search
+            with as many as an edit's ladder has, of which those of one layer are tried to the end. Rivals that edit
+            some layers have the same for each of the edits' own ranges.
     """
+
+    def each_of(series: int) -> int:
+        return search.points if search.narrow and series > 1 else max(2, math.ceil(edits / series))
+
     ladders = []
     if search.steering == AUTO:
         ladders.append(steering_ladder(targets_of(search.span, max(2, edits))))
     for kind in _AT_LAYER:
         if kind in search.baselines and layers:
-            each = max(2, math.ceil(edits / len(layers)))
-            ladders += [layer_ladder(kind, layer, targets_of(search.span, each)) for layer in layers]
+            targets = targets_of(search.span, each_of(len(layers)))
+            ladders += [layer_ladder(kind, layer, targets) for layer in layers]
     for kind in search.rivals:
         if kind in WITH_EVIDENCE:
-            each = max(2, math.ceil(edits / len(search.layers)))
-            ladders += [rival_ladder(kind, ranges, targets_of(search.span, each)) for ranges in search.layers]
+            targets = targets_of(search.span, each_of(len(search.layers)))
+            ladders += [rival_ladder(kind, ranges, targets) for ranges in search.layers]
     return ladders
 
 

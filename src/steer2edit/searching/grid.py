@@ -45,7 +45,7 @@ def planned_edits(s: Search, coarse: Sequence[Candidate]) -> int:
 
 
 def coarse_edits(s: Search, lengths: Sequence[int]) -> int:
-    """How many edits the coarse grid tries, at most, of series that are this long."""
+    """How many edits the coarse grid tries, at most, of series that are this long; likewise of any other kind."""
     return len(lengths) + max(lengths, default=1) - 1 if s.narrow else sum(lengths)
 
 
@@ -56,14 +56,11 @@ def grid(s: Search, coarse: Sequence[Candidate], aim: Aim, study: Study) -> Iter
     """
     series = _series(coarse)
     if s.narrow and len(series) > 1:
-        yield [one[len(one) // 2] for one in series]
-        best = _best(study, aim)
-        if best is not None:
-            better = next(one for one in series if best.candidate.id in [candidate.id for candidate in one])
-            yield [candidate for candidate in better if candidate.id not in study.known()]
+        yield middles(series)
+        yield rest_of_best(series, study, aim)
     else:
         yield list(coarse)
-    if not s.refine or (best := _best(study, aim)) is None:
+    if not s.refine or (best := _best(study, aim, "edit")) is None:
         return
     config = best.candidate.config
     axes: dict[str, Sequence[Any]] = {
@@ -79,11 +76,25 @@ def grid(s: Search, coarse: Sequence[Candidate], aim: Aim, study: Study) -> Iter
     yield [candidate for candidate in _grid(s, axes) if candidate.id not in tried]
 
 
-def _best(study: Study, aim: Aim) -> Trial | None:
-    """The edit that the rule takes so far; None if there is none at all."""
-    edits = study.of_kind("edit")
+def middles(series: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """The middle strength of each series."""
+    return [one[len(one) // 2] for one in series]
+
+
+def rest_of_best(series: Sequence[Sequence[Candidate]], study: Study, aim: Aim) -> list[Candidate]:
+    """What was not tried of the series, all of one kind, that the rule takes; nothing if there is no trial of them."""
+    best = _best(study, aim, series[0][0].kind)
+    if best is None:
+        return []
+    better = next(one for one in series if best.candidate.id in [candidate.id for candidate in one])
+    return [candidate for candidate in better if candidate.id not in study.known()]
+
+
+def _best(study: Study, aim: Aim, kind: str) -> Trial | None:
+    """What the rule takes of a kind so far; None if there is none at all."""
+    trials = study.of_kind(kind)
     # If nothing is within the limits, the good region is where they are missed least: at the smallest cost.
-    return choose(edits, aim) or min(edits, key=lambda t: (cost_of(t), aim.gain(t) or 0.0), default=None)
+    return choose(trials, aim) or min(trials, key=lambda t: (cost_of(t), aim.gain(t) or 0.0), default=None)
 
 
 def _series(coarse: Sequence[Candidate]) -> list[list[Candidate]]:

@@ -61,7 +61,7 @@ class Search(Section):
     which gets as many strengths as there are edits; the closed-form rivals among these are off unless named.
 
     With `narrow`, of what is `auto` not every combination is tried: first the middle strength for each α, layer range
-    and variant, then the others for those that the rule takes.
+    and variant, then the others for those that the rule takes; likewise of each baseline on one layer.
 
     `pick` is a person's choice in place of the rule's: an edit's id, or its number on the front (choice.py).
     """
@@ -90,12 +90,12 @@ class Search(Section):
     @model_validator(mode="before")
     @classmethod
     def _of_auto(cls, raw: Any) -> Any:
-        """If the strengths of edits are found automatically, so are those of steering; else all edits are tried."""
+        """If the strengths of edits are found automatically, so are those of steering; only their grid is narrowed."""
         if not isinstance(raw, dict):
             return raw
-        if AUTO in (raw.get("rho_attn", AUTO), raw.get("rho_mlp", AUTO)):
-            return {"steering": AUTO} | raw
-        return raw | {"narrow": False}
+        automatic = AUTO in (raw.get("rho_attn", AUTO), raw.get("rho_mlp", AUTO))
+        raw = ({"steering": AUTO} if automatic else {}) | raw
+        return raw if automatic and raw.get("method") != "tpe" else raw | {"narrow": False}
 
     @property
     def automatic(self) -> bool:

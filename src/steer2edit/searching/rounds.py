@@ -27,7 +27,7 @@ from .bench import Bench
 from .calibrate import Scale, find_scale
 from .candidates import BASE, TITLES, Candidate, asked, steered, tried_layers
 from .front import Aim
-from .grid import coarse_grid, grid, planned_edits, short
+from .grid import coarse_edits, coarse_grid, grid, middles, planned_edits, rest_of_best, short
 from .plan import AUTO, Range, Search
 from .study import Discarded, Study
 from .tpe import tpe
@@ -60,14 +60,15 @@ def run_study(
     search = with_numbered_layers(search, bench.scores[FULL])
     search = without_impossible(bench, search)
     coarse = [] if AUTO in (search.rho_attn, search.rho_mlp) else coarse_grid(search)
-    baselines = prompts_that_ask(bench, search)
+    prompts = prompts_that_ask(bench, search)
+    baselines: list[Sequence[Candidate]] = [prompts] if prompts else []
     layers = _layers_of_baselines(bench, search)
     if search.automatic or layers or any(kind in WITH_EVIDENCE for kind in search.baselines):
         scale = _calibrated(bench, search, layers, planned_edits(search, coarse) if coarse else None)
         study.scale = scale.to_json()
         search, calibrated = resolved(search, scale)
         coarse = calibrated or coarse or coarse_grid(search)
-        baselines += [candidate for points in scale.others.values() for candidate, _ in points]
+        baselines += [[candidate for candidate, _ in points] for points in scale.others.values()]
     return _Rounds(bench, search, coarse, baselines, aim, seed, study, progress, on_round).run()
 
 
@@ -162,7 +163,7 @@ class _Rounds:
         bench: Bench,
         search: Search,
         coarse: Sequence[Candidate],
-        baselines: Sequence[Candidate],
+        baselines: Sequence[Sequence[Candidate]],
         aim: Aim,
         seed: int,
         study: Study,
@@ -170,14 +171,18 @@ class _Rounds:
         on_round: Callable[[Study], None] | None,
     ):
         self.bench, self.search, self.coarse, self.aim, self.seed = bench, search, coarse, aim, seed
-        self.baselines = list(baselines)
+        # Kind → its series of strengths.
+        self.baselines: dict[str, list[Sequence[Candidate]]] = {}
+        for one in baselines:
+            self.baselines.setdefault(one[0].kind, []).append(one)
         self.progress, self.on_round = progress, on_round
         self.study = study
         self.simple = sanity_prompts()[: search.sanity]
         self.strengths = list(dict.fromkeys(search.steering)) if isinstance(search.steering, list) else []
         edits = planned_edits(search, coarse)
         steering = edits if isinstance(search.steering, Range) else len(self.strengths)
-        self.planned = (1 + edits + steering + len(baselines)) * bench.steps + edits * len(self.simple)
+        others = sum(coarse_edits(search, [len(one) for one in series]) for series in self.baselines.values())
+        self.planned = (1 + edits + steering + others) * bench.steps + edits * len(self.simple)
         self.done = 0
 
     def run(self) -> Study:
@@ -186,12 +191,19 @@ class _Rounds:
             rounds = grid(s, self.coarse, self.aim, self.study)
         else:
             rounds = tpe(s, self.aim, self.seed, self.study)
+        narrowed = [series for series in self.baselines.values() if s.narrow and len(series) > 1]
         # These go with the first round's edits.
-        first: list[Candidate] = [BASE, *map(steered, self.strengths), *self.baselines]
+        others: list[Candidate] = [BASE, *map(steered, self.strengths)]
+        for series in self.baselines.values():
+            others += middles(series) if series in narrowed else [candidate for one in series for candidate in one]
         for number, proposed in enumerate(rounds):
             sound = self._sound(proposed, f"{number} sanity")
-            self._take([*first, *sound], str(number))
-            first = []
+            self._take([*others, *sound], str(number))
+            others = []
+            if number == 0:  # with the second round's edits, if there is one
+                others = [candidate for series in narrowed for candidate in rest_of_best(series, self.study, self.aim)]
+        if others:
+            self._take(others, "baselines")
         if isinstance(s.steering, Range):
             self._take(self._equal_budget(s.steering), "steering")
         if self.progress:
