@@ -6,7 +6,7 @@ layers, for the middle third and for the upper half. A grid of which no edit sta
 of 0. For each recipe that is one search by `auto` and three by hand.
 
 The bound is on the hypervolume up to the recipe's reference, a KL of 1. It is printed up to the recipe's limit of the
-KL, too: no choice takes an edit beyond the limit, and `auto` aims at none there, but a grid has some.
+KL, too: no choice takes an edit beyond the limit.
 
 Run: python benchmarks/auto.py [RECIPE …]
 """
