@@ -31,7 +31,7 @@ def cases(world: World, scale: float) -> Iterator[Case]:
 
         def run(draw: random.Random, folder: Path, kind: str = kind, cycles: int = cycles) -> Outcome:
             ended = Child(lambda: _cycle(kind, cycles), folder, cpu=1000).wait(wall=1000)
-            bad = "" if ended.code == 0 else (ended.err or ended.out).strip()[-300:]
+            bad = "" if ended.code == 0 else f"{ended.out.strip()[-300:]} {ended.err.strip()[-300:]}".strip()
             return Outcome("as at the start", bad)
 
         yield Case("cycles", f"{cycles} of {kind}", 0, run)
@@ -48,6 +48,7 @@ def _cycle(kind: str, cycles: int) -> int:
     for number in range(cycles):
         once()
         if number == max(1, cycles // 10):
+            _state(model)  # the first look at all objects of a large parent takes memory itself
             first = _state(model)
     last = _state(model)
     same = all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
