@@ -21,7 +21,7 @@ from ..pipeline.run import Run
 from ..probing.collect import plan_pass
 from ..probing.traces import Trace, read_traces
 from ..searching.candidates import DEPTHS
-from ..searching.grid import coarse_edits, coarse_grid, planned_edits
+from ..searching.grid import coarse_grid, planned_edits, strengths_each, tried_of_series
 from ..searching.plan import AUTO, Search
 
 # Answers on which a calibration measures KL, and answers whose losses are measured at once (searching/bench.py).
@@ -88,9 +88,8 @@ def tried_of(search: Search, instructions: int) -> Tried:
     for kind in search.baselines:
         if kind != "system":
             ladders = len(search.layers) if kind in WITH_EVIDENCE else len(DEPTHS)
-            narrow = search.narrow and ladders > 1
-            each = search.points if narrow else max(2, math.ceil(edits / ladders))
-            changed += coarse_edits(search, [each] * ladders)
+            each = strengths_each(search, edits, ladders)
+            changed += tried_of_series(search, [each] * ladders)
             rungs += (_FIRST_OF_BASELINE + _EACH_OF_BASELINE * each) * ladders
             kinds += 1
     prompts = instructions if "system" in search.baselines else 0
@@ -108,7 +107,7 @@ def _edit_ladders(search: Search) -> tuple[int, int]:
     ladders = each * len(list(shapes))
     if search.method == "tpe":
         return ladders, search.trials
-    return ladders, coarse_edits(search, [search.points] * ladders) + search.refine ** len(automatic)
+    return ladders, tried_of_series(search, [search.points] * ladders) + search.refine ** len(automatic)
 
 
 def beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, float]:

@@ -13,7 +13,7 @@ from ..behaviours.base import Item
 from ..method.variants import PAPERS, SCORED
 from ..recipe import Recipe
 from ..searching.calibrate import RUNGS
-from ..searching.grid import coarse_edits, coarse_grid, planned_edits
+from ..searching.grid import coarse_grid, planned_edits, tried_of_series
 from ..searching.plan import AUTO, Range, Search
 from ..tasks.known import TASKS
 from ..training.plan import courses
@@ -121,7 +121,7 @@ def edits_of(search: Search) -> int:
     if AUTO not in (search.rho_attn, search.rho_mlp):
         return planned_edits(search, coarse_grid(search))
     ladders = _kinds(search) * len(search.alpha) * len(search.layers) * len(search.variants)
-    return coarse_edits(search, [search.points] * ladders)
+    return tried_of_series(search, [search.points] * ladders)
 
 
 def _kinds(search: Search) -> int:

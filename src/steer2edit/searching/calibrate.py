@@ -25,7 +25,7 @@ from ..method.rivals import WITH_EVIDENCE
 from ..method.variants import FULL
 from ..probing.chat import CHAT, Chat
 from .candidates import TITLES, Candidate, directed, edited, intervention_of, rival, steered, steered_at
-from .grid import coarse_edits, short
+from .grid import short, strengths_each, tried_of_series
 from .plan import AUTO, Search
 from .statistics import finite
 from .utility import base_answers, engine_of, refuse_other_base
@@ -244,20 +244,16 @@ def baseline_ladders(search: Search, edits: int, layers: Sequence[int]) -> list[
             with as many as an edit's ladder has, of which those of one layer are tried to the end. Rivals that edit
             some layers have the same for each of the edits' own ranges.
     """
-
-    def each_of(series: int) -> int:
-        return search.points if search.narrow and series > 1 else max(2, math.ceil(edits / series))
-
     ladders = []
     if search.steering == AUTO:
         ladders.append(steering_ladder(targets_of(search.span, max(2, edits))))
     for kind in _AT_LAYER:
         if kind in search.baselines and layers:
-            targets = targets_of(search.span, each_of(len(layers)))
+            targets = targets_of(search.span, strengths_each(search, edits, len(layers)))
             ladders += [layer_ladder(kind, layer, targets) for layer in layers]
     for kind in search.rivals:
         if kind in WITH_EVIDENCE:
-            targets = targets_of(search.span, each_of(len(search.layers)))
+            targets = targets_of(search.span, strengths_each(search, edits, len(search.layers)))
             ladders += [rival_ladder(kind, ranges, targets) for ranges in search.layers]
     return ladders
 
@@ -326,7 +322,7 @@ def find_scale(
     climb(joint, measure, "calibration of both")
     ladders += joint
     lengths = [len(points) for ladder in ladders if (points := ladder.points())]
-    edits = coarse_edits(search, lengths) if planned is None else planned
+    edits = tried_of_series(search, lengths) if planned is None else planned
     others = baseline_ladders(search, edits, layers)
     climb(others, measure, "calibration of the baselines")
     return scale_of(ladders, others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -41,12 +42,17 @@ def planned_edits(s: Search, coarse: Sequence[Candidate]) -> int:
         return s.trials
     refinable = _refinable(s)
     refined = s.refine ** len(refinable) if s.refine and refinable else 0
-    return coarse_edits(s, [len(one) for one in _series(coarse)]) + refined
+    return tried_of_series(s, [len(one) for one in _series(coarse)]) + refined
 
 
-def coarse_edits(s: Search, lengths: Sequence[int]) -> int:
-    """How many edits the coarse grid tries, at most, of series that are this long; likewise of any other kind."""
+def tried_of_series(s: Search, lengths: Sequence[int]) -> int:
+    """How many candidates of one kind are tried, at most, if its series are this long."""
     return len(lengths) + max(lengths, default=1) - 1 if s.narrow else sum(lengths)
+
+
+def strengths_each(s: Search, edits: int, series: int) -> int:
+    """How many strengths each series of a baseline has: together at least as many as there are edits."""
+    return s.points if s.narrow and series > 1 else max(2, math.ceil(edits / series))
 
 
 def grid(s: Search, coarse: Sequence[Candidate], aim: Aim, study: Study) -> Iterator[list[Candidate]]:

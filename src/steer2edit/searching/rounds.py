@@ -27,7 +27,7 @@ from .bench import Bench
 from .calibrate import Scale, find_scale
 from .candidates import BASE, TITLES, Candidate, asked, steered, tried_layers
 from .front import Aim
-from .grid import coarse_edits, coarse_grid, grid, middles, planned_edits, rest_of_best, short
+from .grid import coarse_grid, grid, middles, planned_edits, rest_of_best, short, tried_of_series
 from .plan import AUTO, Range, Search
 from .study import Discarded, Study
 from .tpe import tpe
@@ -181,7 +181,7 @@ class _Rounds:
         self.strengths = list(dict.fromkeys(search.steering)) if isinstance(search.steering, list) else []
         edits = planned_edits(search, coarse)
         steering = edits if isinstance(search.steering, Range) else len(self.strengths)
-        others = sum(coarse_edits(search, [len(one) for one in series]) for series in self.baselines.values())
+        others = sum(tried_of_series(search, [len(one) for one in series]) for series in self.baselines.values())
         self.planned = (1 + edits + steering + others) * bench.steps + edits * len(self.simple)
         self.done = 0
 
