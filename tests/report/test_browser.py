@@ -139,6 +139,12 @@ def _colour(tab: Tab, where: str, what: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def _open_trials(tab: Tab) -> None:
+    """Opens the table of all trials, which is filled when the browser reports that it was opened: a moment later."""
+    tab.page.locator("#all-trials summary").click()
+    tab.page.wait_for_selector("#trials-table tbody tr")
+
+
 def test_the_switch_turns_the_theme_and_its_charts(open_page: Open, text: str) -> None:
     tab = open_page(text)
     _chart(tab, "trade-off-chart")
@@ -263,7 +269,7 @@ def test_a_point_opens_its_answers(open_page: Open, text: str, contents: Content
 
 def test_the_table_of_all_trials_opens_their_answers_too(open_page: Open, text: str, contents: Contents) -> None:
     tab = open_page(text)
-    tab.page.locator("#all-trials summary").click()
+    _open_trials(tab)
     assert contents.study is not None
     rows = tab.page.locator("#trials-table tbody tr")
     assert rows.count() == len(contents.study.trials)
@@ -295,7 +301,7 @@ def test_hostile_text_is_text(open_page: Open) -> None:
     tab = open_page(page_of(hostile))
     _chart(tab, "trade-off-chart")
     tab.page.locator("#diff").check()
-    tab.page.locator("#all-trials summary").click()
+    _open_trials(tab)
     tab.page.locator("#split").select_option("validation")
     tab.page.wait_for_function("byId('count').dataset.rows === '10'")
     shown = tab.page.locator("#rows .answer").first.text_content()
@@ -343,7 +349,7 @@ def test_the_largest_run_opens_at_once(open_page: Open) -> None:
     tab = open_page(largest_page())
     assert tab.seconds <= OPENS_IN
     assert tab.page.locator("#count").get_attribute("data-rows") == "400"
-    tab.page.locator("#all-trials summary").click()
+    _open_trials(tab)
     assert tab.page.locator("#trials-table tbody tr").count() == 500
     tab.page.locator("#split").select_option("validation")
     tab.page.wait_for_function("byId('split').value === 'validation' && byId('trial').options.length > 10")
