@@ -99,8 +99,9 @@ class Scores:
         Args:
             layers: those that are edited: a range or a set, or as in a recipe: "8-20", or shares of the depth like
                 "33%-67%". None is all.
-            preserve: ε of `method.preserve`, above 0: heads fire little at what the probe was told to preserve. A
-                smaller ε is quieter there; a large one gives the paper's edit, as None does.
+            preserve: ε of `method.preserve`, above 0: heads fire little at what the probe was told to preserve, and
+                write little of what they write there anyway. A smaller ε is quieter there; a large one gives the
+                paper's edit, as None does.
 
         Raises:
             EditError: ρ ≤ 0, α outside [0, 1) or ε ≤ 0, layers that cannot be read, or no evidence to preserve by.
@@ -132,7 +133,7 @@ class Scores:
                 got="a probe without preserve",
                 fix="Collect with preserve=(…), the groups of negative traces that the edit should leave alone.",
             )
-        sites = {key: quieted(site, self.evidence, epsilon) for key, site in edit.sites.items()}
+        sites = {key: quieted(site, self.evidence, epsilon, self.sites[key].shared) for key, site in edit.sites.items()}
         return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon)})
 
     def save(self, path: str | Path) -> None:

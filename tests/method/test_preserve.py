@@ -1,4 +1,4 @@
-"""The quiet row against least squares in fp64, its limits, and the weights of the evidence by hand."""
+"""The quiet row and the quiet direction against least squares in fp64, their limits, and the weights by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ import torch
 from steer2edit.edits import Scores
 from steer2edit.errors import EditError
 from steer2edit.method.change import SiteEdit
-from steer2edit.method.preserve import PARTS, Evidence, EvidenceRow, in_bytes, quiet_row, quieted
+from steer2edit.method.preserve import (
+    PARTS,
+    Evidence,
+    EvidenceRow,
+    Shared,
+    in_bytes,
+    preserved_outputs,
+    quiet_direction,
+    quiet_row,
+    quieted,
+    shared_part,
+)
 from steer2edit.method.scores import score_site
 from steer2edit.method.site import Site
 
@@ -81,6 +92,54 @@ def test_inputs_of_zero_leave_the_papers_row() -> None:
     assert torch.equal(quiet_row(a0, 0 * h, weights, positive, 0.3), a0)
 
 
+def _direction_case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """v̂ [9] and the mean outputs of three parts [9, 3], which are alike, as those of a model are."""
+    draw = torch.Generator().manual_seed(seed)
+    v = torch.randn(9, generator=draw)
+    outputs = torch.randn(9, 1, generator=draw) + 0.3 * torch.randn(9, 3, generator=draw)
+    return v / v.norm(), outputs.double()  # the spans below are compared in fp64
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.1, 3.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quiet_direction_is_the_minimum(epsilon: float, seed: int) -> None:
+    v, outputs = _direction_case(seed)
+    projector = (outputs @ torch.linalg.pinv(outputs)).numpy()
+    A = np.concatenate([np.eye(9), projector / np.sqrt(epsilon)])
+    w = np.linalg.lstsq(A, np.concatenate([v.double().numpy(), np.zeros(9)]), rcond=None)[0]
+    u, size = quiet_direction(v, shared_part(v, outputs), epsilon)
+    np.testing.assert_allclose(u, w / np.linalg.norm(w), rtol=1e-4, atol=1e-5)
+    assert size == pytest.approx(np.linalg.norm(w), rel=1e-5)
+
+
+def test_a_large_epsilon_gives_the_papers_direction_and_a_small_one_writes_nothing_that_is_shared() -> None:
+    v, outputs = _direction_case()
+    shared = shared_part(v, outputs)
+    torch.testing.assert_close(quiet_direction(v, shared, 1e7)[0], v)
+    u, _ = quiet_direction(v, shared, 1e-7)
+    assert float((outputs.T @ u.double()).abs().max()) < 1e-5
+    # Of all unit vectors in the complement of the outputs it is the nearest to v̂.
+    others = torch.randn(9, 500, generator=torch.Generator().manual_seed(5)).double()
+    others -= outputs @ (torch.linalg.pinv(outputs) @ others)
+    assert float(u @ v) >= float((v.double() @ (others / others.norm(dim=0))).max())
+
+
+def test_outputs_that_repeat_or_are_zero_span_what_the_others_span() -> None:
+    v, outputs = _direction_case()
+    expected = shared_part(v, outputs)
+    again = torch.cat([outputs, 1e6 * outputs[:, :1], torch.zeros(9, 1)], dim=1)
+    torch.testing.assert_close(shared_part(v, again), expected)
+    assert shared_part(v, torch.zeros(9, 2)).tolist() == [0.0] * 9
+
+
+def test_a_vector_that_is_all_shared_stays() -> None:
+    """Then nothing is left to take its place."""
+    _, outputs = _direction_case()
+    v = (outputs @ torch.tensor([1.0, -2.0, 0.5]).double()).float()
+    v /= v.norm()
+    torch.testing.assert_close(quiet_direction(v, shared_part(v, outputs), 0.1)[0], v, rtol=1e-4, atol=1e-5)
+
+
 def _rows(*of: tuple[str, str, int]) -> list[EvidenceRow]:
     return [EvidenceRow(label, group, i, part) for i, (label, group, part) in enumerate(of)]
 
@@ -134,6 +193,53 @@ def test_the_reach_is_that_of_the_new_direction() -> None:
     # v̂ᵀW_i k_i = reach_i · k̂_i·k_i, since W_iᵀv̂ = reach_i k̂_i.
     along = edit.reach[:, None] * edit.k
     torch.testing.assert_close(quiet.reach, (along * quiet.k).sum(dim=1))
+
+
+def _preserved_outputs(W: torch.Tensor, h: torch.Tensor, evidence: Evidence) -> np.ndarray:
+    """A loop over parts and rows, in fp64; here each side has one group, whose rows weigh alike."""
+    means = []
+    for part in range(3):
+        mine = [i for i, row in enumerate(evidence.rows) if row.label == "negative" and row.part == part]
+        means.append(sum(W.double().numpy() @ h[i].double().numpy() for i in mine) / len(mine))
+    return np.stack(means, axis=1)
+
+
+def test_the_shared_part_is_that_of_the_mean_outputs() -> None:
+    edit, evidence = _site_edit()
+    W = torch.randn(6, 12, generator=torch.Generator().manual_seed(8))
+    h = evidence.of("0.attn")
+    assert h is not None
+    expected = _preserved_outputs(W, h, evidence)
+    np.testing.assert_allclose(preserved_outputs(W, h, evidence), expected, rtol=1e-4, atol=1e-5)
+    basis = np.linalg.qr(expected)[0]
+    shared = shared_part(edit.u, preserved_outputs(W, h, evidence))
+    np.testing.assert_allclose(shared, basis @ (basis.T @ edit.u.double().numpy()), rtol=1e-3, atol=1e-4)
+
+
+def test_groups_of_preserved_prompts_weigh_alike_in_the_mean_outputs() -> None:
+    rows = _rows(("positive", "harm", 0), *[("negative", group, 0) for group in ("plain", "like", "like", "like")])
+    h = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0], [0.0, 2.0]])
+    outputs = preserved_outputs(torch.eye(2), h, Evidence(rows, {}, {}))
+    assert outputs.flatten().tolist() == pytest.approx([0.5, 1.0])  # one part: nothing was longer than a token
+
+
+def test_the_quiet_direction_keeps_the_quiet_row_and_its_reach_is_the_weights() -> None:
+    site = Site(0, "attn", "self_attn.o_proj", "self_attn.o_proj.weight", d=6, n=4, width=3)
+    _, evidence = _site_edit()
+    draw = torch.Generator().manual_seed(9)
+    W, v, mu = (torch.randn(*shape, generator=draw) for shape in ((6, 12), (6,), (12,)))
+    s = score_site(site, W, v, mu)
+    h = evidence.of("0.attn")
+    assert h is not None
+    part = shared_part(s.u, preserved_outputs(W, h, evidence))
+    shared = Shared(part, (part @ W).view(4, 3))
+    edit = SiteEdit(site, s.u, s.k, s.g, s.reach, torch.tensor([0.5, 0.0, -0.7, 0.2]))
+    quiet = quieted(edit, evidence, 0.3, shared)
+    torch.testing.assert_close(quiet.row, quieted(edit, evidence, 0.3).row)
+    torch.testing.assert_close(quiet.u, quiet_direction(s.u, part, 0.3)[0])
+    # What `Presence` reads in the base's weights: uᵀW_i k_i.
+    expected = torch.stack([quiet.u @ W[:, 3 * i : 3 * i + 3] @ quiet.k[i] for i in range(4)])
+    torch.testing.assert_close(quiet.reach, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_site_without_evidence_and_one_that_is_not_edited_stay_the_papers() -> None:

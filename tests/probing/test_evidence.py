@@ -113,6 +113,49 @@ def test_probe_scores_and_edit_keep_it_through_files(pico: Any, tokenizer: Any, 
     assert s2e.Edit.load(tmp_path / "edit.safetensors").id == edit.id
 
 
+def test_what_vectors_share_with_preserved_outputs_is_scored_and_kept(
+    pico: Any, tokenizer: Any, traces: Any, tmp_path: Path
+) -> None:
+    model = pico()
+    probe = _collected(model, tokenizer, traces)
+    assert probe.evidence is not None
+    model.save_pretrained(tmp_path / "model")
+    scores = s2e.score(model, probe)
+    scores.save(tmp_path / "scores.safetensors")
+    from_disk, loaded = s2e.score(tmp_path / "model", probe), s2e.Scores.load(tmp_path / "scores.safetensors")
+    rows = probe.evidence.rows
+    groups = dict.fromkeys(row.group for row in rows if row.label == "negative")
+    for key, s in scores.sites.items():
+        if s.site.block == "mlp":
+            assert s.shared is None
+            continue
+        W = model.get_submodule(s.site.module).weight.detach().double().numpy()
+        h = probe.evidence.of(key)
+        outputs = []
+        for part in range(3):
+            of_group = [
+                [i for i, r in enumerate(rows) if (r.label, r.group, r.part) == ("negative", g, part)] for g in groups
+            ]
+            outputs.append(W @ np.mean([h[members].double().numpy().mean(axis=0) for members in of_group], axis=0))
+        F = np.stack(outputs, axis=1)
+        expected = F @ np.linalg.pinv(F) @ s.u.double().numpy()
+        for here in (s.shared, from_disk.sites[key].shared, loaded.sites[key].shared):
+            assert here is not None
+            np.testing.assert_allclose(here.part, expected, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(here.along.flatten(), expected @ W, rtol=1e-3, atol=1e-4)
+
+
+def test_damaged_shared_parts_are_refused(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
+    model, path = pico(), tmp_path / "scores.safetensors"
+    s2e.score(model, _collected(model, tokenizer, traces)).save(path)
+    tensors, header = read_tensors(path, "scores")
+    without = {name: tensor for name, tensor in tensors.items() if name != "1.attn.shared_along"}
+    for damaged in (without, tensors | {"1.attn.shared": torch.zeros(3)}):
+        write_tensors(path, damaged, header)
+        with pytest.raises(FileError, match="not a whole scores"):
+            s2e.Scores.load(path)
+
+
 def test_damaged_evidence_is_refused(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
     path = tmp_path / "probe.safetensors"
     _collected(pico(), tokenizer, traces).save(path)

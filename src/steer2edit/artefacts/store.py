@@ -15,7 +15,7 @@ from ..errors import EditError, FileError
 from ..files.tensors import read_tensors, write_tensors
 from ..method.change import Part, SiteEdit
 from ..method.fingerprint import SKETCHES
-from ..method.preserve import Evidence
+from ..method.preserve import Evidence, Shared
 from ..method.scores import SiteScores
 from ..method.site import Site
 
@@ -47,6 +47,9 @@ def save_scores(scores: ScoreTable, path: str | Path) -> None:
         "provenance": dict(scores.provenance),
     }
     tensors, sites = _packed(scores.sites, SCORES, scores.fingerprint)
+    for key, s in scores.sites.items():
+        if s.shared is not None:
+            tensors |= {f"{key}.shared": s.shared.part, f"{key}.shared_along": s.shared.along}
     if scores.evidence is not None:
         tensors |= scores.evidence.tensors()
         header["evidence"] = scores.evidence.rows_to_json()
@@ -61,9 +64,22 @@ def load_scores(path: str | Path, build: Callable[..., T]) -> T:
         norms = {key: float(header["v_norm"][key]) for key in sites}
         if not all(0 <= norm < math.inf for norm in norms.values()):
             raise ValueError("a norm that is not finite")
-        rows = {key: SiteScores(**row, v_norm=norms[key]) for key, row in sites.items()}
+        rows = {
+            key: SiteScores(**row, v_norm=norms[key], shared=_shared(tensors, row["site"]))
+            for key, row in sites.items()
+        }
         evidence = Evidence.read(tensors, header.get("evidence"), [row.site for row in rows.values()])
         return build(rows, fingerprint, dict(header["provenance"]), evidence)
+
+
+def _shared(tensors: Mapping[str, Tensor], site: Site) -> Shared | None:
+    """Raises ValueError if it has another shape, KeyError if a half of it is missing."""
+    if f"{site.key}.shared" not in tensors:
+        return None
+    part, along = tensors[f"{site.key}.shared"], tensors[f"{site.key}.shared_along"]
+    if part.shape != (site.d,) or along.shape != (site.n, site.width):
+        raise ValueError("a shared part of another shape")
+    return Shared(part, along)
 
 
 def save_edit(edit: Part, path: str | Path) -> None:

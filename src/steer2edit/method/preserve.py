@@ -1,8 +1,9 @@
 """Edits that fire where they should: beyond the paper, whose k̂ fires on whatever excites a component along v.
 
 The probe may keep *evidence*: the mean inputs of attention heads over three parts of every positive response, and of
-every response to prompts on which the model should stay as it is. `quiet_row` turns the paper's row a₀ of a site into
-the row that fires evenly on the first and hardly on the second, and otherwise stays near a₀.
+every response to prompts on which the model should stay as it is. Two closed forms read it: `quiet_row` turns the
+paper's row a₀ of a site into the row that fires evenly on the first and hardly on the second, and otherwise stays near
+a₀; `quiet_direction` takes out of v̂ most of what the site writes anyway where the model should stay as it is.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from ..files.tensors import BYTES
 from .change import SiteEdit
 from .site import Site
 
-# How near the paper's row the quiet one stays. It was chosen on validation prompts of the demo: docs/preserve.md.
+# How near the paper's row and direction the quiet ones stay. It was chosen on validation prompts: docs/preserve.md.
 EPSILON = 0.1
 
 # The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
 # positions that predict the next five; and all later ones.
 PARTS = ("last prompt token", "first tokens", "rest")
 FIRST = 6
+
+# Mean outputs whose spread along a direction is below this share of the largest one span no direction of their own.
+_SAME = 1e-6
+# Rows of a weight that are taken to fp32 at once.
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,19 @@ class Evidence:
         return weights
 
 
+@dataclass(frozen=True, repr=False)
+class Shared:
+    """The part of v̂ that a site's outputs on preserved prompts share.
+
+    Attributes:
+        part: Π v̂ [d], where Π projects on the span of the mean outputs there, one mean for each part of the responses.
+        along: W_iᵀ Π v̂ [n, c].
+    """
+
+    part: Tensor
+    along: Tensor
+
+
 def in_bytes(h: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as int8 with a scale each, to within 0.4 % of a row's largest number."""
     scale = h.abs().amax(dim=1) / 127
@@ -152,10 +171,62 @@ def ridge_solution(h: Tensor, weights: Tensor, ridge: float, pull: Tensor) -> Te
     return (pull - root.T @ inner) / ridge
 
 
-def quieted(site: SiteEdit, evidence: Evidence, epsilon: float) -> SiteEdit:
-    """A site's edit with the quiet row over the components that it edits; as it was, if there is no evidence for it.
+def preserved_outputs(W: Tensor, h: Tensor, evidence: Evidence) -> Tensor:
+    """W E₋ₚ[h] for every part p of preserved responses: the site's mean outputs there [d, parts], fp64.
+
+    Args:
+        W: [d, n·c], any floating dtype. h: the site's evidence [rows, n·c].
+    """
+    means = []
+    for part in range(len(PARTS)):
+        mine = ~evidence.positive & torch.tensor([row.part == part for row in evidence.rows])
+        if mine.any():  # short responses have no rest
+            weights = evidence.weights[mine]
+            means.append(weights @ h[mine] / weights.sum())
+    M = torch.stack(means, dim=1).to(W.device)  # [n·c, parts]
+    return torch.cat([rows.float() @ M for rows in W.detach().split(_ROWS_AT_ONCE)]).cpu().double()
+
+
+def shared_part(v: Tensor, outputs: Tensor) -> Tensor:
+    """Π v̂ [d] fp32, where Π projects on the span of the columns of `outputs`.
+
+    Args:
+        v: v̂ [d]. outputs: [d, parts].
+    """
+    outputs = outputs.double()
+    size = torch.linalg.vector_norm(outputs, dim=0)
+    basis, spread, _ = torch.linalg.svd(outputs[:, size > 0] / size[size > 0], full_matrices=False)
+    basis = basis[:, spread > _SAME * spread.max()] if len(spread) else basis
+    return (basis @ (basis.T @ v.double())).float()
+
+
+def quiet_direction(v: Tensor, shared: Tensor, epsilon: float) -> tuple[Tensor, float]:
+    """The direction near v̂ that writes little along what the site writes anyway on preserved prompts.
+
+        u ∝ argmin_w  ‖w − v̂‖² + ‖Π w‖² / ε  =  v̂ − Π v̂ / (1 + ε),      ‖u‖ = 1
+
+    ε → ∞ gives v̂, the paper's direction; ε → 0 the unit vector nearest to v̂ in the complement of the span.
+
+    Args:
+        v: v̂ [d]. shared: Π v̂ [d]. epsilon: above 0.
+
+    Returns:
+        u [d], and the length of what was divided by it.
+    """
+    w = v - shared / (1 + epsilon)
+    size = float(torch.linalg.vector_norm(w))
+    return (w / size, size) if size > 0 else (v, 1.0)
+
+
+def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared | None = None) -> SiteEdit:
+    """A site's edit with the quiet row over the components that it edits, and with the quiet direction.
+
+    Without evidence for the site it stays as it was.
 
     |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
+
+    Args:
+        shared: None leaves u = v̂, as scores without it do.
     """
     h = evidence.of(site.site.key)
     edited = site.lam != 0
@@ -167,4 +238,8 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float) -> SiteEdit:
     parts = row.view(site.site.n, site.site.width)
     lam = torch.copysign(torch.linalg.vector_norm(parts, dim=1), site.lam) * edited
     k = torch.where(lam[:, None] != 0, parts / lam[:, None], site.k)
-    return SiteEdit(site.site, site.u, k, site.g, site.reach * (site.k * k).sum(dim=1), lam)
+    u, along = site.u, site.reach[:, None] * site.k  # W_iᵀv̂ [n, c]
+    if shared is not None:
+        u, size = quiet_direction(site.u, shared.part, epsilon)
+        along = (along - shared.along / (1 + epsilon)) / size
+    return SiteEdit(site.site, u, k, site.g, (along * k).sum(dim=1), lam)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .preserve import Shared
 from .site import Site
 from .theorems import importance, input_direction, output_direction
 
@@ -88,6 +89,7 @@ class SiteScores:
         reach: v̂ᵀW_i k_i [n], the component's own gain along v̂, which is ‖W_iᵀv̂‖ for the method's own k̂. λ_i/reach_i is
             the edit's size relative to it.
         v_norm: ‖v‖.
+        shared: what v̂ shares with the site's outputs on preserved prompts; None without evidence of them.
     """
 
     site: Site
@@ -96,6 +98,7 @@ class SiteScores:
     g: Tensor
     reach: Tensor
     v_norm: float
+    shared: Shared | None = None
 
     def __repr__(self) -> str:
         return f"SiteScores({self.site.key}, {self.site.n} components, ‖v‖ = {self.v_norm:.3g})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..artefacts.places import site_reader
 from ..edits import Scores
 from ..errors import ModelError, ProbeError
 from ..method.fingerprint import from_reading, signs
+from ..method.preserve import Evidence, Shared, preserved_outputs, shared_part
 from ..method.scores import SiteScores, read, scores_from, unit
 from ..method.site import Site, same_sites
 from ..method.theorems import output_direction
@@ -72,6 +74,8 @@ def score(
     too_few = {s.key: n for s in probe.sites if (n := probe.tokens(s)) is not None and n < expert_tokens}
     wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
 
+    evidence = probe.evidence if variant == FULL else None
+
     def one(of: tuple[Site, Tensor]) -> tuple[SiteScores, Tensor]:
         site, weight = of
         v = probe.vector(site) if given is None else given[site.key]
@@ -84,6 +88,8 @@ def score(
                     f"the weight of {site.place} is not finite", got="NaN or infinity", fix="Load it again."
                 )
             scored = rescored(variant, scores_from(site, v, mu, reading), mu, weight)
+            if evidence is not None and (h := evidence.of(site.key)) is not None:
+                scored = replace(scored, shared=_shared(site, scored.u, weight, h, evidence))
             return scored, from_reading(reading, *weight.shape)
 
     # One at a time if a weight must be fetched or dequantised, or is not in the CPU's memory.
@@ -105,7 +111,14 @@ def score(
         "variant": variant,
         "sites_with_zero_vector": [key for key, s in scores.items() if s.v_norm == 0],
     }
-    return Scores(scores, fingerprint, provenance, probe.evidence if variant == FULL else None)
+    return Scores(scores, fingerprint, provenance, evidence)
+
+
+def _shared(site: Site, v: Tensor, weight: Tensor, h: Tensor, evidence: Evidence) -> Shared:
+    """What v̂ [d] shares with a site's outputs on preserved prompts."""
+    part = shared_part(v, preserved_outputs(weight, h, evidence))
+    along = read(weight, part[None], torch.ones(site.inputs, 1)).along[0]
+    return Shared(part, along.cpu().view(site.n, site.width))
 
 
 def _by_site(vectors: Vectors, sites: tuple[Site, ...]) -> dict[str, Tensor]:
