@@ -27,7 +27,7 @@ from .files.tensors import read_header
 from .method.change import Change, SiteEdit
 from .method.fingerprint import differing
 from .method.intervention import Intervention, Term
-from .method.preserve import Evidence, quieted
+from .method.preserve import SMALLEST_EPSILON, Evidence, quieted
 from .method.scores import SiteScores
 from .method.site import BLOCKS, are_layers, layers_of, numbered_layers
 from .method.theorems import check_budget, magnitudes
@@ -104,7 +104,8 @@ class Scores:
                 paper's edit, as None does.
 
         Raises:
-            EditError: ρ ≤ 0, α outside [0, 1) or ε ≤ 0, layers that cannot be read, or no evidence to preserve by.
+            EditError: ρ ≤ 0, α outside [0, 1) or ε below 1e-4, layers that cannot be read, or no evidence to
+                preserve by.
         """
         rho = {"attn": rho_attn, "mlp": rho_mlp}
         for value in rho.values():
@@ -125,15 +126,26 @@ class Scores:
         return layers
 
     def _preserving(self, edit: Edit, epsilon: float) -> Edit:
-        if not (isinstance(epsilon, int | float) and 0 < epsilon < math.inf):
-            raise EditError("preserve must be above 0 and finite", got=epsilon, fix="Use None for the paper's edit.")
+        if not (isinstance(epsilon, int | float) and SMALLEST_EPSILON <= epsilon < math.inf):
+            raise EditError(
+                f"preserve must be at least {SMALLEST_EPSILON:g} and finite",
+                got=epsilon,
+                fix="Use None for the paper's edit.",
+            )
         if self.evidence is None:
             raise EditError(
                 "the scores have no evidence to preserve by",
                 got="a probe without preserve",
                 fix="Collect with preserve=(…), the groups of negative traces that the edit should leave alone.",
             )
-        sites = {key: quieted(site, self.evidence, epsilon, self.sites[key].shared) for key, site in edit.sites.items()}
+        shared = {key: s.shared for key, s in self.sites.items()}
+        if without := [key for key in self.evidence.inputs if key in shared and shared[key] is None]:
+            raise EditError(
+                "the scores do not hold what vectors share with preserved outputs",
+                got=f"scores of an earlier version, at {len(without)} sites",
+                fix="Score the probe again.",
+            )
+        sites = {key: quieted(site, self.evidence, epsilon, shared[key]) for key, site in edit.sites.items()}
         return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon)})
 
     def save(self, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from steer2edit.errors import EditError
 from steer2edit.method.change import SiteEdit
 from steer2edit.method.preserve import (
     PARTS,
+    SMALLEST_EPSILON,
     Evidence,
     EvidenceRow,
     Shared,
@@ -107,7 +109,8 @@ def test_the_quiet_direction_is_the_minimum(epsilon: float, seed: int) -> None:
     projector = (outputs @ torch.linalg.pinv(outputs)).numpy()
     A = np.concatenate([np.eye(9), projector / np.sqrt(epsilon)])
     w = np.linalg.lstsq(A, np.concatenate([v.double().numpy(), np.zeros(9)]), rcond=None)[0]
-    u, size = quiet_direction(v, shared_part(v, outputs), epsilon)
+    u, taken, size = quiet_direction(v, shared_part(v, outputs), epsilon)
+    assert taken == pytest.approx(1 / (1 + epsilon))
     np.testing.assert_allclose(u, w / np.linalg.norm(w), rtol=1e-4, atol=1e-5)
     assert size == pytest.approx(np.linalg.norm(w), rel=1e-5)
 
@@ -116,7 +119,7 @@ def test_a_large_epsilon_gives_the_papers_direction_and_a_small_one_writes_nothi
     v, outputs = _direction_case()
     shared = shared_part(v, outputs)
     torch.testing.assert_close(quiet_direction(v, shared, 1e7)[0], v)
-    u, _ = quiet_direction(v, shared, 1e-7)
+    u = quiet_direction(v, shared, 1e-7)[0]
     assert float((outputs.T @ u.double()).abs().max()) < 1e-5
     # Of all unit vectors in the complement of the outputs it is the nearest to v̂.
     others = torch.randn(9, 500, generator=torch.Generator().manual_seed(5)).double()
@@ -132,12 +135,26 @@ def test_outputs_that_repeat_or_are_zero_span_what_the_others_span() -> None:
     assert shared_part(v, torch.zeros(9, 2)).tolist() == [0.0] * 9
 
 
-def test_a_vector_that_is_all_shared_stays() -> None:
-    """Then nothing is left to take its place."""
+@pytest.mark.parametrize("epsilon", [SMALLEST_EPSILON, 0.1])
+def test_a_vector_that_is_all_shared_stays(epsilon: float) -> None:
+    """Nothing is left to take its place: what is, is rounding."""
     _, outputs = _direction_case()
     v = (outputs @ torch.tensor([1.0, -2.0, 0.5]).double()).float()
     v /= v.norm()
-    torch.testing.assert_close(quiet_direction(v, shared_part(v, outputs), 0.1)[0], v, rtol=1e-4, atol=1e-5)
+    u, taken, size = quiet_direction(v, shared_part(v, outputs), epsilon)
+    assert (u is v, taken, size) == (True, 0.0, 1.0)
+
+
+def test_means_that_are_alike_but_for_rounding_span_one_direction() -> None:
+    draw = torch.Generator().manual_seed(4)
+    W, h = torch.randn(64, 48, generator=draw), torch.randn(48, generator=draw)
+    rows = _rows(("positive", "harm", 0), *[("negative", "plain", part) for part in (0, 1, 2)])
+    evidence = Evidence(rows, {}, {})
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs = preserved_outputs(W.to(dtype), torch.stack([h, h, 3 * h, 7 * h]), evidence)
+        v = torch.randn(64, generator=draw)
+        f = outputs[:, 0].double() / outputs[:, 0].double().norm()
+        torch.testing.assert_close(shared_part(v, outputs), (f * (f @ v.double())).float(), rtol=1e-4, atol=1e-5)
 
 
 def _rows(*of: tuple[str, str, int]) -> list[EvidenceRow]:
@@ -255,9 +272,13 @@ def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_rang
     with pytest.raises(EditError, match="no evidence"):
         Scores({"0.attn": site}).edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3)
     scores = Scores({"0.attn": site}, evidence=evidence)
-    for epsilon in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(EditError, match="above 0"):
+    for epsilon in (0.0, -1.0, 1e-5, float("inf"), float("nan")):
+        with pytest.raises(EditError, match=r"at least 0\.0001"):
             scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=epsilon)
+    with pytest.raises(EditError, match="Score the probe again"):
+        scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3)
+    shared = Shared(0.2 * site.u, torch.zeros(4, 3))
+    scores = Scores({"0.attn": replace(site, shared=shared)}, evidence=evidence)
     with pytest.raises(EditError, match="no \\(ρ, α\\) to change"):
         scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3).with_budget(
             rho_attn=0.1, rho_mlp=None, alpha=0.0

@@ -11,9 +11,9 @@ import torch
 
 import oracle
 import steer2edit as s2e
-from steer2edit.errors import FileError, TraceError
+from steer2edit.errors import EditError, FileError, TraceError
 from steer2edit.files.tensors import read_tensors, write_tensors
-from steer2edit.method.preserve import FIRST
+from steer2edit.method.preserve import FIRST, quiet_direction
 from steer2edit.probing.chat import CHAT
 from steer2edit.probing.collect import collect, probe_of, run_pass
 from steer2edit.probing.plan import plan_pass
@@ -149,8 +149,11 @@ def test_damaged_shared_parts_are_refused(pico: Any, tokenizer: Any, traces: Any
     model, path = pico(), tmp_path / "scores.safetensors"
     s2e.score(model, _collected(model, tokenizer, traces)).save(path)
     tensors, header = read_tensors(path, "scores")
-    without = {name: tensor for name, tensor in tensors.items() if name != "1.attn.shared_along"}
-    for damaged in (without, tensors | {"1.attn.shared": torch.zeros(3)}):
+    halves = [
+        {name: tensor for name, tensor in tensors.items() if name != half}
+        for half in ("1.attn.shared", "1.attn.shared_along")
+    ]
+    for damaged in (*halves, tensors | {"1.attn.shared": torch.zeros(3)}):
         write_tensors(path, damaged, header)
         with pytest.raises(FileError, match="not a whole scores"):
             s2e.Scores.load(path)
@@ -197,3 +200,41 @@ def test_hooks_weights_and_adapter_agree(pico: Any, tokenizer: Any, traces: Any,
     assert float((hooked - base).abs().max()) > 1e-3
     torch.testing.assert_close(hooked, baked, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(hooked, adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_holds_the_edit_once_and_is_verified(
+    pico: Any, tokenizer: Any, traces: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = pico().to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    scores = s2e.score(model, _collected(model, tokenizer, traces))
+    edit = scores.edit(rho_attn=0.1, rho_mlp=None, alpha=0.2, preserve=0.1)
+    s2e.export_checkpoint(tmp_path / "base", edit, tmp_path / "edited")
+    assert s2e.verify(tmp_path / "base", edit, tmp_path / "edited")["as_expected"]
+    # As another process finds it: no mark in memory, the weights alone say it.
+    edited = type(model).from_pretrained(tmp_path / "edited", dtype=dtype)
+    with pytest.raises(EditError, match="already in this model"):
+        edit.apply(edited)
+    with pytest.raises(EditError, match="already"):
+        s2e.export_checkpoint(tmp_path / "edited", edit, tmp_path / "twice")
+    found = {row["site"]: row for row in s2e.diff(tmp_path / "base", tmp_path / "edited")["sites"]}
+    assert set(found) == set(edit.edited())
+    for key, row in found.items():
+        assert (row["rank"], row["components"]) == (1, int((edit.sites[key].lam != 0).sum()))
+
+
+def test_vectors_from_elsewhere_share_what_they_share(pico: Any, tokenizer: Any, traces: Any, tmp_path: Path) -> None:
+    model = pico()
+    probe = _collected(model, tokenizer, traces)
+    d = probe.sites[0].d
+    given = {"1.attn": torch.randn(d, generator=torch.Generator().manual_seed(2)), "2.attn": torch.zeros(d)}
+    scores = s2e.score(model, probe, vectors=given)
+    scores.save(tmp_path / "scores.safetensors")
+    edit = s2e.Scores.load(tmp_path / "scores.safetensors").edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.1)
+    assert list(edit.edited()) == ["1.attn"]
+    shared = scores.sites["1.attn"].shared
+    assert shared is not None
+    expected = quiet_direction(scores.sites["1.attn"].u, shared.part, 0.1)[0]
+    torch.testing.assert_close(edit.sites["1.attn"].u, expected)
+    assert not torch.allclose(expected, scores.sites["1.attn"].u, atol=0.01)

@@ -181,10 +181,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_results(
     assert set(whole["hypervolume"]) == {"preserve", "full", "null_space"}
     assert whole["items"]["test"] == {"harmful": 3, "benign": 2, "borderline": 2}
     assert list(whole["sets"]) == list(draw.SETS)
-    # Strengths were set at equal KL on validation: 0.02 and 0.2.
+    # Strengths were set at equal KL on validation: 0.01 and 0.3.
     seed = json.loads((tmp_path / "whole/seed-0/trials.json").read_text(encoding="utf-8"))
     for method in ("preserve", "full"):
-        assert [one["target"] for one in seed["methods"][method]] == pytest.approx([0.02, 0.2]), method
+        assert [one["target"] for one in seed["methods"][method]] == pytest.approx([0.01, 0.3]), method
         for one in seed["methods"][method]:
             kl = one["validation"]["utility_loss"]
             assert sum(kl) / len(kl) == pytest.approx(one["target"], rel=0.5), one["id"]

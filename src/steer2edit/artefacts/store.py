@@ -49,7 +49,7 @@ def save_scores(scores: ScoreTable, path: str | Path) -> None:
     tensors, sites = _packed(scores.sites, SCORES, scores.fingerprint)
     for key, s in scores.sites.items():
         if s.shared is not None:
-            tensors |= {f"{key}.shared": s.shared.part, f"{key}.shared_along": s.shared.along}
+            tensors |= {f"{key}.shared": s.shared.part.float(), f"{key}.shared_along": s.shared.along.float()}
     if scores.evidence is not None:
         tensors |= scores.evidence.tensors()
         header["evidence"] = scores.evidence.rows_to_json()
@@ -74,7 +74,7 @@ def load_scores(path: str | Path, build: Callable[..., T]) -> T:
 
 def _shared(tensors: Mapping[str, Tensor], site: Site) -> Shared | None:
     """Raises ValueError if it has another shape, KeyError if a half of it is missing."""
-    if f"{site.key}.shared" not in tensors:
+    if not {f"{site.key}.shared", f"{site.key}.shared_along"} & tensors.keys():
         return None
     part, along = tensors[f"{site.key}.shared"], tensors[f"{site.key}.shared_along"]
     if part.shape != (site.d,) or along.shape != (site.n, site.width):

@@ -20,7 +20,8 @@ class SiteEdit:
     g, λ and k̂ are stored separately: with k̂'s sign in λ, a reinforced neuron could look suppressed.
 
     Attributes:
-        u: v̂ [d]. k: k̂ [n, c]. g: importance [n]. reach: ‖W_iᵀv̂‖ [n]. lam: λ [n].
+        u: v̂ [d], or another direction of unit length. k: k̂ [n, c]. g: importance [n]. reach: uᵀW_i k_i [n], which is
+            ‖W_iᵀv̂‖ in the paper's edit. lam: λ [n].
     """
 
     site: Site

@@ -1,4 +1,4 @@
-"""Where an edit fires: its push along v on a probe's evidence, by group and part, and how well it tells them apart.
+"""Where an edit fires: its push along u on a probe's evidence, by group and part, and how well it tells them apart.
 
 This explains an edit that is not selective. If its firing tells positive from other prompts no better than chance while
 a linear probe on the same inputs could, the direction is at fault; if neither can, the model does not tell them apart.

@@ -74,8 +74,8 @@ def read_for(site: SiteEdit, weight: Tensor) -> Reading:
 class Presence:
     """Measures whether weights already contain an edit, whatever process or file they come from.
 
-    The scores keep v̂ᵀW_i k̂_i = ‖W_iᵀv̂‖. An edit of strength s moves it by s·λ_i, so the least-squares slope of these
-    movements on λ is 0 in the base and s in the edited model.
+    An edit keeps uᵀW_i k_i of its base, which is ‖W_iᵀv̂‖ in the paper's. A strength of s moves it by s·λ_i, so the
+    least-squares slope of these movements on λ is 0 in the base and s in the edited model.
     """
 
     def __init__(self) -> None:

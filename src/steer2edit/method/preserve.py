@@ -29,8 +29,11 @@ EPSILON = 0.1
 PARTS = ("last prompt token", "first tokens", "rest")
 FIRST = 6
 
-# Mean outputs whose spread along a direction is below this share of the largest one span no direction of their own.
-_SAME = 1e-6
+# Below this ε both closed forms lose their digits in fp32.
+SMALLEST_EPSILON = 1e-4
+# Mean outputs whose spread along a direction is below this share of the largest one span no direction of their own, and
+# a v̂ of which no more than this is left is all shared.
+_SAME = 1e-5
 # Rows of a weight that are taken to fp32 at once.
 _ROWS_AT_ONCE = 1024
 
@@ -172,7 +175,10 @@ def ridge_solution(h: Tensor, weights: Tensor, ridge: float, pull: Tensor) -> Te
 
 
 def preserved_outputs(W: Tensor, h: Tensor, evidence: Evidence) -> Tensor:
-    """W E₋ₚ[h] for every part p of preserved responses: the site's mean outputs there [d, parts], fp64.
+    """W E₋ₚ[h] for every part p of preserved responses: the site's mean outputs there [d, parts].
+
+    A projection's bias is left out, as it is in the scores: it is no component's output. The products are summed in
+    fp64 (fp32 on MPS), so that means that are alike stay so.
 
     Args:
         W: [d, n·c], any floating dtype. h: the site's evidence [rows, n·c].
@@ -183,8 +189,9 @@ def preserved_outputs(W: Tensor, h: Tensor, evidence: Evidence) -> Tensor:
         if mine.any():  # short responses have no rest
             weights = evidence.weights[mine]
             means.append(weights @ h[mine] / weights.sum())
-    M = torch.stack(means, dim=1).to(W.device)  # [n·c, parts]
-    return torch.cat([rows.float() @ M for rows in W.detach().split(_ROWS_AT_ONCE)]).cpu().double()
+    exact = torch.float32 if W.device.type == "mps" else torch.float64
+    M = torch.stack(means, dim=1).to(W.device, exact)  # [n·c, parts]
+    return torch.cat([rows.to(exact) @ M for rows in W.detach().split(_ROWS_AT_ONCE)]).cpu()
 
 
 def shared_part(v: Tensor, outputs: Tensor) -> Tensor:
@@ -200,22 +207,27 @@ def shared_part(v: Tensor, outputs: Tensor) -> Tensor:
     return (basis @ (basis.T @ v.double())).float()
 
 
-def quiet_direction(v: Tensor, shared: Tensor, epsilon: float) -> tuple[Tensor, float]:
+def quiet_direction(v: Tensor, shared: Tensor, epsilon: float) -> tuple[Tensor, float, float]:
     """The direction near v̂ that writes little along what the site writes anyway on preserved prompts.
 
         u ∝ argmin_w  ‖w − v̂‖² + ‖Π w‖² / ε  =  v̂ − Π v̂ / (1 + ε),      ‖u‖ = 1
 
-    ε → ∞ gives v̂, the paper's direction; ε → 0 the unit vector nearest to v̂ in the complement of the span.
+    ε → ∞ gives v̂, the paper's direction; ε → 0 the unit vector nearest to v̂ in the complement of the span. A v̂ that is
+    all shared stays: nothing is left to take its place.
 
     Args:
-        v: v̂ [d]. shared: Π v̂ [d]. epsilon: above 0.
+        v: v̂ [d]. shared: Π v̂ [d]. epsilon: at least `SMALLEST_EPSILON`.
 
     Returns:
-        u [d], and the length of what was divided by it.
+        u [d], and what is taken out of v̂ is `taken · Π v̂` before it is divided by `size`: (u, taken, size).
     """
-    w = v - shared / (1 + epsilon)
+    v64, shared64 = v.double(), shared.double()
+    own = v64 - shared64
+    if not float(torch.linalg.vector_norm(own)) > _SAME:
+        return v, 0.0, 1.0
+    w = own + epsilon / (1 + epsilon) * shared64
     size = float(torch.linalg.vector_norm(w))
-    return (w / size, size) if size > 0 else (v, 1.0)
+    return (w / size).float(), 1 / (1 + epsilon), size
 
 
 def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared | None = None) -> SiteEdit:
@@ -226,7 +238,7 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared |
     |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
 
     Args:
-        shared: None leaves u = v̂, as scores without it do.
+        shared: what v̂ shares with preserved outputs; None leaves u = v̂.
     """
     h = evidence.of(site.site.key)
     edited = site.lam != 0
@@ -240,6 +252,6 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared |
     k = torch.where(lam[:, None] != 0, parts / lam[:, None], site.k)
     u, along = site.u, site.reach[:, None] * site.k  # W_iᵀv̂ [n, c]
     if shared is not None:
-        u, size = quiet_direction(site.u, shared.part, epsilon)
-        along = (along - shared.along / (1 + epsilon)) / size
+        u, taken, size = quiet_direction(site.u, shared.part, epsilon)
+        along = (along - taken * shared.along) / size
     return SiteEdit(site.site, u, k, site.g, (along * k).sum(dim=1), lam)

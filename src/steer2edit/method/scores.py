@@ -14,7 +14,7 @@ from .theorems import importance, input_direction, output_direction
 
 @dataclass(frozen=True)
 class Reading:
-    """All that the method needs to know about a weight, from one pass over it.
+    """All that the paper's method needs to know about a weight, from one pass over it.
 
     Attributes:
         along: L W [r, n·c] for the rows of L. size: ‖W_i μ_i‖ [n]. power: ‖W‖_F².

@@ -164,7 +164,7 @@ def collect(
     Args:
         positive, negative: the traces. Their own labels decide, so one mixed list will do.
         preserve: the groups of negative traces on whose prompts the model should stay as it is. Then the probe also
-            keeps evidence, from which `Scores.edit(preserve=…)` makes an edit that fires little there.
+            keeps evidence, from which `Scores.edit(preserve=…)` makes an edit that fires and writes little there.
         plain: no chat template, for base models: a trace's text is prompt + response. Short for Chat(plain=True).
         chat: how messages become text.
         part: which part of a thinking model's responses is used: the thinking, the answer, or both. A response without

@@ -23,7 +23,7 @@ from ..method.preserve import Evidence, Shared, preserved_outputs, shared_part
 from ..method.scores import SiteScores, read, scores_from, unit
 from ..method.site import Site, same_sites
 from ..method.theorems import output_direction
-from ..method.variants import FULL, Variant, rescored
+from ..method.variants import FULL, SCORED, Variant, rescored
 from ..models.bake import refuse_edited
 from ..models.embedded import checkpoint_folder
 from ..models.sites import find_sites
@@ -74,7 +74,7 @@ def score(
     too_few = {s.key: n for s in probe.sites if (n := probe.tokens(s)) is not None and n < expert_tokens}
     wanted = tuple(s for s in probe.sites if s.key not in too_few and (given is None or s.key in given))
 
-    evidence = probe.evidence if variant == FULL else None
+    evidence = probe.evidence if variant not in SCORED else None
 
     def one(of: tuple[Site, Tensor]) -> tuple[SiteScores, Tensor]:
         site, weight = of

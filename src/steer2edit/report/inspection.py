@@ -12,6 +12,7 @@ from ..edits import Combination, Edit, Scores
 from ..errors import FileError
 from ..files.reading import read_json, sha256
 from ..files.tensors import read_header
+from ..method.variants import PRESERVE
 from ..probing.probe import Probe
 from .visible import in_markup
 
@@ -77,7 +78,12 @@ def _scores(scores: Scores, top: int) -> dict[str, Any]:
 
 
 def _edit(edit: Edit, top: int) -> dict[str, Any]:
-    sites = {key: (s.lam, {"λ": s.lam, "g": s.g, "λ/reach": s.lam / s.reach}) for key, s in edit.edited().items()}
+    # Under `preserve` k̂ no longer is what drives the component along v, so that the reach says nothing of its size.
+    shown = ("λ", "g") if PRESERVE in edit.config else ("λ", "g", "λ/reach")
+    sites = {}
+    for key, s in edit.edited().items():
+        columns = {"λ": s.lam, "g": s.g, "λ/reach": s.lam / s.reach}
+        sites[key] = (s.lam, {name: columns[name] for name in shown})
     return {
         "kind": "edit",
         "id": edit.id,

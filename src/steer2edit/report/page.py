@@ -222,9 +222,9 @@ def markdown(recipe: Recipe, choice: Mapping[str, Any], results: Mapping[str, An
 
 
 FIRING = (
-    "The push along the vector on the probe's own prompts, as a share of the push on positive responses. AUC: how often"
-    " a positive response is pushed more than one of the group; in brackets, what a linear probe on the same inputs"
-    " reaches on responses that it has not seen."
+    "The push along the edit's direction on the probe's own prompts, as a share of the push on positive responses. AUC:"
+    " how often a positive response is pushed more than one of the group; in brackets, what a linear probe on the same"
+    " inputs reaches on responses that it has not seen."
 )
 
 

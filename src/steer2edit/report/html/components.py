@@ -86,7 +86,7 @@ def _neurons(edit: Edit, sites: Sequence[SiteEdit]) -> dict[str, Any]:
 
 
 def ratios(edit: Edit, s: SiteEdit) -> np.ndarray:
-    """‖ΔW_i‖/‖W‖ of each component [n]: v̂ and k̂_i have length 1, so that ‖ΔW_i‖ is |λ_i| times the strength.
+    """‖ΔW_i‖/‖W‖ of each component [n]: u and k_i have length 1, so that ‖ΔW_i‖ is |λ_i| times the strength.
 
     W is the whole projection, whose norm is the last number of its sketch; NaN where the edit has no sketch of it.
     """
