@@ -102,6 +102,15 @@ def _direction_case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return v / v.norm(), outputs.double()  # the spans below are compared in fp64
 
 
+WEIGHT = torch.randn(9, 6, generator=torch.Generator().manual_seed(7))
+
+
+def _quiet(v: torch.Tensor, outputs: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """u and W_iᵀu, for two components of WEIGHT."""
+    part = shared_part(v, outputs)
+    return quiet_direction(v, (v @ WEIGHT).view(2, 3), Shared(part, (part @ WEIGHT).view(2, 3)), epsilon)
+
+
 @pytest.mark.parametrize("epsilon", [0.01, 0.1, 3.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_quiet_direction_is_the_minimum(epsilon: float, seed: int) -> None:
@@ -109,17 +118,15 @@ def test_the_quiet_direction_is_the_minimum(epsilon: float, seed: int) -> None:
     projector = (outputs @ torch.linalg.pinv(outputs)).numpy()
     A = np.concatenate([np.eye(9), projector / np.sqrt(epsilon)])
     w = np.linalg.lstsq(A, np.concatenate([v.double().numpy(), np.zeros(9)]), rcond=None)[0]
-    u, taken, size = quiet_direction(v, shared_part(v, outputs), epsilon)
-    assert taken == pytest.approx(1 / (1 + epsilon))
+    u, along = _quiet(v, outputs, epsilon)
     np.testing.assert_allclose(u, w / np.linalg.norm(w), rtol=1e-4, atol=1e-5)
-    assert size == pytest.approx(np.linalg.norm(w), rel=1e-5)
+    np.testing.assert_allclose(along.flatten(), u @ WEIGHT, rtol=1e-4, atol=1e-5)
 
 
 def test_a_large_epsilon_gives_the_papers_direction_and_a_small_one_writes_nothing_that_is_shared() -> None:
     v, outputs = _direction_case()
-    shared = shared_part(v, outputs)
-    torch.testing.assert_close(quiet_direction(v, shared, 1e7)[0], v)
-    u = quiet_direction(v, shared, 1e-7)[0]
+    torch.testing.assert_close(_quiet(v, outputs, 1e7)[0], v)
+    u, _ = _quiet(v, outputs, 1e-7)
     assert float((outputs.T @ u.double()).abs().max()) < 1e-5
     # Of all unit vectors in the complement of the outputs it is the nearest to v̂.
     others = torch.randn(9, 500, generator=torch.Generator().manual_seed(5)).double()
@@ -141,8 +148,9 @@ def test_a_vector_that_is_all_shared_stays(epsilon: float) -> None:
     _, outputs = _direction_case()
     v = (outputs @ torch.tensor([1.0, -2.0, 0.5]).double()).float()
     v /= v.norm()
-    u, taken, size = quiet_direction(v, shared_part(v, outputs), epsilon)
-    assert (u is v, taken, size) == (True, 0.0, 1.0)
+    u, along = _quiet(v, outputs, epsilon)
+    assert u is v
+    torch.testing.assert_close(along.flatten(), v @ WEIGHT)
 
 
 def test_means_that_are_alike_but_for_rounding_span_one_direction() -> None:
@@ -180,6 +188,10 @@ def test_the_weights_of_the_rows_by_hand() -> None:
     np.testing.assert_allclose(evidence.weights, expected, rtol=1e-6)
 
 
+# Of a site of which v̂ shares nothing with preserved outputs: u stays v̂.
+NOTHING_SHARED = Shared(torch.zeros(6), torch.zeros(4, 3))
+
+
 def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
     site = Site(0, "attn", "self_attn.o_proj", "self_attn.o_proj.weight", d=6, n=n, width=c)
     draw = torch.Generator().manual_seed(3)
@@ -192,7 +204,7 @@ def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
 
 def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
     edit, evidence = _site_edit()
-    quiet = quieted(edit, evidence, 0.3)
+    quiet = quieted(edit, evidence, 0.3, NOTHING_SHARED)
     assert torch.equal(torch.sign(quiet.lam), torch.sign(edit.lam))
     assert quiet.row.view(4, 3)[1].tolist() == [0, 0, 0]
     lengths = torch.linalg.vector_norm(quiet.k, dim=1)
@@ -201,12 +213,13 @@ def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
     h = evidence.of("0.attn")[:, columns]
     expected = _least_squares(edit.row[columns], h, evidence.weights, evidence.positive, 0.3)
     np.testing.assert_allclose(quiet.row[columns], expected, rtol=1e-3, atol=1e-4)
-    assert (quiet.g is edit.g, quiet.u is edit.u) == (True, True)
+    assert quiet.g is edit.g
+    torch.testing.assert_close(quiet.u, edit.u)
 
 
 def test_the_reach_is_that_of_the_new_direction() -> None:
     edit, evidence = _site_edit()
-    quiet = quieted(edit, evidence, 0.3)
+    quiet = quieted(edit, evidence, 0.3, NOTHING_SHARED)
     # v̂ᵀW_i k_i = reach_i · k̂_i·k_i, since W_iᵀv̂ = reach_i k̂_i.
     along = edit.reach[:, None] * edit.k
     torch.testing.assert_close(quiet.reach, (along * quiet.k).sum(dim=1))
@@ -252,8 +265,8 @@ def test_the_quiet_direction_keeps_the_quiet_row_and_its_reach_is_the_weights() 
     shared = Shared(part, (part @ W).view(4, 3))
     edit = SiteEdit(site, s.u, s.k, s.g, s.reach, torch.tensor([0.5, 0.0, -0.7, 0.2]))
     quiet = quieted(edit, evidence, 0.3, shared)
-    torch.testing.assert_close(quiet.row, quieted(edit, evidence, 0.3).row)
-    torch.testing.assert_close(quiet.u, quiet_direction(s.u, part, 0.3)[0])
+    torch.testing.assert_close(quiet.row, quieted(edit, evidence, 0.3, NOTHING_SHARED).row)
+    torch.testing.assert_close(quiet.u, quiet_direction(s.u, s.reach[:, None] * s.k, shared, 0.3)[0])
     # What `Presence` reads in the base's weights: uᵀW_i k_i.
     expected = torch.stack([quiet.u @ W[:, 3 * i : 3 * i + 3] @ quiet.k[i] for i in range(4)])
     torch.testing.assert_close(quiet.reach, expected, rtol=1e-4, atol=1e-5)
@@ -261,9 +274,9 @@ def test_the_quiet_direction_keeps_the_quiet_row_and_its_reach_is_the_weights() 
 
 def test_a_site_without_evidence_and_one_that_is_not_edited_stay_the_papers() -> None:
     edit, evidence = _site_edit()
-    assert quieted(edit, Evidence(evidence.rows, {}, {}), 0.3) is edit
+    assert quieted(edit, Evidence(evidence.rows, {}, {}), 0.3, None) is edit
     off = SiteEdit(edit.site, edit.u, edit.k, edit.g, edit.reach, torch.zeros(4))
-    assert quieted(off, evidence, 0.3) is off
+    assert quieted(off, evidence, 0.3, NOTHING_SHARED) is off
 
 
 def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_range() -> None:

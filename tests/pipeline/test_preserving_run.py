@@ -14,6 +14,7 @@ from steer2edit.pipeline.reporting import contents_of
 from steer2edit.pipeline.run import Run
 from steer2edit.pipeline.stages import run_all
 from steer2edit.report.html.render import write_page
+from steer2edit.report.inspection import describe
 
 
 def test_a_run_with_edits_that_preserve_says_where_its_edit_fires(tmp_path: Path) -> None:
@@ -30,6 +31,13 @@ def test_a_run_with_edits_that_preserve_says_where_its_edit_fires(tmp_path: Path
     choice = json.loads((tmp_path / "run/choice.json").read_text())
     assert [row["group"] for row in choice["firing"]] == ["positive: harmful", "negative: benign"]
     assert "## Where it fires" in (tmp_path / "run/report.md").read_text()
+    # The reach says nothing of the size of an edit whose k̂ is not what drives the component.
+    scores = run.scores["full"]
+    for epsilon, shown in ((None, True), (0.1, False)):
+        scores.edit(rho_attn=0.1, rho_mlp=None, alpha=0.0, preserve=epsilon).save(tmp_path / "edit.safetensors")
+        largest = describe(tmp_path / "edit.safetensors")["largest |λ|"]
+        assert [("λ/reach" in row) for row in largest] == [shown] * len(largest)
+        assert largest
 
 
 def test_a_run_without_them_keeps_no_evidence(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ SMALLEST_EPSILON = 1e-4
 # Mean outputs whose spread along a direction is below this share of the largest one span no direction of their own, and
 # a v̂ of which no more than this is left is all shared.
 _SAME = 1e-5
-# Rows of a weight that are taken to fp32 at once.
+# Rows of a weight that are taken to fp64 at once.
 _ROWS_AT_ONCE = 1024
 
 
@@ -207,7 +207,7 @@ def shared_part(v: Tensor, outputs: Tensor) -> Tensor:
     return (basis @ (basis.T @ v.double())).float()
 
 
-def quiet_direction(v: Tensor, shared: Tensor, epsilon: float) -> tuple[Tensor, float, float]:
+def quiet_direction(v: Tensor, along: Tensor, shared: Shared, epsilon: float) -> tuple[Tensor, Tensor]:
     """The direction near v̂ that writes little along what the site writes anyway on preserved prompts.
 
         u ∝ argmin_w  ‖w − v̂‖² + ‖Π w‖² / ε  =  v̂ − Π v̂ / (1 + ε),      ‖u‖ = 1
@@ -216,33 +216,33 @@ def quiet_direction(v: Tensor, shared: Tensor, epsilon: float) -> tuple[Tensor, 
     all shared stays: nothing is left to take its place.
 
     Args:
-        v: v̂ [d]. shared: Π v̂ [d]. epsilon: at least `SMALLEST_EPSILON`.
+        v: v̂ [d]. along: W_iᵀv̂ [n, c]. epsilon: at least `SMALLEST_EPSILON`.
 
     Returns:
-        u [d], and what is taken out of v̂ is `taken · Π v̂` before it is divided by `size`: (u, taken, size).
+        u [d] and W_iᵀu [n, c].
     """
-    v64, shared64 = v.double(), shared.double()
-    own = v64 - shared64
+    part = shared.part.double()
+    own = v.double() - part
     if not float(torch.linalg.vector_norm(own)) > _SAME:
-        return v, 0.0, 1.0
-    w = own + epsilon / (1 + epsilon) * shared64
-    size = float(torch.linalg.vector_norm(w))
-    return (w / size).float(), 1 / (1 + epsilon), size
+        return v, along
+    w = own + epsilon / (1 + epsilon) * part
+    size = torch.linalg.vector_norm(w)
+    along_w = along.double() - shared.along.double() / (1 + epsilon)
+    return (w / size).float(), (along_w / size).float()
 
 
-def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared | None = None) -> SiteEdit:
+def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared | None) -> SiteEdit:
     """A site's edit with the quiet row over the components that it edits, and with the quiet direction.
-
-    Without evidence for the site it stays as it was.
 
     |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
 
     Args:
-        shared: what v̂ shares with preserved outputs; None leaves u = v̂.
+        shared: what v̂ shares with preserved outputs. Without it and without evidence a site stays as it was: no
+            neurons have any.
     """
     h = evidence.of(site.site.key)
     edited = site.lam != 0
-    if h is None or not edited.any():
+    if h is None or shared is None or not edited.any():
         return site
     columns = edited.repeat_interleave(site.site.width)
     row = torch.zeros_like(site.row)
@@ -250,8 +250,5 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared |
     parts = row.view(site.site.n, site.site.width)
     lam = torch.copysign(torch.linalg.vector_norm(parts, dim=1), site.lam) * edited
     k = torch.where(lam[:, None] != 0, parts / lam[:, None], site.k)
-    u, along = site.u, site.reach[:, None] * site.k  # W_iᵀv̂ [n, c]
-    if shared is not None:
-        u, taken, size = quiet_direction(site.u, shared.part, epsilon)
-        along = (along - taken * shared.along) / size
+    u, along = quiet_direction(site.u, site.reach[:, None] * site.k, shared, epsilon)
     return SiteEdit(site.site, u, k, site.g, (along * k).sum(dim=1), lam)

@@ -78,12 +78,12 @@ def _scores(scores: Scores, top: int) -> dict[str, Any]:
 
 
 def _edit(edit: Edit, top: int) -> dict[str, Any]:
-    # Under `preserve` k̂ no longer is what drives the component along v, so that the reach says nothing of its size.
-    shown = ("λ", "g") if PRESERVE in edit.config else ("λ", "g", "λ/reach")
     sites = {}
     for key, s in edit.edited().items():
-        columns = {"λ": s.lam, "g": s.g, "λ/reach": s.lam / s.reach}
-        sites[key] = (s.lam, {name: columns[name] for name in shown})
+        columns = {"λ": s.lam, "g": s.g}
+        if PRESERVE not in edit.config:  # there k̂ is not what drives the component, whose reach is no measure of λ
+            columns["λ/reach"] = s.lam / s.reach
+        sites[key] = (s.lam, columns)
     return {
         "kind": "edit",
         "id": edit.id,
