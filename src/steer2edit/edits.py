@@ -27,7 +27,7 @@ from .files.tensors import read_header
 from .method.change import Change, SiteEdit
 from .method.fingerprint import differing
 from .method.intervention import Intervention, Term
-from .method.preserve import SMALLEST_EPSILON, Evidence, quieted
+from .method.preserve import MARGIN, SMALLEST_EPSILON, Evidence, quieted
 from .method.scores import SiteScores
 from .method.site import BLOCKS, are_layers, layers_of, numbered_layers
 from .method.theorems import check_budget, magnitudes
@@ -93,6 +93,7 @@ class Scores:
         alpha: float,
         layers: str | Container[int] | None = None,
         preserve: float | None = None,
+        margin: float = MARGIN,
     ) -> Edit:
         """The edit of one configuration; ρ = None switches a block type off.
 
@@ -102,10 +103,13 @@ class Scores:
             preserve: ε of `method.preserve`, above 0: heads fire little at what the probe was told to preserve, and
                 write little of what they write there anyway. A smaller ε is quieter there; a large one gives the
                 paper's edit, as None does.
+            margin: β of `method.preserve`, at least 0, where something is preserved: how hard prompts that are
+                preserved are pushed the other way before their answer begins, as a share of the push on positive
+                responses.
 
         Raises:
-            EditError: ρ ≤ 0, α outside [0, 1) or ε below 1e-4, layers that cannot be read, or no evidence to
-                preserve by.
+            EditError: ρ ≤ 0, α outside [0, 1), ε below 1e-4 or β below 0, layers that cannot be read, or no evidence
+                to preserve by.
         """
         rho = {"attn": rho_attn, "mlp": rho_mlp}
         for value in rho.values():
@@ -116,7 +120,7 @@ class Scores:
         edit = Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
         if layers is not None:
             edit = edit.only(self._numbered(layers))
-        return edit if preserve is None else self._preserving(edit, preserve)
+        return edit if preserve is None else self._preserving(edit, preserve, margin)
 
     def _numbered(self, layers: str | Container[int]) -> Container[int]:
         if isinstance(layers, str):
@@ -125,12 +129,16 @@ class Scores:
             return layers_of(numbered_layers(layers, self.depth))
         return layers
 
-    def _preserving(self, edit: Edit, epsilon: float) -> Edit:
+    def _preserving(self, edit: Edit, epsilon: float, margin: float) -> Edit:
         if not (isinstance(epsilon, int | float) and SMALLEST_EPSILON <= epsilon < math.inf):
             raise EditError(
                 f"preserve must be at least {SMALLEST_EPSILON:g} and finite",
                 got=epsilon,
                 fix="Use None for the paper's edit.",
+            )
+        if not (isinstance(margin, int | float) and 0 <= margin < math.inf):
+            raise EditError(
+                "margin must be at least 0 and finite", got=margin, fix="With 0 no prompt is pushed the other way."
             )
         if self.evidence is None:
             raise EditError(
@@ -145,8 +153,9 @@ class Scores:
                 got=f"scores of an earlier version, at {len(without)} sites",
                 fix="Score the probe again.",
             )
-        sites = {key: quieted(site, self.evidence, epsilon, shared[key]) for key, site in edit.sites.items()}
-        return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon)})
+        evidence = self.evidence
+        sites = {key: quieted(site, evidence, epsilon, margin, shared[key]) for key, site in edit.sites.items()}
+        return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon), "margin": float(margin)})
 
     def save(self, path: str | Path) -> None:
         save_scores(self, path)

@@ -40,37 +40,44 @@ def _case(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
     return a0, h, weights, positive
 
 
-def _least_squares(a0: Any, h: Any, weights: Any, positive: Any, epsilon: float) -> np.ndarray:
+def _wanted(positive: torch.Tensor, margin: float) -> torch.Tensor:
+    """1 on the positive rows, −`margin` on every other one of the rest."""
+    return torch.where(positive, 1.0, -margin * (torch.arange(len(positive)) % 2))
+
+
+def _least_squares(a0: Any, h: Any, weights: Any, positive: Any, wanted: Any, epsilon: float) -> np.ndarray:
     """The same minimum, as one tall least-squares problem: rows √w·h → √w·target, and √(ε s̄)·I → √(ε s̄)·a₀."""
-    a0, h, weights = (x.double().numpy() for x in (a0, h, weights))
+    a0, h, weights, wanted = (x.double().numpy() for x in (a0, h, weights, wanted))
     positive = positive.numpy()
     share = weights[positive] / weights[positive].sum()
     target = sum(w * float(x @ a0) for w, x in zip(share, h[positive], strict=True))
     scale = sum(w * float(x @ x) for w, x in zip(weights, h, strict=True)) / h.shape[1]
     root, pull = np.sqrt(weights), np.sqrt(epsilon * scale)
     A = np.concatenate([root[:, None] * h, pull * np.eye(h.shape[1])])
-    b = np.concatenate([root * target * positive, pull * a0])
+    b = np.concatenate([root * target * wanted, pull * a0])
     return np.linalg.lstsq(A, b, rcond=None)[0]
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3, 10.0])
 @pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40), (20, 20)])
-def test_the_quiet_row_is_the_minimum(rows: int, columns: int, epsilon: float) -> None:
-    case = _case(rows, columns)
-    np.testing.assert_allclose(quiet_row(*case, epsilon), _least_squares(*case, epsilon), rtol=1e-3, atol=1e-4)
+def test_the_quiet_row_is_the_minimum(rows: int, columns: int, epsilon: float, margin: float) -> None:
+    a0, h, weights, positive = _case(rows, columns)
+    case = a0, h, weights, positive, _wanted(positive, margin), epsilon
+    np.testing.assert_allclose(quiet_row(*case), _least_squares(*case), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40)])
 def test_a_large_epsilon_gives_the_papers_row(rows: int, columns: int) -> None:
     a0, *rest = _case(rows, columns)
-    torch.testing.assert_close(quiet_row(a0, *rest, 1e6), a0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quiet_row(a0, *rest, _wanted(rest[-1], 0.5), 1e6), a0, rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_linear_in_the_papers_row() -> None:
     a0, *rest = _case(30, 12)
-    other = torch.randn(12)
-    sum_of_both = quiet_row(a0, *rest, 0.3) * 2 + quiet_row(other, *rest, 0.3)
-    torch.testing.assert_close(quiet_row(2 * a0 + other, *rest, 0.3), sum_of_both, rtol=1e-4, atol=1e-4)
+    other, rest = torch.randn(12), [*rest, _wanted(rest[-1], 0.5), 0.3]
+    sum_of_both = quiet_row(a0, *rest) * 2 + quiet_row(other, *rest)
+    torch.testing.assert_close(quiet_row(2 * a0 + other, *rest), sum_of_both, rtol=1e-4, atol=1e-4)
 
 
 def test_it_fires_less_where_nothing_is_to_change_and_as_much_where_it_should() -> None:
@@ -82,16 +89,21 @@ def test_it_fires_less_where_nothing_is_to_change_and_as_much_where_it_should() 
     h[positive, 1] += 1.5
     a0 = torch.zeros(8)
     a0[0] = 1.0
-    a = quiet_row(a0, h, torch.full((200,), 1 / 200), positive, 0.05)
+    weights = torch.full((200,), 1 / 200)
+    a = quiet_row(a0, h, weights, positive, positive.float(), 0.05)
     fired, quiet = (h[positive] @ a).mean(), (h[~positive] @ a).mean()
     assert float(fired) == pytest.approx(float((h[positive] @ a0).mean()), rel=0.2)
     assert float(quiet) < 0.25 * float(fired)
     assert float((h[~positive] @ a0).mean()) > 0.9 * float((h[positive] @ a0).mean())
+    # With a margin the other group is pushed the other way, and the first as hard as before.
+    away = quiet_row(a0, h, weights, positive, torch.where(positive, 1.0, -0.5), 0.05)
+    assert float((h[positive] @ away).mean()) == pytest.approx(float(fired), rel=0.2)
+    assert float((h[~positive] @ away).mean()) < -0.25 * float(fired)
 
 
 def test_inputs_of_zero_leave_the_papers_row() -> None:
     a0, h, weights, positive = _case(10, 4)
-    assert torch.equal(quiet_row(a0, 0 * h, weights, positive, 0.3), a0)
+    assert torch.equal(quiet_row(a0, 0 * h, weights, positive, positive.float(), 0.3), a0)
 
 
 def _direction_case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +198,9 @@ def test_the_weights_of_the_rows_by_hand() -> None:
     # The positive half: two parts of 1/4, of which the first has two rows. The other half: three parts of 1/6.
     expected = [1 / 8, 1 / 8, 1 / 4, 1 / 6, 1 / 6, 1 / 12, 1 / 12]
     np.testing.assert_allclose(evidence.weights, expected, rtol=1e-6)
+    # What stands before the answer to a preserved prompt is pushed the other way.
+    assert evidence.wanted(0.5).tolist() == [1, 1, 1, -0.5, 0, -0.5, -0.5]
+    assert evidence.wanted(0.0).tolist() == [1, 1, 1, 0, 0, 0, 0]
 
 
 # Of a site of which v̂ shares nothing with preserved outputs: u stays v̂.
@@ -202,16 +217,18 @@ def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
     return SiteEdit(site, s.u, s.k, s.g, s.reach, lam), Evidence(rows, *({"0.attn": x} for x in in_bytes(h)))
 
 
-def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_components_that_are_not_edited_stay_so_and_signs_stay(margin: float) -> None:
     edit, evidence = _site_edit()
-    quiet = quieted(edit, evidence, 0.3, NOTHING_SHARED)
+    quiet = quieted(edit, evidence, 0.3, margin, NOTHING_SHARED)
     assert torch.equal(torch.sign(quiet.lam), torch.sign(edit.lam))
     assert quiet.row.view(4, 3)[1].tolist() == [0, 0, 0]
     lengths = torch.linalg.vector_norm(quiet.k, dim=1)
     torch.testing.assert_close(lengths, torch.ones(4), rtol=1e-5, atol=1e-5)
     columns = [0, 1, 2, 6, 7, 8, 9, 10, 11]
     h = evidence.of("0.attn")[:, columns]
-    expected = _least_squares(edit.row[columns], h, evidence.weights, evidence.positive, 0.3)
+    sides = evidence.weights, evidence.positive, evidence.wanted(margin)
+    expected = _least_squares(edit.row[columns], h, *sides, 0.3)
     np.testing.assert_allclose(quiet.row[columns], expected, rtol=1e-3, atol=1e-4)
     assert quiet.g is edit.g
     torch.testing.assert_close(quiet.u, edit.u)
@@ -219,7 +236,7 @@ def test_components_that_are_not_edited_stay_so_and_signs_stay() -> None:
 
 def test_the_reach_is_that_of_the_new_direction() -> None:
     edit, evidence = _site_edit()
-    quiet = quieted(edit, evidence, 0.3, NOTHING_SHARED)
+    quiet = quieted(edit, evidence, 0.3, 0.5, NOTHING_SHARED)
     # v̂ᵀW_i k_i = reach_i · k̂_i·k_i, since W_iᵀv̂ = reach_i k̂_i.
     along = edit.reach[:, None] * edit.k
     torch.testing.assert_close(quiet.reach, (along * quiet.k).sum(dim=1))
@@ -264,8 +281,8 @@ def test_the_quiet_direction_keeps_the_quiet_row_and_its_reach_is_the_weights() 
     part = shared_part(s.u, preserved_outputs(W, h, evidence))
     shared = Shared(part, (part @ W).view(4, 3))
     edit = SiteEdit(site, s.u, s.k, s.g, s.reach, torch.tensor([0.5, 0.0, -0.7, 0.2]))
-    quiet = quieted(edit, evidence, 0.3, shared)
-    torch.testing.assert_close(quiet.row, quieted(edit, evidence, 0.3, NOTHING_SHARED).row)
+    quiet = quieted(edit, evidence, 0.3, 0.5, shared)
+    torch.testing.assert_close(quiet.row, quieted(edit, evidence, 0.3, 0.5, NOTHING_SHARED).row)
     torch.testing.assert_close(quiet.u, quiet_direction(s.u, s.reach[:, None] * s.k, shared, 0.3)[0])
     # What `Presence` reads in the base's weights: uᵀW_i k_i.
     expected = torch.stack([quiet.u @ W[:, 3 * i : 3 * i + 3] @ quiet.k[i] for i in range(4)])
@@ -274,9 +291,9 @@ def test_the_quiet_direction_keeps_the_quiet_row_and_its_reach_is_the_weights() 
 
 def test_a_site_without_evidence_and_one_that_is_not_edited_stay_the_papers() -> None:
     edit, evidence = _site_edit()
-    assert quieted(edit, Evidence(evidence.rows, {}, {}), 0.3, None) is edit
+    assert quieted(edit, Evidence(evidence.rows, {}, {}), 0.3, 0.5, None) is edit
     off = SiteEdit(edit.site, edit.u, edit.k, edit.g, edit.reach, torch.zeros(4))
-    assert quieted(off, evidence, 0.3, NOTHING_SHARED) is off
+    assert quieted(off, evidence, 0.3, 0.5, NOTHING_SHARED) is off
 
 
 def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_range() -> None:
@@ -288,6 +305,9 @@ def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_rang
     for epsilon in (0.0, -1.0, 1e-5, float("inf"), float("nan")):
         with pytest.raises(EditError, match=r"at least 0\.0001"):
             scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=epsilon)
+    for margin in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(EditError, match="margin must be at least 0"):
+            scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3, margin=margin)
     with pytest.raises(EditError, match="Score the probe again"):
         scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3)
     shared = Shared(0.2 * site.u, torch.zeros(4, 3))

@@ -114,15 +114,19 @@ def test_a_run_that_edits_some_layers_goes_on_editing_those(talking: Conversatio
     assert {site.site.layer for site in edits[0].edited().values()} == {1}
 
 
+@pytest.mark.parametrize("margin", [0.7, None])
 def test_a_run_that_preserves_goes_on_preserving(
-    talking: Conversation, pico: Any, tokenizer: Any, traces: Any, tmp_path: Path
+    talking: Conversation, pico: Any, tokenizer: Any, traces: Any, margin: float | None
 ) -> None:
     model = pico()
     scores = s2e.score(model, s2e.collect(model, tokenizer, *traces, preserve=[""]))
-    edit = scores.edit(rho_attn=0.3, rho_mlp=None, alpha=0.1, layers="1-2", preserve=0.2).with_strength(0.5)
+    how: Any = {"layers": "1-2", "preserve": 0.2, "margin": margin or 0.0}
+    edit = scores.edit(rho_attn=0.3, rho_mlp=None, alpha=0.1, **how).with_strength(0.5)
+    if margin is None:  # an edit of an earlier version does not speak of one
+        edit = replace(edit, config={name: value for name, value in edit.config.items() if name != "margin"})
     kept = Source("kept", edit, scores, layers="1-2")
     other = kept.with_budget(rho_attn=0.2, rho_mlp=None, alpha=0.0)
-    expected = scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, layers="1-2", preserve=0.2).with_strength(0.5)
+    expected = scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, **how).with_strength(0.5)
     assert other.id == expected.id
     assert other.id != scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, layers="1-2").with_strength(0.5).id
     assert kept.with_budget(rho_attn=0.3, rho_mlp=None, alpha=0.1).id == edit.id  # its own budget is its own edit

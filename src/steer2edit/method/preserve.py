@@ -2,8 +2,9 @@
 
 The probe may keep *evidence*: the mean inputs of attention heads over three parts of every positive response, and of
 every response to prompts on which the model should stay as it is. Two closed forms read it: `quiet_row` turns the
-paper's row a₀ of a site into the row that fires evenly on the first and hardly on the second, and otherwise stays near
-a₀; `quiet_direction` takes out of v̂ most of what the site writes anyway where the model should stay as it is.
+paper's row a₀ of a site into the row that fires evenly on the first, hardly on the second and below zero before the
+answer to a prompt of the second, and otherwise stays near a₀; `quiet_direction` takes out of v̂ most of what the site
+writes anyway where the model should stay as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from .site import Site
 
 # How near the paper's row and direction the quiet ones stay. It was chosen on validation prompts: docs/preserve.md.
 EPSILON = 0.1
+# How hard the last token of a preserved prompt is pushed the other way, as a share of the push on positive responses.
+# Some harmless prompts give way to a weak push: this leaves a margin. Chosen on the same prompts.
+MARGIN = 0.5
 
 # The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
 # positions that predict the next five; and all later ones.
@@ -102,6 +106,12 @@ class Evidence:
         """Which rows are of positive responses [rows]."""
         return torch.tensor([row.label == "positive" for row in self.rows])
 
+    def wanted(self, margin: float) -> Tensor:
+        """The push that each row is to get, as a share of the one on positive rows [rows]: 1 on these, −β at the last
+        token of a preserved prompt, and 0 on the response to it."""
+        before = torch.tensor([PARTS[row.part] == PARTS[0] for row in self.rows])
+        return torch.where(self.positive, 1.0, torch.where(before, -margin, 0.0))
+
     @cached_property
     def weights(self) -> Tensor:
         """What each row weighs [rows]: the positive ones together one half, as do the others. Within a side every part
@@ -137,18 +147,19 @@ def in_bytes(h: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().to(torch.int8), scale
 
 
-def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, epsilon: float) -> Tensor:
-    """The row near the paper's that fires as much on the positive rows, evenly, and little on the others.
+def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, wanted: Tensor, epsilon: float) -> Tensor:
+    """The row near the paper's that fires as much on the positive rows, evenly, and as wanted on the others.
 
-        a = argmin_a  E₊[(aᵀh − t)²] + E₋[(aᵀh)²] + ε s̄ ‖a − a₀‖²,      t = E₊[a₀ᵀh]
-          = (S + ε s̄ I)⁻¹ (t m₊ + ε s̄ a₀),      S = E[h hᵀ],  m₊ = E₊[h],  s̄ = tr S / (n·c)
+        a = argmin_a  E[(aᵀh − y t)²] + ε s̄ ‖a − a₀‖²,      t = E₊[a₀ᵀh]
+          = (S + ε s̄ I)⁻¹ (t E[y h] + ε s̄ a₀),      S = E[h hᵀ],  s̄ = tr S / (n·c)
 
-    Here E = E₊ + E₋, in which each side weighs one half; t is the mean over the positive rows alone. The row is a ridge
+    Here E weighs each side one half; t is the mean over the positive rows alone. The row is a ridge
     regression around a₀ (docs/preserve.md has the proof). It is linear in a₀, so that a strength scales both rows
     alike; ε → ∞ gives a₀, the paper's edit. With fewer rows than columns the system is solved for the rows.
 
     Args:
         a0: [n·c] fp32. h: [rows, n·c]. weights: [rows]. positive: [rows] bool. epsilon: above 0.
+        wanted: y [rows], the firing on each row as a share of t: 1 on the positive ones.
     """
     h, weights = h.float(), weights[:, None]
     scale = float((weights * h.square()).sum()) / h.shape[1]
@@ -156,7 +167,7 @@ def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, epsilon:
         return a0
     target = float((weights * h * positive[:, None]).sum(dim=0) @ a0) / float(weights[positive].sum())
     ridge = epsilon * scale
-    pull = target * (weights * h * positive[:, None]).sum(dim=0) + ridge * a0  # [n·c]
+    pull = target * (weights * h * wanted[:, None]).sum(dim=0) + ridge * a0  # [n·c]
     return ridge_solution(h, weights, ridge, pull)
 
 
@@ -231,13 +242,13 @@ def quiet_direction(v: Tensor, along: Tensor, shared: Shared, epsilon: float) ->
     return (w / size).float(), (along_w / size).float()
 
 
-def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared | None) -> SiteEdit:
+def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, margin: float, shared: Shared | None) -> SiteEdit:
     """A site's edit with the quiet row over the components that it edits, and with the quiet direction.
 
     |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
 
     Args:
-        shared: what v̂ shares with preserved outputs. Without it and without evidence a site stays as it was: no
+        epsilon: ε. margin: β, at least 0. shared: what v̂ shares with preserved outputs. Without it and without evidence a site stays as it was: no
             neurons have any.
     """
     h = evidence.of(site.site.key)
@@ -246,7 +257,8 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, shared: Shared |
         return site
     columns = edited.repeat_interleave(site.site.width)
     row = torch.zeros_like(site.row)
-    row[columns] = quiet_row(site.row[columns], h[:, columns], evidence.weights, evidence.positive, epsilon)
+    a0, weights, wanted = site.row[columns], evidence.weights, evidence.wanted(margin)
+    row[columns] = quiet_row(a0, h[:, columns], weights, evidence.positive, wanted, epsilon)
     parts = row.view(site.site.n, site.site.width)
     lam = torch.copysign(torch.linalg.vector_norm(parts, dim=1), site.lam) * edited
     k = torch.where(lam[:, None] != 0, parts / lam[:, None], site.k)

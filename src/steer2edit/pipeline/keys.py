@@ -13,6 +13,7 @@ from typing import Any
 
 from ..behaviours.base import SPLITS
 from ..files.reading import sha256
+from ..method.preserve import EPSILON, MARGIN
 from ..method.rivals import Rival
 from ..method.variants import FULL, SCORED, Variant
 from ..recipe import Recipe
@@ -52,10 +53,10 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     probe_pass = {name: value for name, value in r["probe"].items() if name not in ("expert_tokens", "preserve")}
     keys["probe"] = _key("probe", keys["traces"], probe_pass, *recipe.preserved)
     scored = sorted([*score_files(recipe), *rival_files(recipe)])
-    # Scores with evidence hold what vectors share with preserved outputs; those of earlier versions did not.
-    keys["score"] = _key(
-        "score", keys["probe"], r["probe"]["expert_tokens"], scored, *(["shared"] if recipe.preserved else [])
-    )
+    # Scores with evidence hold what vectors share with preserved outputs, and edits are made from them by these two
+    # numbers; those of earlier versions were not.
+    preserving = ["shared", EPSILON, MARGIN] if recipe.preserved else []
+    keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], scored, *preserving)
     keys["search"] = _key("search", keys["score"], _searched(recipe), r["data"]["validation"], asked)
     # Without a person's pick the keys are those of versions that did not know one.
     choice = _key("choice", keys["search"], rule, *([] if recipe.search.pick is None else [recipe.search.pick]))

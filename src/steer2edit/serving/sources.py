@@ -55,9 +55,13 @@ class Source:
         if not isinstance(edit, Edit):
             raise EditError("a combination has no (ρ, α) to change", got=edit.id, fix="Change its strength.")
         if PRESERVE in edit.config and self.scores is not None:  # the file alone does not hold the evidence
-            epsilon = edit.config[PRESERVE]
             other = self.scores.edit(
-                rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha, layers=self.layers, preserve=epsilon
+                rho_attn=rho_attn,
+                rho_mlp=rho_mlp,
+                alpha=alpha,
+                layers=self.layers,
+                preserve=edit.config[PRESERVE],
+                margin=edit.config.get("margin", 0.0),  # edits of earlier versions have none
             )
             return other.with_strength(edit.strength)
         other = edit.with_budget(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)
