@@ -114,11 +114,11 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def numbers_of(text: str) -> tuple[float, ...]:
     return tuple(float(x) for x in text.split(",") if x.strip())
 
 
-def _kinds(text: str) -> dict[str, int]:
+def kinds_of(text: str) -> dict[str, int]:
     """`harmful=15,benign=8` → {"harmful": 15, "benign": 8}"""
     return {kind: int(count) for kind, _, count in (part.partition("=") for part in text.split(","))}
 
@@ -136,11 +136,11 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     counts: dict[Split, Mapping[str, int]] = {}
     if safety:
         texts = arguments.probe, arguments.validation, arguments.test
-        counts = {split: _kinds(text) for split, text in zip(SPLITS, texts, strict=True)}
+        counts = {split: kinds_of(text) for split, text in zip(SPLITS, texts, strict=True)}
     evaluation = {"rows": 128, "batch": 512}  # the rest as the recipe has it
     if quick:
         small = "harmful=3,benign=2,borderline=2" if safety else "prompt=4"
-        counts = {split: _kinds(small) for split in SPLITS}
+        counts = {split: kinds_of(small) for split in SPLITS}
         evaluation = {"new_tokens": 4, "utility_prompts": 2, "utility_tokens": 4, "rows": 16, "batch": 16}
     return Plan(
         behaviour=arguments.behaviour,
@@ -152,8 +152,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         counts=counts,
         evaluation=evaluation,
         reference=0.3 if safety else 0.5,
-        levels=_numbers(arguments.levels) if safety else (),
-        kls=_numbers(arguments.kls),
+        levels=numbers_of(arguments.levels) if safety else (),
+        kls=numbers_of(arguments.kls),
         resamples=50 if quick else 1000,
         sets=arguments.sets,
         set_items=2 if quick else arguments.set_items,

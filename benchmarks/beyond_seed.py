@@ -159,6 +159,7 @@ class SeedRun:
     def __init__(self, plan: Plan, engine: Remembered, model: Any, seed: int, folder: Path, clock: Callable[..., Any]):
         self.plan, self.engine, self.model, self.clock = plan, engine, model, clock
         self.seed, self.folder = seed, folder
+        self.rivals: dict[str, Edit] = {}
         folder.mkdir(parents=True, exist_ok=True)
         overrides = [f"seed={seed}", *(f"evaluation.{key}={value}" for key, value in plan.evaluation.items())]
         overrides += [f"data.{split}={dict(counts)}" for split, counts in plan.counts.items()]
@@ -179,13 +180,13 @@ class SeedRun:
 
     def _measured(self) -> dict[str, Any]:
         with self.clock("probe and scores"):
-            self.probe = self._probe()
+            self.probe = self.make_probe()
             self.scores = {"full": s2e.score(self.model, self.probe)}
         with self.clock("rivals"):
             wanted = [kind for kind in RIVALS if kind in self.plan.methods]
             full = self.scores["full"]
-            self.rivals: dict[str, Edit] = {kind: rival_edit(self.model, self.probe, full, kind) for kind in wanted}
-        validation, test = self._bench("validation"), self._bench("test")
+            self.rivals = {kind: rival_edit(self.model, self.probe, full, kind) for kind in wanted}
+        validation, test = self.open_bench("validation"), self.open_bench("test")
         with self.clock("calibration"):
             tried = self._strengths(validation)
         candidates = {c.id: c for strengths in tried.values() for c, _ in strengths}
@@ -231,7 +232,7 @@ class SeedRun:
             "within_limits": [method for method, trial in taken.items() if trial is not None],
         }
 
-    def _probe(self) -> s2e.Probe:
+    def make_probe(self) -> s2e.Probe:
         path, traces_path = self.folder / "probe.safetensors", self.folder / "traces.jsonl"
         if not traces_path.is_file():
             items = self.behaviour.items(self.source, "probe")
@@ -251,7 +252,7 @@ class SeedRun:
             probe.save(path)
         return s2e.Probe.load(path)
 
-    def _bench(self, split: Split) -> Bench:
+    def open_bench(self, split: Split) -> Bench:
         """As a run opens it, with the recipe's own items and neutral prompts."""
         recipe, count = self.recipe, self.recipe.evaluation.utility_prompts
         items = self.behaviour.completed(self.engine, self.behaviour.items(self.source, split))

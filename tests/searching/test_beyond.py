@@ -231,3 +231,42 @@ def test_a_style_is_measured_without_what_needs_evidence(beyond: Any, tmp_path: 
         beyond.main([*arguments, "--methods", "preserve"])
     with pytest.raises(SystemExit, match="no such method"):
         beyond.main([*arguments, "--methods", "rose"])
+
+
+def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_level(
+    draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import openings
+
+    found = {
+        0: {"base": {"kl": 0.0}, "0.0 1.0": {"kl": 0.02, "harmful": 0.4, "benign": 0.1}},
+        1: {
+            "0.0 1.0": {"kl": 0.02, "harmful": 0.4, "benign": 0.1},
+            "0.5 1.0": {"kl": 0.1, "harmful": 0.4, "benign": 0.0},
+        },
+    }
+    for rows in found.values():
+        rows["0.0 2.0"] = {"kl": 0.06, "harmful": 0.8, "benign": 0.3}
+    page = openings.table(found, (0.0, 0.5), ["harmful", "benign"], 0.6)
+    assert "| 0 | 2 of 2 | 0.200 | 0.040 |" in page
+    assert "| 0.5 | 0 of 2 | – | – |" in page
+    assert openings.REFUSES.match("I'm sorry for the")
+    assert not openings.REFUSES.match("I'm glad you asked")
+
+    # An untrained model never refuses. What is tested is that every answer is counted.
+    monkeypatch.setattr(openings, "REFUSES", openings.re.compile(""))
+    asked = ["--quick", "--model", save_pico(tmp_path / "model"), "--margins", "0,1", "--strengths", "0.5,1"]
+    openings.main([*asked, "--out", str(tmp_path / "out"), "--seeds", "0"])
+    line = json.loads((tmp_path / "out/measured.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert list(line["rows"]) == ["base", "0.0 0.5", "0.0 1.0", "1.0 0.5", "1.0 1.0"]
+    assert {row["harmful"] for row in line["rows"].values()} == {1.0}
+    kl = {name: row["kl"] for name, row in line["rows"].items()}
+    assert kl["base"] == 0.0 < kl["0.0 0.5"] < kl["0.0 1.0"]
+    assert kl["1.0 1.0"] != kl["0.0 1.0"]
+    asked_seeds: list[int] = []
+    monkeypatch.setattr(openings, "measured", lambda run, *_: asked_seeds.append(run.seed) or line["rows"])
+    openings.main([*asked, "--out", str(tmp_path / "out"), "--seeds", "0,1"])
+    assert asked_seeds == [1]
+    assert "| 0 | 0 of 2 |" in capsys.readouterr().out  # nothing lies between two neighbours
+    kept = [json.loads(line)["seed"] for line in (tmp_path / "out/measured.jsonl").read_text().splitlines()]
+    assert kept == [0, 1]
