@@ -142,13 +142,14 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         small = "harmful=3,benign=2,borderline=2" if safety else "prompt=4"
         counts = {split: kinds_of(small) for split in SPLITS}
         evaluation = {"new_tokens": 4, "utility_prompts": 2, "utility_tokens": 4, "rows": 16, "batch": 16}
+    low, high = arguments.span or ((0.01, 0.3) if safety else (0.05, 0.4))
     return Plan(
         behaviour=arguments.behaviour,
         model=arguments.model,
         methods=methods,
         curves=curves,
-        span=(0.01, 0.3) if safety else (0.05, 0.4),
-        points=2 if quick else 6,
+        span=(low, high),
+        points=2 if quick else arguments.points,
         counts=counts,
         evaluation=evaluation,
         reference=0.3 if safety else 0.5,
@@ -167,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--behaviour", choices=["safety", "sentiment", "lists", "pirate"], default="safety")
     parser.add_argument("--methods", default="", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--curves", default="", help="methods of which every strength is tested, the first against all")
+    parser.add_argument("--span", nargs=2, type=float, metavar="KL", help="of the weakest and the strongest strength")
+    parser.add_argument("--points", type=int, default=6, help="strengths of each method")
     parser.add_argument("--levels", default="0.5,0.6,0.7", help="of refusal, at which methods are compared")
     parser.add_argument("--kls", default="0.03,0.06,0.12", help="of KL, at which methods are compared")
     parser.add_argument("--probe", default="harmful=80,benign=80,borderline=80")
