@@ -248,7 +248,8 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, margin: float, s
     |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
 
     Args:
-        epsilon: ε. margin: β, at least 0. shared: what v̂ shares with preserved outputs. Without it and without evidence a site stays as it was: no
+        epsilon: ε. margin: β, at least 0.
+        shared: what v̂ shares with preserved outputs. Without it and without evidence a site stays as it was: no
             neurons have any.
     """
     h = evidence.of(site.site.key)
