@@ -55,8 +55,8 @@ class Clock:
         return {part: f"{took / seeds:.0f} s a seed" for part, took in self.seconds.items()}
 
 
-def run(plan: Plan, seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """Every seed that is not whole yet, then the tables."""
+def run(plan: Plan, seeds: Sequence[int], out: Path, also: Path | None = None) -> dict[str, Any]:
+    """Every seed that is not whole yet, then the tables, in which the strengths of another folder may take part."""
     out.mkdir(parents=True, exist_ok=True)
     _refuse_other_plan(plan, out / "plan.json")
     clock = Clock(out / "costs.json")
@@ -64,7 +64,8 @@ def run(plan: Plan, seeds: Sequence[int], out: Path) -> dict[str, Any]:
     engine = Remembered(TransformersEngine(model, tokenizer, rows=128), out / "base_answers.jsonl")
     rows, began = [], time.monotonic()
     for number, seed in enumerate(seeds, start=1):
-        rows.append(SeedRun(plan, engine, model, seed, out / f"seed-{seed}", clock).row())
+        row = SeedRun(plan, engine, model, seed, out / f"seed-{seed}", clock).row()
+        rows.append(row if also is None else _with_strengths_of(row, also / f"seed-{seed}" / "trials.json"))
         took = time.monotonic() - began
         left = took / number * (len(seeds) - number)
         say(f"seed {seed}: done, {number} of {len(seeds)}; {took:.0f} s so far, about {left:.0f} s left")
@@ -84,6 +85,22 @@ def run(plan: Plan, seeds: Sequence[int], out: Path) -> dict[str, Any]:
     write_text(out / "tables.md", markdown(results, TITLE, costs))
     draw_curves(results, TITLE, (OVER_REFUSAL.name, BORDERLINE.name), out / "curves")
     return results
+
+
+def _with_strengths_of(row: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A seed's row with further strengths of its methods; what was chosen stays.
+
+    Raises:
+        Steer2EditError: the other row is of other prompts, or of another model.
+    """
+    other = read_json(path)
+    if any(other[name] != row[name] for name in ("seed", "base")):
+        raise Steer2EditError("the strengths are of another draw", got=str(path), fix="Give --also a run of the same.")
+    methods = {
+        method: sorted([*strengths, *other["methods"].get(method, [])], key=lambda one: one["target"])
+        for method, strengths in row["methods"].items()
+    }
+    return row | {"methods": methods}
 
 
 def _refuse_other_plan(plan: Plan, path: Path) -> None:
@@ -177,12 +194,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", default="harmful=36,benign=18,borderline=24")
     parser.add_argument("--sets", type=Path, help="a folder with prompts of others")
     parser.add_argument("--set-items", type=int, default=60)
+    parser.add_argument("--also", type=Path, help="an --out of the same draws, whose strengths join the tables")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--quick", action="store_true", help="a few prompts, to see that it runs")
     arguments = parser.parse_args(argv)
     be_quiet(False)
     try:
-        run(plan_of(arguments), [int(seed) for seed in arguments.seeds.split(",")], arguments.out)
+        run(plan_of(arguments), [int(seed) for seed in arguments.seeds.split(",")], arguments.out, arguments.also)
     except Steer2EditError as error:
         raise SystemExit(str(error)) from None
     print((arguments.out / "tables.md").read_text(encoding="utf-8"))

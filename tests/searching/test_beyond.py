@@ -270,3 +270,21 @@ def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_
     assert "| 0 | 0 of 2 |" in capsys.readouterr().out  # nothing lies between two neighbours
     kept = [json.loads(line)["seed"] for line in (tmp_path / "out/measured.jsonl").read_text().splitlines()]
     assert kept == [0, 1]
+
+
+def test_strengths_of_another_folder_join_the_tables(beyond: Any, tmp_path: Path) -> None:
+    asked = ["--quick", "--model", save_pico(tmp_path / "model"), "--methods", "full", "--levels", "0", "--kls", "0.1"]
+    strong = [*asked, "--out", str(tmp_path / "strong")]
+    beyond.main([*strong, "--seeds", "0", "--span", "0.4", "0.6"])
+    whole = [*asked, "--out", str(tmp_path / "whole"), "--also", str(tmp_path / "strong")]
+    beyond.main([*whole, "--seeds", "0"])
+    found = json.loads((tmp_path / "whole/results.json").read_text(encoding="utf-8"))
+    curve = found["curve"]["full"]["utility_loss"]
+    assert curve == sorted(curve)
+    assert len(curve) == 1 + 2 + 2  # without an edit, here, and there
+    path = tmp_path / "strong/seed-0/trials.json"
+    kl = json.loads(path.read_text(encoding="utf-8"))["methods"]["full"][-1]["test"]["utility_loss"]
+    assert curve[-1] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    path.write_text(path.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 7'), encoding="utf-8")
+    with pytest.raises(SystemExit, match="the strengths are of another draw"):
+        beyond.main([*whole, "--seeds", "0"])
