@@ -85,20 +85,17 @@ def _prompts(run: SeedRun, counts: dict[str, int]) -> list[Item]:
 
 
 def table(found: dict[int, dict[str, Any]], margins: Sequence[float], kinds: Sequence[str], level: float) -> str:
-    """Means over the seeds at which a margin reaches the level, in Markdown."""
+    """What each margin's shares and KL come to at the level, a row for each draw, in Markdown."""
     harmful, *others = kinds
-    lines = [f"| margin | draws that reach {level:g} | {' | '.join(others)} | KL |", "| --- " * (len(kinds) + 2) + "|"]
-    for margin in margins:
-        at = []
-        for rows in found.values():
-            mine = [row for name, row in rows.items() if name.split()[0] == str(margin)]
+    lines = [f"| draw | margin | {' | '.join(others)} | KL |", "| --- " * (len(kinds) + 2) + "|"]
+    for seed, rows in found.items():
+        for margin in margins:
+            mine = [row for name, row in rows.items() if name.split()[0] in ("base", str(margin))]
             values = [
                 interpolated([r[harmful] for r in mine], [r[name] for r in mine], level) for name in (*others, "kl")
             ]
-            if None not in values:
-                at.append(values)
-        means = [f"{sum(column) / len(at):.3f}" for column in zip(*at, strict=True)] if at else ["–"] * len(kinds)
-        lines.append(f"| {margin:g} | {len(at)} of {len(found)} | {' | '.join(means)} |")
+            cells = ["not reached" if value is None else f"{value:.3f}" for value in values]
+            lines.append(f"| {seed} | {margin:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -101,8 +101,8 @@ class Scores:
             layers: those that are edited: a range or a set, or as in a recipe: "8-20", or shares of the depth like
                 "33%-67%". None is all.
             preserve: ε of `method.preserve`, above 0: heads fire little at what the probe was told to preserve, and
-                write little of what they write there anyway. A smaller ε is quieter there; a large one gives the
-                paper's edit, as None does.
+                write little of what they write there anyway. A large ε gives the paper's edit, as None does; a
+                smaller one comes nearer to what the firing there should be.
             margin: β of `method.preserve`, at least 0, where something is preserved: how hard prompts that are
                 preserved are pushed the other way before their answer begins, as a share of the push on positive
                 responses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 import steer2edit as s2e
 from runs import save_pico, tiny_recipe
 from steer2edit.errors import RecipeError
+from steer2edit.pipeline import keys
 from steer2edit.pipeline.reporting import contents_of
 from steer2edit.pipeline.run import Run
+from steer2edit.pipeline.share import reproduce
 from steer2edit.pipeline.stages import run_all
 from steer2edit.report.html.render import write_page
 from steer2edit.report.inspection import describe
@@ -69,3 +72,28 @@ def test_its_page_shows_where_it_fires_and_names_as_text(tmp_path: Path) -> None
     assert "positive: harmful" in section
     assert "&lt;script&gt;alert(1)" in section
     assert "<script>alert(1)" not in page
+
+
+def test_an_edit_is_made_again_with_the_margin_that_its_file_has(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", tiny_recipe(save_pico(tmp_path / "model"), search__variants=["preserve"]))
+    run_all(run)
+    assert reproduce(tmp_path / "run", tmp_path / "again")["same"]
+    chosen = s2e.Edit.load(tmp_path / "run/edit.safetensors")
+    budget = {name: chosen.config[name] for name in ("rho_attn", "rho_mlp", "alpha", "preserve")}
+    other = run.scores["full"].edit(**budget, margin=0.0)
+    assert other.id != chosen.id
+    # As an earlier version wrote it, which did not know a margin.
+    config = {name: value for name, value in other.config.items() if name != "margin"} | {"variant": "preserve"}
+    replace(other, config=config).save(tmp_path / "run/edit.safetensors")
+    result = reproduce(tmp_path / "run", tmp_path / "once more")
+    assert set(result["tensors"].values()) == {"same"}
+
+
+def test_what_preserves_is_made_again_when_the_package_chooses_another_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    preserving, paper = tiny_recipe(search__variants=["preserve"]), tiny_recipe()
+    before = keys.stage_keys(preserving), keys.stage_keys(paper)
+    monkeypatch.setattr(keys, "MARGIN", 0.7)
+    after = keys.stage_keys(preserving), keys.stage_keys(paper)
+    changed = {stage for stage, key in before[0].items() if after[0][stage] != key}
+    assert changed == set(before[0]) - {"traces", "probe"}
+    assert before[1] == after[1]

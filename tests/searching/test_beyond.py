@@ -247,9 +247,13 @@ def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_
     }
     for rows in found.values():
         rows["0.0 2.0"] = {"kl": 0.06, "harmful": 0.8, "benign": 0.3}
+    found[0]["0.5 1.0"] = {"kl": 0.08, "harmful": 0.9, "benign": 0.3}  # the level lies below the first strength
+    found[0]["base"] = {"kl": 0.0, "harmful": 0.3, "benign": 0.0}
     page = openings.table(found, (0.0, 0.5), ["harmful", "benign"], 0.6)
-    assert "| 0 | 2 of 2 | 0.200 | 0.040 |" in page
-    assert "| 0.5 | 0 of 2 | – | – |" in page
+    assert "| 0 | 0 | 0.200 | 0.040 |" in page
+    assert "| 0 | 0.5 | 0.150 | 0.040 |" in page
+    assert "| 1 | 0 | 0.200 | 0.040 |" in page
+    assert "| 1 | 0.5 | not reached | not reached |" in page
     assert openings.REFUSES.match("I'm sorry for the")
     assert not openings.REFUSES.match("I'm glad you asked")
 
@@ -262,12 +266,24 @@ def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_
     assert {row["harmful"] for row in line["rows"].values()} == {1.0}
     kl = {name: row["kl"] for name, row in line["rows"].items()}
     assert kl["base"] == 0.0 < kl["0.0 0.5"] < kl["0.0 1.0"]
-    assert kl["1.0 1.0"] != kl["0.0 1.0"]
+    assert kl["1.0 1.0"] != pytest.approx(kl["0.0 1.0"], rel=1e-3)
+    # What is asked is neither of the probe nor of the test.
+    asked_prompts: list[str] = []
+    monkeypatch.setattr(openings, "Item", lambda kind, prompt: asked_prompts.append(prompt))
+    folder = tmp_path / "out/seed-0"
+    run = type("Draw", (), {"folder": folder, "seed": 0})()
+    openings._prompts(run, {"harmful": 150, "borderline": 60})
+    rows = {row["prompt"]: row["split"] for row in read_jsonl(folder / "prompts.jsonl")}
+    probed = {row["prompt"] for row in read_jsonl(folder / "traces.jsonl")}
+    assert probed
+    assert len(set(asked_prompts)) == 210
+    assert not probed & set(asked_prompts)
+    assert {rows[prompt] for prompt in asked_prompts} == {"probe", "validation"}
     asked_seeds: list[int] = []
     monkeypatch.setattr(openings, "measured", lambda run, *_: asked_seeds.append(run.seed) or line["rows"])
     openings.main([*asked, "--out", str(tmp_path / "out"), "--seeds", "0,1"])
     assert asked_seeds == [1]
-    assert "| 0 | 0 of 2 |" in capsys.readouterr().out  # nothing lies between two neighbours
+    assert "| 1 | 0 | not reached |" in capsys.readouterr().out  # nothing lies between two neighbours
     kept = [json.loads(line)["seed"] for line in (tmp_path / "out/measured.jsonl").read_text().splitlines()]
     assert kept == [0, 1]
 

@@ -2,7 +2,7 @@
 
 The probe may keep *evidence*: the mean inputs of attention heads over three parts of every positive response, and of
 every response to prompts on which the model should stay as it is. Two closed forms read it: `quiet_row` turns the
-paper's row a₀ of a site into the row that fires evenly on the first, hardly on the second and below zero before the
+paper's row a₀ of a site into the row that fires evenly on the first, hardly on the second, aims below zero before the
 answer to a prompt of the second, and otherwise stays near a₀; `quiet_direction` takes out of v̂ most of what the site
 writes anyway where the model should stay as it is.
 """
@@ -25,7 +25,8 @@ from .site import Site
 # How near the paper's row and direction the quiet ones stay. It was chosen on validation prompts: docs/preserve.md.
 EPSILON = 0.1
 # How hard the last token of a preserved prompt is pushed the other way, as a share of the push on positive responses.
-# Some harmless prompts give way to a weak push: this leaves a margin. Chosen on the same prompts.
+# Some harmless prompts give way to a weak push: this leaves a margin. Chosen by how answers to other
+# prompts open: docs/preserve.md, "What the margin adds".
 MARGIN = 0.5
 
 # The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
@@ -153,7 +154,7 @@ def quiet_row(a0: Tensor, h: Tensor, weights: Tensor, positive: Tensor, wanted: 
         a = argmin_a  E[(aᵀh − y t)²] + ε s̄ ‖a − a₀‖²,      t = E₊[a₀ᵀh]
           = (S + ε s̄ I)⁻¹ (t E[y h] + ε s̄ a₀),      S = E[h hᵀ],  s̄ = tr S / (n·c)
 
-    Here E weighs each side one half; t is the mean over the positive rows alone. The row is a ridge
+    Here E = E₊ + E₋, in which each side weighs one half; t is the mean over the positive rows alone. The row is a ridge
     regression around a₀ (docs/preserve.md has the proof). It is linear in a₀, so that a strength scales both rows
     alike; ε → ∞ gives a₀, the paper's edit. With fewer rows than columns the system is solved for the rows.
 

@@ -53,8 +53,8 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     probe_pass = {name: value for name, value in r["probe"].items() if name not in ("expert_tokens", "preserve")}
     keys["probe"] = _key("probe", keys["traces"], probe_pass, *recipe.preserved)
     scored = sorted([*score_files(recipe), *rival_files(recipe)])
-    # Scores with evidence hold what vectors share with preserved outputs, and edits are made from them by these two
-    # numbers; those of earlier versions were not.
+    # Scores with evidence hold what vectors share with preserved outputs; those of earlier versions did not. All that
+    # is made from them, test answers too, depends on the two numbers as well.
     preserving = ["shared", EPSILON, MARGIN] if recipe.preserved else []
     keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], scored, *preserving)
     keys["search"] = _key("search", keys["score"], _searched(recipe), r["data"]["validation"], asked)
