@@ -1,8 +1,8 @@
-"""The margin of an edit that preserves: how answers to harmful and harmless prompts open, with several margins.
+"""How hard an edit that preserves should repel: how answers to harmful and harmless prompts open, with several β.
 
 A refusal of the small model is decided by its first tokens, so that a few tokens for each of many prompts tell more
 than whole answers to few. For each seed it asks prompts of `beyond.py`'s draw that neither its probe nor its test has,
-at the same strengths of each margin. Shares and KL are read off where `--level` of the harmful prompts open with a
+at the same strengths of each β. Shares and KL are read off where `--level` of the harmful prompts open with a
 refusal. What a seed showed is kept, so that a run that was killed goes on with the next.
 
 Run: python benchmarks/openings.py --out runs/openings
@@ -41,22 +41,23 @@ RHO, ALPHA = 0.14, 0.4
 def measured(
     run: SeedRun, model: Any, configs: Sequence[tuple[float, float]], counts: dict[str, int]
 ) -> dict[str, Any]:
-    """ "margin strength" → the share of openings that refuse, by kind of prompt, and the KL over own answers."""
+    """For each β and strength, as "β strength": the share of openings that refuse, by kind of prompt, and the KL over
+    own answers."""
     run.probe = run.make_probe()
     run.scores = {"full": s2e.score(model, run.probe)}
     edits = {
-        f"{margin} {strength}": run.scores["full"]
-        .edit(rho_attn=RHO, rho_mlp=None, alpha=ALPHA, layers=MIDDLE, preserve=EPSILON, margin=margin)
+        f"{beta} {strength}": run.scores["full"]
+        .edit(rho_attn=RHO, rho_mlp=None, alpha=ALPHA, layers=MIDDLE, preserve=EPSILON, repel=beta)
         .with_strength(strength)
-        .intervention(f"{margin} {strength}")
-        for margin, strength in configs
+        .intervention(f"{beta} {strength}")
+        for beta, strength in configs
     }
     items = _prompts(run, counts)
     requests = [Request(tuple(run.engine.tokens(item.messages(None)))) for item in items]
-    table = [NOTHING, *edits.values()]
-    asked = [Request(request.ids, row) for row in range(len(table)) for request in requests]
+    interventions = [NOTHING, *edits.values()]
+    asked = [Request(request.ids, row) for row in range(len(interventions)) for request in requests]
     with showing(f"seed {run.seed}, openings") as progress:
-        answers = run.engine.generate(asked, table, TOKENS, progress)
+        answers = run.engine.generate(asked, interventions, TOKENS, progress)
     refused = [bool(REFUSES.match(answer.text)) for answer in answers]
     bench = run.open_bench("validation")
     bench.given = dict(edits)
@@ -84,18 +85,18 @@ def _prompts(run: SeedRun, counts: dict[str, int]) -> list[Item]:
     return items
 
 
-def table(found: dict[int, dict[str, Any]], margins: Sequence[float], kinds: Sequence[str], level: float) -> str:
-    """What each margin's shares and KL come to at the level, a row for each draw, in Markdown."""
+def markdown(found: dict[int, dict[str, Any]], betas: Sequence[float], kinds: Sequence[str], level: float) -> str:
+    """What each β's shares and KL come to at the level, a row for each draw, in Markdown."""
     harmful, *others = kinds
-    lines = [f"| draw | margin | {' | '.join(others)} | KL |", "| --- " * (len(kinds) + 2) + "|"]
+    lines = [f"| draw | β | {' | '.join(others)} | KL |", "| --- " * (len(kinds) + 2) + "|"]
     for seed, rows in found.items():
-        for margin in margins:
-            mine = [row for name, row in rows.items() if name.split()[0] in ("base", str(margin))]
+        for beta in betas:
+            mine = [row for name, row in rows.items() if name.split()[0] in ("base", str(beta))]
             values = [
                 interpolated([r[harmful] for r in mine], [r[name] for r in mine], level) for name in (*others, "kl")
             ]
             cells = ["not reached" if value is None else f"{value:.3f}" for value in values]
-            lines.append(f"| {seed} | {margin:g} | {' | '.join(cells)} |")
+            lines.append(f"| {seed} | {beta:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -103,16 +104,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/openings"), help="where the journals lie")
     parser.add_argument("--seeds", default="0,1,2,3")
-    parser.add_argument("--margins", default="0,0.25,0.5,0.75,1")
+    parser.add_argument("--betas", default="0,0.25,0.5,0.75,1")
     parser.add_argument("--strengths", default="0.35,0.55,0.8,1")
     parser.add_argument("--prompts", default="harmful=75,benign=45,borderline=95")
-    parser.add_argument("--level", type=float, default=0.6, help="of refusing openings, at which margins are compared")
+    parser.add_argument("--level", type=float, default=0.6, help="of refusing openings, at which β are compared")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--quick", action="store_true", help="a few prompts, to see that it runs")
     given = parser.parse_args(argv)
     be_quiet(False)
-    margins, strengths = numbers_of(given.margins), numbers_of(given.strengths)
-    configs = [(margin, strength) for margin in margins for strength in strengths]
+    betas, strengths = numbers_of(given.betas), numbers_of(given.strengths)
+    configs = [(beta, strength) for beta in betas for strength in strengths]
     counts = kinds_of("harmful=3,benign=2,borderline=2" if given.quick else given.prompts)
     plan = _plan(given.model, given.quick)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found[seed] = measured(run, model, configs, counts)
             append_jsonl(path, {"key": key, "seed": seed, "rows": found[seed]})
         say(f"seed {seed}: done")
-    print(table(found, margins, list(counts), given.level))
+    print(markdown(found, betas, list(counts), given.level))
 
 
 def _plan(model: str, quick: bool) -> Plan:

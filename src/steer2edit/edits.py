@@ -27,7 +27,7 @@ from .files.tensors import read_header
 from .method.change import Change, SiteEdit
 from .method.fingerprint import differing
 from .method.intervention import Intervention, Term
-from .method.preserve import MARGIN, SMALLEST_EPSILON, Evidence, quieted
+from .method.preserve import REPEL, Evidence, check_preserving, quieted
 from .method.scores import SiteScores
 from .method.site import BLOCKS, are_layers, layers_of, numbered_layers
 from .method.theorems import check_budget, magnitudes
@@ -93,7 +93,7 @@ class Scores:
         alpha: float,
         layers: str | Container[int] | None = None,
         preserve: float | None = None,
-        margin: float = MARGIN,
+        repel: float = REPEL,
     ) -> Edit:
         """The edit of one configuration; ρ = None switches a block type off.
 
@@ -103,9 +103,8 @@ class Scores:
             preserve: ε of `method.preserve`, above 0: heads fire little at what the probe was told to preserve, and
                 write little of what they write there anyway. A large ε gives the paper's edit, as None does; a
                 smaller one comes nearer to what the firing there should be.
-            margin: β of `method.preserve`, at least 0, where something is preserved: how hard prompts that are
-                preserved are pushed the other way before their answer begins, as a share of the push on positive
-                responses.
+            repel: β of `method.preserve`, at least 0: how hard preserved prompts are pushed the other way before
+                their answer begins, as a share of the push on positive responses.
 
         Raises:
             EditError: ρ ≤ 0, α outside [0, 1), ε below 1e-4 or β below 0, layers that cannot be read, or no evidence
@@ -120,7 +119,7 @@ class Scores:
         edit = Edit(_Thresholded(self.sites, lam, self._starts), config, self.fingerprint, self.provenance)
         if layers is not None:
             edit = edit.only(self._numbered(layers))
-        return edit if preserve is None else self._preserving(edit, preserve, margin)
+        return edit if preserve is None else self._preserving(edit, preserve, repel)
 
     def _numbered(self, layers: str | Container[int]) -> Container[int]:
         if isinstance(layers, str):
@@ -129,17 +128,8 @@ class Scores:
             return layers_of(numbered_layers(layers, self.depth))
         return layers
 
-    def _preserving(self, edit: Edit, epsilon: float, margin: float) -> Edit:
-        if not (isinstance(epsilon, int | float) and SMALLEST_EPSILON <= epsilon < math.inf):
-            raise EditError(
-                f"preserve must be at least {SMALLEST_EPSILON:g} and finite",
-                got=epsilon,
-                fix="Use None for the paper's edit.",
-            )
-        if not (isinstance(margin, int | float) and 0 <= margin < math.inf):
-            raise EditError(
-                "margin must be at least 0 and finite", got=margin, fix="With 0 no prompt is pushed the other way."
-            )
+    def _preserving(self, edit: Edit, epsilon: float, repel: float) -> Edit:
+        check_preserving(epsilon, repel)
         if self.evidence is None:
             raise EditError(
                 "the scores have no evidence to preserve by",
@@ -153,9 +143,9 @@ class Scores:
                 got=f"scores of an earlier version, at {len(without)} sites",
                 fix="Score the probe again.",
             )
-        evidence = self.evidence
-        sites = {key: quieted(site, evidence, epsilon, margin, shared[key]) for key, site in edit.sites.items()}
-        return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon), "margin": float(margin)})
+        how = self.evidence, epsilon, repel
+        sites = {key: quieted(site, *how, shared[key]) for key, site in edit.sites.items()}
+        return replace(edit, sites=sites, config={**edit.config, PRESERVE: float(epsilon), "repel": float(repel)})
 
     def save(self, path: str | Path) -> None:
         save_scores(self, path)
@@ -338,6 +328,12 @@ class Edit(AnyEdit):
                 "largest": float(lam.abs().max()) if lam.numel() else 0.0,
             }
         return table
+
+    @property
+    def preserving(self) -> dict[str, float]:
+        """What makes `Scores.edit` preserve as this edit does: `preserve` and `repel`. Empty for other edits."""
+        has = self.config  # edits of earlier versions do not repel, and do not speak of it
+        return {PRESERVE: has[PRESERVE], "repel": has.get("repel", 0.0)} if PRESERVE in has else {}
 
     @property
     def id(self) -> str:

@@ -40,9 +40,9 @@ def _case(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
     return a0, h, weights, positive
 
 
-def _wanted(positive: torch.Tensor, margin: float) -> torch.Tensor:
-    """1 on the positive rows, −`margin` on every other one of the rest."""
-    return torch.where(positive, 1.0, -margin * (torch.arange(len(positive)) % 2))
+def _wanted(positive: torch.Tensor, repel: float) -> torch.Tensor:
+    """1 on the positive rows, −`repel` on every other one of the rest."""
+    return torch.where(positive, 1.0, -repel * (torch.arange(len(positive)) % 2))
 
 
 def _least_squares(a0: Any, h: Any, weights: Any, positive: Any, wanted: Any, epsilon: float) -> np.ndarray:
@@ -58,12 +58,12 @@ def _least_squares(a0: Any, h: Any, weights: Any, positive: Any, wanted: Any, ep
     return np.linalg.lstsq(A, b, rcond=None)[0]
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("repel", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3, 10.0])
 @pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40), (20, 20)])
-def test_the_quiet_row_is_the_minimum(rows: int, columns: int, epsilon: float, margin: float) -> None:
+def test_the_quiet_row_is_the_minimum(rows: int, columns: int, epsilon: float, repel: float) -> None:
     a0, h, weights, positive = _case(rows, columns)
-    case = a0, h, weights, positive, _wanted(positive, margin), epsilon
+    case = a0, h, weights, positive, _wanted(positive, repel), epsilon
     np.testing.assert_allclose(quiet_row(*case), _least_squares(*case), rtol=1e-3, atol=1e-4)
 
 
@@ -95,7 +95,7 @@ def test_it_fires_less_where_nothing_is_to_change_and_as_much_where_it_should() 
     assert float(fired) == pytest.approx(float((h[positive] @ a0).mean()), rel=0.2)
     assert float(quiet) < 0.25 * float(fired)
     assert float((h[~positive] @ a0).mean()) > 0.9 * float((h[positive] @ a0).mean())
-    # With a margin the other group is pushed the other way, and the first as hard as before.
+    # With a repel the other group is pushed the other way, and the first as hard as before.
     away = quiet_row(a0, h, weights, positive, torch.where(positive, 1.0, -0.5), 0.05)
     assert float((h[positive] @ away).mean()) == pytest.approx(float(fired), rel=0.2)
     assert float((h[~positive] @ away).mean()) < -0.25 * float(fired)
@@ -217,17 +217,17 @@ def _site_edit(n: int = 4, c: int = 3) -> tuple[SiteEdit, Evidence]:
     return SiteEdit(site, s.u, s.k, s.g, s.reach, lam), Evidence(rows, *({"0.attn": x} for x in in_bytes(h)))
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.7])
-def test_components_that_are_not_edited_stay_so_and_signs_stay(margin: float) -> None:
+@pytest.mark.parametrize("repel", [0.0, 0.7])
+def test_components_that_are_not_edited_stay_so_and_signs_stay(repel: float) -> None:
     edit, evidence = _site_edit()
-    quiet = quieted(edit, evidence, 0.3, margin, NOTHING_SHARED)
+    quiet = quieted(edit, evidence, 0.3, repel, NOTHING_SHARED)
     assert torch.equal(torch.sign(quiet.lam), torch.sign(edit.lam))
     assert quiet.row.view(4, 3)[1].tolist() == [0, 0, 0]
     lengths = torch.linalg.vector_norm(quiet.k, dim=1)
     torch.testing.assert_close(lengths, torch.ones(4), rtol=1e-5, atol=1e-5)
     columns = [0, 1, 2, 6, 7, 8, 9, 10, 11]
     h = evidence.of("0.attn")[:, columns]
-    sides = evidence.weights, evidence.positive, evidence.wanted(margin)
+    sides = evidence.weights, evidence.positive, evidence.wanted(repel)
     expected = _least_squares(edit.row[columns], h, *sides, 0.3)
     np.testing.assert_allclose(quiet.row[columns], expected, rtol=1e-3, atol=1e-4)
     assert quiet.g is edit.g
@@ -305,9 +305,9 @@ def test_an_edit_cannot_preserve_without_evidence_or_with_an_epsilon_out_of_rang
     for epsilon in (0.0, -1.0, 1e-5, float("inf"), float("nan")):
         with pytest.raises(EditError, match=r"at least 0\.0001"):
             scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=epsilon)
-    for margin in (-0.1, float("inf"), float("nan")):
-        with pytest.raises(EditError, match="margin must be at least 0"):
-            scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3, margin=margin)
+    for repel in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(EditError, match="repel must be at least 0"):
+            scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3, repel=repel)
     with pytest.raises(EditError, match="Score the probe again"):
         scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, preserve=0.3)
     shared = Shared(0.2 * site.u, torch.zeros(4, 3))

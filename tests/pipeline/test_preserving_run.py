@@ -80,10 +80,10 @@ def test_an_edit_is_made_again_with_the_margin_that_its_file_has(tmp_path: Path)
     assert reproduce(tmp_path / "run", tmp_path / "again")["same"]
     chosen = s2e.Edit.load(tmp_path / "run/edit.safetensors")
     budget = {name: chosen.config[name] for name in ("rho_attn", "rho_mlp", "alpha", "preserve")}
-    other = run.scores["full"].edit(**budget, margin=0.0)
+    other = run.scores["full"].edit(**budget, repel=0.0)
     assert other.id != chosen.id
-    # As an earlier version wrote it, which did not know a margin.
-    config = {name: value for name, value in other.config.items() if name != "margin"} | {"variant": "preserve"}
+    # As an earlier version wrote it, which did not know a repel.
+    config = {name: value for name, value in other.config.items() if name != "repel"} | {"variant": "preserve"}
     replace(other, config=config).save(tmp_path / "run/edit.safetensors")
     result = reproduce(tmp_path / "run", tmp_path / "once more")
     assert set(result["tensors"].values()) == {"same"}
@@ -92,7 +92,7 @@ def test_an_edit_is_made_again_with_the_margin_that_its_file_has(tmp_path: Path)
 def test_what_preserves_is_made_again_when_the_package_chooses_another_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     preserving, paper = tiny_recipe(search__variants=["preserve"]), tiny_recipe()
     before = keys.stage_keys(preserving), keys.stage_keys(paper)
-    monkeypatch.setattr(keys, "MARGIN", 0.7)
+    monkeypatch.setattr(keys, "REPEL", 0.7)
     after = keys.stage_keys(preserving), keys.stage_keys(paper)
     changed = {stage for stage, key in before[0].items() if after[0][stage] != key}
     assert changed == set(before[0]) - {"traces", "probe"}

@@ -13,7 +13,7 @@ import oracle
 import steer2edit as s2e
 from steer2edit.errors import EditError, FileError, TraceError
 from steer2edit.files.tensors import read_tensors, write_tensors
-from steer2edit.method.preserve import FIRST, MARGIN
+from steer2edit.method.preserve import FIRST, REPEL
 from steer2edit.probing.chat import CHAT
 from steer2edit.probing.collect import collect, probe_of, run_pass
 from steer2edit.probing.plan import plan_pass
@@ -108,10 +108,10 @@ def test_probe_scores_and_edit_keep_it_through_files(pico: Any, tokenizer: Any, 
     budget: Any = {"rho_attn": 0.2, "rho_mlp": None, "alpha": 0.2, "preserve": 0.3}
     edit = loaded.edit(**budget)
     assert edit.id == scores.edit(**budget).id != scores.edit(**budget | {"preserve": None}).id
-    assert (edit.config["preserve"], edit.config["margin"]) == (0.3, MARGIN)
-    other = loaded.edit(**budget, margin=0.0)
-    assert other.config == {**edit.config, "margin": 0.0}
-    assert other.id == scores.edit(**budget, margin=0.0).id != edit.id
+    assert (edit.config["preserve"], edit.config["repel"]) == (0.3, REPEL)
+    other = loaded.edit(**budget, repel=0.0)
+    assert other.config == {**edit.config, "repel": 0.0}
+    assert other.id == scores.edit(**budget, repel=0.0).id != edit.id
     edit.save(tmp_path / "edit.safetensors")
     assert s2e.Edit.load(tmp_path / "edit.safetensors").id == edit.id
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def test_a_style_is_measured_without_what_needs_evidence(beyond: Any, tmp_path: 
         beyond.main([*arguments, "--methods", "rose"])
 
 
-def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_level(
+def test_the_openings_of_each_beta_go_on_with_the_next_seed_and_are_read_off_at_a_level(
     draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import openings
@@ -249,7 +250,7 @@ def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_
         rows["0.0 2.0"] = {"kl": 0.06, "harmful": 0.8, "benign": 0.3}
     found[0]["0.5 1.0"] = {"kl": 0.08, "harmful": 0.9, "benign": 0.3}  # the level lies below the first strength
     found[0]["base"] = {"kl": 0.0, "harmful": 0.3, "benign": 0.0}
-    page = openings.table(found, (0.0, 0.5), ["harmful", "benign"], 0.6)
+    page = openings.markdown(found, (0.0, 0.5), ["harmful", "benign"], 0.6)
     assert "| 0 | 0 | 0.200 | 0.040 |" in page
     assert "| 0 | 0.5 | 0.150 | 0.040 |" in page
     assert "| 1 | 0 | 0.200 | 0.040 |" in page
@@ -257,13 +258,27 @@ def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_
     assert openings.REFUSES.match("I'm sorry for the")
     assert not openings.REFUSES.match("I'm glad you asked")
 
-    # An untrained model never refuses. What is tested is that every answer is counted.
-    monkeypatch.setattr(openings, "REFUSES", openings.re.compile(""))
-    asked = ["--quick", "--model", save_pico(tmp_path / "model"), "--margins", "0,1", "--strengths", "0.5,1"]
+    # An untrained model never refuses. One edit's answers to the prompts that are asked first are made refusals.
+    generate = TransformersEngine.generate
+
+    def refusing(self: Any, requests: Any, table: Any, *rest: Any, **more: Any) -> Any:
+        answers = generate(self, requests, table, *rest, **more)
+        if len(table) < 5 or len(requests) != 35:
+            return answers
+        first = {request.ids for request in requests[:2]}
+        return [
+            replace(answer, text="I'm sorry for") if request.row == 2 and request.ids in first else answer
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    monkeypatch.setattr(TransformersEngine, "generate", refusing)
+    asked = ["--quick", "--model", save_pico(tmp_path / "model"), "--betas", "0,1", "--strengths", "0.5,1"]
     openings.main([*asked, "--out", str(tmp_path / "out"), "--seeds", "0"])
     line = json.loads((tmp_path / "out/measured.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert list(line["rows"]) == ["base", "0.0 0.5", "0.0 1.0", "1.0 0.5", "1.0 1.0"]
-    assert {row["harmful"] for row in line["rows"].values()} == {1.0}
+    shares = {name: (row["harmful"], row["benign"], row["borderline"]) for name, row in line["rows"].items()}
+    assert shares.pop("0.0 1.0") == (pytest.approx(2 / 3), 0.0, 0.0)
+    assert set(shares.values()) == {(0.0, 0.0, 0.0)}
     kl = {name: row["kl"] for name, row in line["rows"].items()}
     assert kl["base"] == 0.0 < kl["0.0 0.5"] < kl["0.0 1.0"]
     assert kl["1.0 1.0"] != pytest.approx(kl["0.0 1.0"], rel=1e-3)
@@ -283,7 +298,9 @@ def test_the_openings_of_margins_go_on_with_the_next_seed_and_are_read_off_at_a_
     monkeypatch.setattr(openings, "measured", lambda run, *_: asked_seeds.append(run.seed) or line["rows"])
     openings.main([*asked, "--out", str(tmp_path / "out"), "--seeds", "0,1"])
     assert asked_seeds == [1]
-    assert "| 1 | 0 | not reached |" in capsys.readouterr().out  # nothing lies between two neighbours
+    page = capsys.readouterr().out
+    assert "| 1 | 0 | 0.000 | 0.000 |" in page
+    assert "| 1 | 1 | not reached |" in page
     kept = [json.loads(line)["seed"] for line in (tmp_path / "out/measured.jsonl").read_text().splitlines()]
     assert kept == [0, 1]
 

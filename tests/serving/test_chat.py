@@ -114,16 +114,16 @@ def test_a_run_that_edits_some_layers_goes_on_editing_those(talking: Conversatio
     assert {site.site.layer for site in edits[0].edited().values()} == {1}
 
 
-@pytest.mark.parametrize("margin", [0.7, None])
+@pytest.mark.parametrize("repel", [0.7, None])
 def test_a_run_that_preserves_goes_on_preserving(
-    talking: Conversation, pico: Any, tokenizer: Any, traces: Any, margin: float | None
+    talking: Conversation, pico: Any, tokenizer: Any, traces: Any, repel: float | None
 ) -> None:
     model = pico()
     scores = s2e.score(model, s2e.collect(model, tokenizer, *traces, preserve=[""]))
-    how: Any = {"layers": "1-2", "preserve": 0.2, "margin": margin or 0.0}
+    how: Any = {"layers": "1-2", "preserve": 0.2, "repel": repel or 0.0}
     edit = scores.edit(rho_attn=0.3, rho_mlp=None, alpha=0.1, **how).with_strength(0.5)
-    if margin is None:  # an edit of an earlier version does not speak of one
-        edit = replace(edit, config={name: value for name, value in edit.config.items() if name != "margin"})
+    if repel is None:  # an edit of an earlier version does not speak of one
+        edit = replace(edit, config={name: value for name, value in edit.config.items() if name != "repel"})
     kept = Source("kept", edit, scores, layers="1-2")
     other = kept.with_budget(rho_attn=0.2, rho_mlp=None, alpha=0.0)
     expected = scores.edit(rho_attn=0.2, rho_mlp=None, alpha=0.0, **how).with_strength(0.5)

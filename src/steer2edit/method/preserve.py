@@ -9,6 +9,7 @@ writes anyway where the model should stay as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -18,6 +19,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from ..errors import EditError
 from ..files.tensors import BYTES
 from .change import SiteEdit
 from .site import Site
@@ -25,9 +27,9 @@ from .site import Site
 # How near the paper's row and direction the quiet ones stay. It was chosen on validation prompts: docs/preserve.md.
 EPSILON = 0.1
 # How hard the last token of a preserved prompt is pushed the other way, as a share of the push on positive responses.
-# Some harmless prompts give way to a weak push: this leaves a margin. Chosen by how answers to other
-# prompts open: docs/preserve.md, "What the margin adds".
-MARGIN = 0.5
+# Some harmless prompts give way to a weak push: this leaves them room. Chosen by how answers open: docs/preserve.md,
+# "What repelling adds".
+REPEL = 0.5
 
 # The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
 # positions that predict the next five; and all later ones.
@@ -107,11 +109,11 @@ class Evidence:
         """Which rows are of positive responses [rows]."""
         return torch.tensor([row.label == "positive" for row in self.rows])
 
-    def wanted(self, margin: float) -> Tensor:
+    def wanted(self, repel: float) -> Tensor:
         """The push that each row is to get, as a share of the one on positive rows [rows]: 1 on these, −β at the last
         token of a preserved prompt, and 0 on the response to it."""
         before = torch.tensor([PARTS[row.part] == PARTS[0] for row in self.rows])
-        return torch.where(self.positive, 1.0, torch.where(before, -margin, 0.0))
+        return torch.where(self.positive, 1.0, torch.where(before, -repel, 0.0))
 
     @cached_property
     def weights(self) -> Tensor:
@@ -139,6 +141,20 @@ class Shared:
 
     part: Tensor
     along: Tensor
+
+
+def check_preserving(epsilon: float, repel: float) -> None:
+    """Raises EditError unless ε is at least `SMALLEST_EPSILON`, β at least 0, and both are finite."""
+    if not (isinstance(epsilon, int | float) and SMALLEST_EPSILON <= epsilon < math.inf):
+        raise EditError(
+            f"preserve must be at least {SMALLEST_EPSILON:g} and finite",
+            got=epsilon,
+            fix="Use None for the paper's edit.",
+        )
+    if not (isinstance(repel, int | float) and 0 <= repel < math.inf):
+        raise EditError(
+            "repel must be at least 0 and finite", got=repel, fix="With 0 no prompt is pushed the other way."
+        )
 
 
 def in_bytes(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,13 +259,13 @@ def quiet_direction(v: Tensor, along: Tensor, shared: Shared, epsilon: float) ->
     return (w / size).float(), (along_w / size).float()
 
 
-def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, margin: float, shared: Shared | None) -> SiteEdit:
+def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, repel: float, shared: Shared | None) -> SiteEdit:
     """A site's edit with the quiet row over the components that it edits, and with the quiet direction.
 
     |λ_i| becomes the length of the component's part of the row, its sign stays, and k̂_i takes the direction.
 
     Args:
-        epsilon: ε. margin: β, at least 0.
+        epsilon: ε. repel: β, at least 0.
         shared: what v̂ shares with preserved outputs. Without it and without evidence a site stays as it was: no
             neurons have any.
     """
@@ -259,7 +275,7 @@ def quieted(site: SiteEdit, evidence: Evidence, epsilon: float, margin: float, s
         return site
     columns = edited.repeat_interleave(site.site.width)
     row = torch.zeros_like(site.row)
-    a0, weights, wanted = site.row[columns], evidence.weights, evidence.wanted(margin)
+    a0, weights, wanted = site.row[columns], evidence.weights, evidence.wanted(repel)
     row[columns] = quiet_row(a0, h[:, columns], weights, evidence.positive, wanted, epsilon)
     parts = row.view(site.site.n, site.site.width)
     lam = torch.copysign(torch.linalg.vector_norm(parts, dim=1), site.lam) * edited

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..behaviours.base import SPLITS
 from ..files.reading import sha256
-from ..method.preserve import EPSILON, MARGIN
+from ..method.preserve import EPSILON, REPEL
 from ..method.rivals import Rival
 from ..method.variants import FULL, SCORED, Variant
 from ..recipe import Recipe
@@ -55,7 +55,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     scored = sorted([*score_files(recipe), *rival_files(recipe)])
     # Scores with evidence hold what vectors share with preserved outputs; those of earlier versions did not. All that
     # is made from them, test answers too, depends on the two numbers as well.
-    preserving = ["shared", EPSILON, MARGIN] if recipe.preserved else []
+    preserving = ["shared", EPSILON, REPEL] if recipe.preserved else []
     keys["score"] = _key("score", keys["probe"], r["probe"]["expert_tokens"], scored, *preserving)
     keys["search"] = _key("search", keys["score"], _searched(recipe), r["data"]["validation"], asked)
     # Without a person's pick the keys are those of versions that did not know one.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..edits import Edit, Scores, load_any
+from ..edits import Edit, load_any
 from ..errors import FileError, Steer2EditError
 from ..files.gallery import folder_of, is_of_gallery
 from ..files.reading import read_json, sha256
 from ..files.writing import replacing_folder
-from ..method.variants import FULL, PRESERVE
 from ..progress import say
 from ..recipe import load_recipe, refuse_code
 from ..searching.candidates import edit_of
@@ -156,7 +154,8 @@ def reproduce(source: Path | str, work: Path, trust_code: bool = False) -> dict[
     for stage in ("traces", "probe", "score"):
         if not run.is_whole(stage):
             run_stage(run, stage, str(folder / RECIPE))
-    remade = _made_again(stored, config, run.scores).with_strength(stored.strength)
+    # Another version may preserve by other numbers than this one: the file has its own.
+    remade = edit_of(config, run.scores, stored.preserving).with_strength(stored.strength)
     run.close()
     remade.save(work / EDIT)
     result: dict[str, Any] = {"kind": "reproduce", "config": config, "tensors": compared(folder / EDIT, work / EDIT)}
@@ -170,18 +169,6 @@ def reproduce(source: Path | str, work: Path, trust_code: bool = False) -> dict[
     result["same"] = all(word == "same" for word in words)
     result["close"] = all(word == "same" or (isinstance(word, float) and word <= 1e-4) for word in words)
     return result
-
-
-def _made_again(stored: Edit, config: Mapping[str, Any], scores: Mapping[str, Scores]) -> Edit:
-    """The chosen configuration's edit. One that preserves is made by the two numbers that its file has, which another
-    version may have chosen otherwise."""
-    edit = edit_of(config, scores)
-    if PRESERVE not in stored.config:
-        return edit
-    budget = {name: edit.config[name] for name in ("rho_attn", "rho_mlp", "alpha")}
-    epsilon, margin = stored.config[PRESERVE], stored.config.get("margin", 0.0)
-    again = scores[FULL].edit(**budget, layers=config.get("layers"), preserve=epsilon, margin=margin)
-    return replace(again, config={**edit.config, **again.config})
 
 
 def _folder(source: Path | str) -> Path:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..edits import Edit, Scores
 from ..errors import EditError, FileError
 from ..method.intervention import NOTHING, Intervention, Term, residual_key, steering
-from ..method.preserve import EPSILON
+from ..method.preserve import EPSILON, REPEL
 from ..method.rivals import RIVALS
 from ..method.site import layers_of
 from ..method.theorems import output_direction
@@ -183,14 +183,18 @@ def steering_vectors(scores: Scores) -> dict[str, torch.Tensor]:
     return {s.site.block_key: s.v_norm * s.u for s in scores.sites.values()}
 
 
-def edit_of(config: Mapping[str, Any], scores: Mapping[str, Scores]) -> Edit:
+def edit_of(
+    config: Mapping[str, Any], scores: Mapping[str, Scores], preserving: Mapping[str, float] | None = None
+) -> Edit:
     """The edit of a configuration.
 
     Args:
         scores: the full method's under "full", and those of the variants that score in other ways.
+        preserving: ε and β of the variant `preserve`, as `Edit.preserving` has them; by default the package's.
     """
     variant, layers = config.get("variant", FULL), config.get("layers")
-    return edit_of_variant(variant, scores, config["rho_attn"], config["rho_mlp"], config["alpha"], layers)
+    budget = config["rho_attn"], config["rho_mlp"], config["alpha"]
+    return edit_of_variant(variant, scores, *budget, layers, preserving)
 
 
 def edit_of_variant(
@@ -200,12 +204,14 @@ def edit_of_variant(
     rho_mlp: float | None,
     alpha: float,
     layers: str | None = None,
+    preserving: Mapping[str, float] | None = None,
 ) -> Edit:
     """The edit of one configuration under a variant.
 
     Args:
         scores: the full method's under "full", those of `SCORED` variants under their names.
         layers: those that are edited, as in a recipe; None is all.
+        preserving: ε and β of the variant `preserve`; by default the package's.
 
     Raises:
         EditError: the variant is unknown, or its scores are missing.
@@ -218,7 +224,7 @@ def edit_of_variant(
         rho_mlp=rho_mlp,
         alpha=0.0 if variant == "l2" else alpha,
         layers=layers,
-        preserve=EPSILON if variant == PRESERVE else None,
+        **(preserving or {PRESERVE: EPSILON, "repel": REPEL} if variant == PRESERVE else {}),
     )
     if variant == "l0":
         edit = _hard(edit, rho_attn, rho_mlp, alpha)

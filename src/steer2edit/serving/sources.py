@@ -14,7 +14,6 @@ from ..files.gallery import GALLERY, folder_of
 from ..files.reading import read_json
 from ..files.schema import parse
 from ..method.site import layers_of
-from ..method.variants import PRESERVE
 from ..models.embedded import EMBEDDED, HUB_NAMES
 from ..recipe import load_recipe
 from ..report.inspection import MANIFEST, changed_files
@@ -54,15 +53,9 @@ class Source:
         edit = self.edit
         if not isinstance(edit, Edit):
             raise EditError("a combination has no (ρ, α) to change", got=edit.id, fix="Change its strength.")
-        if PRESERVE in edit.config and self.scores is not None:  # the file alone does not hold the evidence
-            other = self.scores.edit(
-                rho_attn=rho_attn,
-                rho_mlp=rho_mlp,
-                alpha=alpha,
-                layers=self.layers,
-                preserve=edit.config[PRESERVE],
-                margin=edit.config.get("margin", 0.0),  # edits of earlier versions have none
-            )
+        if edit.preserving and self.scores is not None:  # the file alone does not hold the evidence
+            how = edit.preserving
+            other = self.scores.edit(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha, layers=self.layers, **how)
             return other.with_strength(edit.strength)
         other = edit.with_budget(rho_attn=rho_attn, rho_mlp=rho_mlp, alpha=alpha)
         return other if self.layers is None else other.only(layers_of(self.layers))
