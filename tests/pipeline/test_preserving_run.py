@@ -74,7 +74,7 @@ def test_its_page_shows_where_it_fires_and_names_as_text(tmp_path: Path) -> None
     assert "<script>alert(1)" not in page
 
 
-def test_an_edit_is_made_again_with_the_margin_that_its_file_has(tmp_path: Path) -> None:
+def test_an_edit_is_made_again_as_hard_as_its_file_says(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", tiny_recipe(save_pico(tmp_path / "model"), search__variants=["preserve"]))
     run_all(run)
     assert reproduce(tmp_path / "run", tmp_path / "again")["same"]
@@ -89,7 +89,7 @@ def test_an_edit_is_made_again_with_the_margin_that_its_file_has(tmp_path: Path)
     assert set(result["tensors"].values()) == {"same"}
 
 
-def test_what_preserves_is_made_again_when_the_package_chooses_another_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_preserves_is_made_again_when_the_package_repels_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     preserving, paper = tiny_recipe(search__variants=["preserve"]), tiny_recipe()
     before = keys.stage_keys(preserving), keys.stage_keys(paper)
     monkeypatch.setattr(keys, "REPEL", 0.7)
