@@ -31,6 +31,7 @@ from steer2edit.pipeline.run import Run
 from steer2edit.probing.spans import response_span
 from steer2edit.probing.traces import read_traces
 from steer2edit.recipe import load_recipe, parse_recipe
+from steer2edit.report import drawing
 from steer2edit.report.inspection import describe
 from steer2edit.searching.journal import Journal
 from steer2edit.serving.sources import open_source
@@ -42,8 +43,9 @@ BILLIONS = "a: &a0 [x, x]\n" + "\n".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]" for i
 
 @pytest.mark.parametrize(
     "text",
-    [BILLIONS, "&a [*a]", "a: &a {b: *a}", "[" * 1200, "a: 2001-99-99", "a: !!int x", "a: !!timestamp x", "a: !!bool x",
-     "a: " + "9" * 6000, 'a: "\\ud800"', 'a: "\\0"', "x" * 1_100_000, "{b: " * 60 + "1" + "}" * 60],
+    [BILLIONS, "&a [*a]", "a: &a {b: *a}", "[" * 1200, "a: 2001-99-99", "a: !!int x", "a: !!float _",
+     "a: !!timestamp x", "a: !!bool x", "a: " + "9" * 6000,
+     'a: "\\ud800"', 'a: "\\0"', "x" * 1_100_000, "{b: " * 60 + "1" + "}" * 60],
     ids=lambda text: text[:20],
 )  # fmt: skip
 def test_yaml_that_is_a_trap_is_refused_at_once(text: str, tmp_path: Path) -> None:
@@ -186,6 +188,22 @@ def test_a_disk_that_is_full_while_tensors_are_written_is_said(tmp_path: Path, f
     refusal = refused_by_the_system(caught.value)
     assert refusal is not None
     assert refusal.what == "the disk is full"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [0, 100, 1000, 5000])
+def test_a_disk_that_is_full_while_a_figure_is_written_is_said(room: int, tmp_path: Path, monkeypatch: Any) -> None:
+    # Where matplotlib writes the file itself, what it does on its way out hides the error in one of its own.
+    monkeypatch.setattr(drawing, "SUFFIXES", (".pdf",))
+    figure, axes = drawing.canvas(3, 2)
+    axes[0].plot([1, 2], [3, 4])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        with pytest.raises(OSError, match="too large"):
+            drawing.save(figure, tmp_path / "figure")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

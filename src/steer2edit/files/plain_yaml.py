@@ -35,8 +35,8 @@ def read_yaml(text: str, what: str) -> Any:
         raise RecipeError(
             f"{what} is nested too deeply", got="more levels than can be read", fix="Write it flat."
         ) from None
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        # PyYAML lets through what its readers of dates, numbers and tags raise: 2001-99-99, !!int x.
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        # PyYAML lets through what its readers of dates, numbers and tags raise: 2001-99-99, !!int x, !!float _.
         raise RecipeError(
             f"{what} holds a value that is not YAML", got=str(error), fix="Quote it, or mend it."
         ) from None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,10 @@ def save(figure: Any, path: Path) -> list[Path]:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once for all formats: it takes as long as to draw
         for suffix in SUFFIXES:
+            drawn = BytesIO()  # into memory: on a full disk matplotlib's PDF ends in an error of zlib's
+            figure.savefig(drawn, format=suffix[1:], dpi=150, metadata=_METADATA[suffix])
             with replacing(path.with_suffix(suffix)) as temporary:
-                figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=_METADATA[suffix])
+                temporary.write_bytes(drawn.getvalue())
             files.append(path.with_suffix(suffix))
     return files
 

@@ -74,7 +74,7 @@ def _named_in(path: str) -> str:
     lines = [line for line in read_text(path).splitlines() if "!function" not in line]
     try:
         name = yaml.safe_load("\n".join(lines)).get("task")
-    except (yaml.YAMLError, AttributeError, KeyError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError) as error:
         raise FileError(f"{path} is no task of lm-eval", got=str(error).splitlines()[0], fix="Mend it.") from None
     if not isinstance(name, str):
         raise FileError(f"{path} is no task of lm-eval", got=f"task: {name}", fix="Give the task its name.")
