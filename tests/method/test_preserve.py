@@ -13,7 +13,6 @@ from steer2edit.edits import Scores
 from steer2edit.errors import EditError
 from steer2edit.method.change import SiteEdit
 from steer2edit.method.preserve import (
-    INSTRUCTION,
     PARTS,
     SMALLEST_EPSILON,
     Evidence,
@@ -190,8 +189,8 @@ def test_the_weights_of_the_rows_by_hand() -> None:
             ("positive", "harm", 1),
             ("negative", "plain", 0),
             ("negative", "plain", 2),
-            ("negative", "like", INSTRUCTION),
-            ("negative", "like", INSTRUCTION),
+            ("negative", "like", 0),
+            ("negative", "like", 0),
         ),
         {},
         {},
@@ -199,8 +198,8 @@ def test_the_weights_of_the_rows_by_hand() -> None:
     # The positive half: two parts of 1/4, of which the first has two rows. The other half: three parts of 1/6.
     expected = [1 / 8, 1 / 8, 1 / 4, 1 / 6, 1 / 6, 1 / 12, 1 / 12]
     np.testing.assert_allclose(evidence.weights, expected, rtol=1e-6)
-    # Before the answer a preserved prompt is pushed the other way, at the end of the instruction twice as hard.
-    assert evidence.wanted(0.5).tolist() == [1, 1, 1, -0.5, 0, -1, -1]
+    # What stands before the answer to a preserved prompt is pushed the other way.
+    assert evidence.wanted(0.5).tolist() == [1, 1, 1, -0.5, 0, -0.5, -0.5]
     assert evidence.wanted(0.0).tolist() == [1, 1, 1, 0, 0, 0, 0]
 
 

@@ -13,25 +13,15 @@ import oracle
 import steer2edit as s2e
 from steer2edit.errors import EditError, FileError, TraceError
 from steer2edit.files.tensors import read_tensors, write_tensors
-from steer2edit.method.preserve import FIRST, INSTRUCTION, PARTS, REPEL
-from steer2edit.probing.chat import CHAT, Chat
+from steer2edit.method.preserve import FIRST, REPEL
+from steer2edit.probing.chat import CHAT
 from steer2edit.probing.collect import collect, probe_of, run_pass
-from steer2edit.probing.plan import part_of, plan_pass
-from steer2edit.probing.spans import response_span
+from steer2edit.probing.plan import plan_pass
 
 
 def _collected(model: Any, tokenizer: Any, traces: Any, **options: Any) -> s2e.Probe:
     groups = {trace.group for trace in traces[1]}
     return collect(model, tokenizer, *traces, preserve=sorted(groups), **options)
-
-
-def _asked(tokenizer: Any, trace: s2e.Trace, ids: list[int]) -> Any:
-    """The run of a ChatML trace whose position is the last token of the prompt's text, by what the tokens decode to."""
-    before = f"<|im_start|>system\n{trace.system}<|im_end|>\n" if trace.system else ""
-    before += "<|im_start|>user\n"
-    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-    last = next(i for i, end in enumerate(ends) if end >= len(before) + len(trace.prompt))
-    return trace.label, trace.group, ids, last, last + 1
 
 
 @pytest.mark.parametrize("positions", ["predicting", "response"])
@@ -46,18 +36,11 @@ def test_each_row_is_the_mean_of_its_part(
     if positions == "response":  # the first part is the prompt's last position all the same
         runs = [(label, group, ids, first - 1, last) for label, group, ids, first, last in runs]
     kept = oracle.capture(model, runs)
-    asked = oracle.capture(
-        model, [_asked(tokenizer, t, ids) for t, (_, _, ids, *_) in zip([*traces[0], *traces[1]], runs, strict=True)]
-    )
-    seen: dict[Any, int] = {}
     for layer in (0, 1, 2):
+        responses = [response.inputs for response in kept[layer, "attn"]]
         rows = []
-        seen.clear()
-        for response, prompt in zip(kept[layer, "attn"], asked[layer, "attn"], strict=True):
-            second = seen.get((response.label, response.group), 0) % 2  # the second half of a group keeps the rest
-            seen[response.label, response.group] = seen.get((response.label, response.group), 0) + 1
-            h = response.inputs
-            parts = (h[:1], h[FIRST:] if second else h[1:FIRST], prompt.inputs)
+        for of_response in responses:
+            parts = (of_response[:1], of_response[1:FIRST], of_response[FIRST:])
             rows += [part.mean(axis=0) for part in parts if len(part)]
         expected = torch.from_numpy(np.array(rows))
         here = evidence.of(f"{layer}.attn")
@@ -66,45 +49,6 @@ def test_each_row_is_the_mean_of_its_part(
         step = expected.abs().amax(dim=1, keepdim=True) / 127
         assert ((here - expected).abs() <= 0.51 * step).all()
     assert set(evidence.inputs) == {"0.attn", "1.attn", "2.attn"}  # heads alone: neurons are too many
-
-
-def _parts_of(tokenizer: Any, trace: s2e.Trace, chat: Chat) -> dict[str, list[int]]:
-    """By name, the positions of each part of a trace's response."""
-    span, _ = response_span(tokenizer, trace, chat=chat)
-    assert span is not None
-    return {name: list(part_of(span, part, "predicting")) for part, name in enumerate(PARTS)}
-
-
-def test_the_last_token_of_the_instruction_is_found_in_any_template(tokenizer: Any) -> None:
-    twice = s2e.Trace("Speak up!", "Yes, I will do that now.", "positive", system="Speak up!")
-    spaced = s2e.Trace("  Speak up!\n", "Yes, I will do that now.", "positive")
-    talk = [
-        {"role": role, "content": text} for role, text in (("user", "Hello."), ("assistant", "Hm."), ("user", "Why?"))
-    ]
-    for trace, end in ((twice, "Speak up!"), (spaced, "Speak up!"), (s2e.Trace(talk, "So.", "positive"), "Why?")):
-        span, _ = response_span(tokenizer, trace, chat=CHAT)
-        assert span is not None
-        [last] = _parts_of(tokenizer, trace, CHAT)["last instruction token"]
-        read = tokenizer.decode(span.ids[: last + 1])
-        assert read.endswith(end)
-        assert read.count("<|im_start|>user") == 1 + (trace.prompt is talk)
-
-
-def test_without_a_template_the_last_token_counts_once(tokenizer: Any) -> None:
-    parts = _parts_of(tokenizer, s2e.Trace("Once upon a time", " there was a king.", "positive"), Chat(plain=True))
-    assert parts["last instruction token"] == []
-    assert len(parts["last prompt token"]) == 1
-
-
-def test_prompts_that_a_template_changes_have_no_evidence_of_their_end_and_are_counted(
-    pico: Any, tokenizer: Any, traces: Any, caplog: Any
-) -> None:
-    loud = Chat(template="{% for m in messages %}{{ m.content | upper }}{% endfor %}\n")
-    with caplog.at_level("INFO"):
-        probe = _collected(pico(), tokenizer, traces, chat=loud)
-    assert probe.evidence is not None
-    assert INSTRUCTION not in {row.part for row in probe.evidence.rows}
-    assert f"{len(traces[0]) + len(traces[1])} of {len(traces[0]) + len(traces[1])} prompts are not" in caplog.text
 
 
 def test_other_groups_are_not_kept_and_the_means_stay(pico: Any, tokenizer: Any, traces: Any) -> None:

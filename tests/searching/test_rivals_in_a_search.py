@@ -15,7 +15,6 @@ from runs import a_bench, bundled, make_scores, save_pico, tiny_recipe
 from steer2edit.edits import Edit, Scores
 from steer2edit.engines.transformers import TransformersEngine
 from steer2edit.errors import EditError, ProbeError, RecipeError
-from steer2edit.method.preserve import INSTRUCTION
 from steer2edit.method.rivals import RIVALS, WITH_EVIDENCE, null_space_row, rosi_row
 from steer2edit.pipeline.keys import rival_files, stage_keys
 from steer2edit.pipeline.run import Run
@@ -97,8 +96,7 @@ def test_the_rivals_with_evidence_edit_the_heads_of_the_layers_that_they_are_giv
         whole = intervention_of(rival(kind, 0.5), world.scores, world.probe, world.rivals)
         assert list(whole.terms) == [f"{i}.attn" for i in range(6)]
     site = world.scores["full"].sites["3.attn"]
-    mine = [i for i, row in enumerate(evidence.rows) if row.part != INSTRUCTION]
-    row = null_space_row(evidence.of("3.attn")[mine], evidence.weights[mine], evidence.positive[mine], site.v_norm)
+    row = null_space_row(evidence.of("3.attn"), evidence.weights, evidence.positive, site.v_norm)
     term = intervention_of(rival("null_space", 0.5), world.scores, world.probe, world.rivals).terms["3.attn"]
     torch.testing.assert_close(term.u @ term.a, 0.5 * torch.outer(site.u, row), rtol=1e-4, atol=1e-6)
 

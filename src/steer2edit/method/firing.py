@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from .change import Part
-from .preserve import INSTRUCTION, PARTS, Evidence, ridge_solution
+from .preserve import PARTS, Evidence, ridge_solution
 
 # The linear probe is cross-validated in folds of responses; its ridge is a share of the mean eigenvalue.
 FOLDS = 5
 RIDGE = 0.1
-# As a table has the parts: in the order of the text.
-_SHOWN = (INSTRUCTION, *range(INSTRUCTION))
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,11 @@ class Firing:
         """As a row of a table."""
         shown: dict[str, object] = {"group": f"{self.label}: {self.group}" if self.group else self.label}
         shown["responses"] = self.responses
-        for part in _SHOWN:
-            mean = self.means[part]
-            shown[f"push, {PARTS[part]}"] = "–" if mean is None else f"{mean:.2f}"
-        for part in _SHOWN:
-            auc, ceiling = self.auc[part], self.ceiling[part]
-            if PARTS[part] != "rest":
-                shown[f"AUC (ceiling), {PARTS[part]}"] = "–" if auc is None else f"{auc:.2f} ({ceiling:.2f})"
+        for name, mean in zip(PARTS, self.means, strict=True):
+            shown[f"push, {name}"] = "–" if mean is None else f"{mean:.2f}"
+        for name, auc, ceiling in zip(PARTS, self.auc, self.ceiling, strict=True):
+            if name != PARTS[-1]:
+                shown[f"AUC (ceiling), {name}"] = "–" if auc is None else f"{auc:.2f} ({ceiling:.2f})"
         return shown
 
 

@@ -1,10 +1,10 @@
 """Edits that fire where they should: beyond the paper, whose k̂ fires on whatever excites a component along v.
 
-The probe may keep *evidence*: the mean inputs of attention heads over parts of every positive response, and of every
-response to prompts on which the model should stay as it is. Two closed forms read it: `quiet_row` turns the paper's row
-a₀ of a site into the row that fires evenly on the first, hardly on the second, aims below zero before the answer to a
-prompt of the second, and otherwise stays near a₀; `quiet_direction` takes out of v̂ most of what the site writes anyway
-where the model should stay as it is.
+The probe may keep *evidence*: the mean inputs of attention heads over three parts of every positive response, and of
+every response to prompts on which the model should stay as it is. Two closed forms read it: `quiet_row` turns the
+paper's row a₀ of a site into the row that fires evenly on the first, hardly on the second, aims below zero before the
+answer to a prompt of the second, and otherwise stays near a₀; `quiet_direction` takes out of v̂ most of what the site
+writes anyway where the model should stay as it is.
 """
 
 from __future__ import annotations
@@ -32,12 +32,9 @@ EPSILON = 0.1
 REPEL = 0.5
 
 # The parts of a response of which each has a mean: the prompt's last position, which predicts the first token; the
-# positions that predict the next five; and all later ones. Before them stands the last token of the user's own text,
-# where a model has read the request and the chat template's end is still to come (arXiv 2507.11878).
-PARTS = ("last prompt token", "first tokens", "rest", "last instruction token")
-FIRST, INSTRUCTION = 6, 3
-# How hard each part of a preserved prompt is pushed the other way, in β. On its response the push is to be 0.
-_REPELLED = {0: 1.0, INSTRUCTION: 2.0}
+# positions that predict the next five; and all later ones.
+PARTS = ("last prompt token", "first tokens", "rest")
+FIRST = 6
 
 # Below this ε both closed forms lose their digits in fp32.
 SMALLEST_EPSILON = 1e-4
@@ -113,10 +110,10 @@ class Evidence:
         return torch.tensor([row.label == "positive" for row in self.rows])
 
     def wanted(self, repel: float) -> Tensor:
-        """The push that each row is to get, as a share of the one on positive rows [rows]: 1 on these; −β at the last
-        token of a preserved prompt, −2β at that of its instruction, and 0 on the response to it."""
-        preserved = torch.tensor([-repel * _REPELLED.get(row.part, 0.0) for row in self.rows])
-        return torch.where(self.positive, 1.0, preserved)
+        """The push that each row is to get, as a share of the one on positive rows [rows]: 1 on these, −β at the last
+        token of a preserved prompt, and 0 on the response to it."""
+        before = torch.tensor([PARTS[row.part] == PARTS[0] for row in self.rows])
+        return torch.where(self.positive, 1.0, torch.where(before, -repel, 0.0))
 
     @cached_property
     def weights(self) -> Tensor:
@@ -206,8 +203,7 @@ def ridge_solution(h: Tensor, weights: Tensor, ridge: float, pull: Tensor) -> Te
 
 
 def preserved_outputs(W: Tensor, h: Tensor, evidence: Evidence) -> Tensor:
-    """W E₋ₚ[h] for every part p of preserved responses: the site's mean outputs there [d, parts]. The last instruction
-    token is none of them: v is measured over responses.
+    """W E₋ₚ[h] for every part p of preserved responses: the site's mean outputs there [d, parts].
 
     A projection's bias is left out, as it is in the scores: it is no component's output. The products are summed in
     fp64 (fp32 on MPS), so that means that are alike stay so.
@@ -216,7 +212,7 @@ def preserved_outputs(W: Tensor, h: Tensor, evidence: Evidence) -> Tensor:
         W: [d, n·c], any floating dtype. h: the site's evidence [rows, n·c].
     """
     means = []
-    for part in range(INSTRUCTION):
+    for part in range(len(PARTS)):
         mine = ~evidence.positive & torch.tensor([row.part == part for row in evidence.rows])
         if mine.any():  # short responses have no rest
             weights = evidence.weights[mine]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..behaviours.base import SPLITS
 from ..files.reading import sha256
-from ..method.preserve import EPSILON, INSTRUCTION, PARTS, REPEL
+from ..method.preserve import EPSILON, REPEL
 from ..method.rivals import Rival
 from ..method.variants import FULL, SCORED, Variant
 from ..recipe import Recipe
@@ -51,8 +51,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     splits = [r["data"][split] for split in SPLITS] if recipe.behaviour.divides else [r["data"]["probe"]]
     keys = {"traces": _key("traces", *model, *data, r["seed"], *splits, evaluation["rows"])}
     probe_pass = {name: value for name, value in r["probe"].items() if name not in ("expert_tokens", "preserve")}
-    kept = [*recipe.preserved, PARTS[INSTRUCTION]] if recipe.preserved else []  # earlier evidence had no instruction
-    keys["probe"] = _key("probe", keys["traces"], probe_pass, *kept)
+    keys["probe"] = _key("probe", keys["traces"], probe_pass, *recipe.preserved)
     scored = sorted([*score_files(recipe), *rival_files(recipe)])
     # Scores with evidence hold what vectors share with preserved outputs; those of earlier versions did not. All that
     # is made from them, test answers too, depends on the two numbers as well.

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import TraceError
-from ..method.preserve import FIRST, INSTRUCTION, EvidenceRow
+from ..method.preserve import FIRST, PARTS, EvidenceRow
 from ..progress import say
 from .chat import Chat
 from .spans import Span, response_span
@@ -52,16 +52,12 @@ class Plan:
 
 
 def part_of(span: Span, part: int, positions: Positions) -> range:
-    """The positions of one of PARTS. The first part is the prompt's last position, whatever positions the means take;
-    without a chat template it is the instruction's last token too, and counts once.
+    """The positions of one of PARTS. The first part is the prompt's last position, whatever positions the means take.
 
-    >>> span = Span(tuple(range(20)), first=4, last=12, asked=2)
-    >>> [list(part_of(span, part, "predicting")) for part in range(4)]
-    [[4], [5, 6, 7, 8, 9], [10, 11], [2]]
+    >>> [list(part_of(Span(tuple(range(20)), first=4, last=12), part, "predicting")) for part in range(3)]
+    [[4], [5, 6, 7, 8, 9], [10, 11]]
     """
     start = span.first - (positions == "response")
-    if part == INSTRUCTION:
-        return range(0) if span.asked is None else range(span.asked, min(span.asked + 1, start))
     edges = (start, start + 1, min(start + FIRST, span.last), span.last)
     return range(edges[part], edges[part + 1])
 
@@ -130,19 +126,13 @@ def plan_pass(
         | {"stop": list(chat.stop), "template": _digest(chat.template or getattr(tokenizer, "chat_template", None))},
         "max_tokens": max_tokens,
     }
-    evidence = _evidence_rows(spans, owners, rows, preserve, positions)
+    evidence = _evidence_rows(spans, owners, preserve, positions)
     return Plan(spans, owners, rows, groups, counts, provenance, evidence)
 
 
 def _evidence_rows(
-    spans: Sequence[Span],
-    owners: Sequence[Trace],
-    halves: Sequence[int],
-    preserve: Collection[str],
-    positions: Positions,
+    spans: Sequence[Span], owners: Sequence[Trace], preserve: Collection[str], positions: Positions
 ) -> list[EvidenceRow]:
-    """Every response keeps the two parts of its prompt, where it is decided how the answer begins. Of the answer's two
-    one half of each group keeps the first tokens, the other half the rest, which saves a quarter of the file."""
     if not preserve:
         return []
     negative = sorted({trace.group for trace in owners if trace.label == "negative"})
@@ -152,14 +142,12 @@ def _evidence_rows(
             got=unknown[0],
             fix=f"Groups with a response: {', '.join(negative)}.",
         )
-    kept = [i for i, trace in enumerate(owners) if trace.label == "positive" or trace.group in preserve]
-    if lost := sum(spans[i].asked is None for i in kept):
-        say(f"  {lost} of {len(kept)} prompts are not in what the model reads: no evidence of their end is kept")
     return [
-        EvidenceRow(owners[i].label, owners[i].group, i, part)
-        for i in kept
-        for part in (0, 1 + halves[i] % 2, INSTRUCTION)
-        if part_of(spans[i], part, positions)
+        EvidenceRow(trace.label, trace.group, i, part)
+        for i, (span, trace) in enumerate(zip(spans, owners, strict=True))
+        if trace.label == "positive" or trace.group in preserve
+        for part in range(len(PARTS))
+        if part_of(span, part, positions)
     ]
 
 

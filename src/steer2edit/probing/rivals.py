@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..edits import Edit, Scores
 from ..errors import EditError, ProbeError
 from ..method.change import SiteEdit
-from ..method.preserve import INSTRUCTION, Evidence
+from ..method.preserve import Evidence
 from ..method.rivals import RIVALS, Rival, as_site_edit, llm_va_row, null_space_row, rosi_row
 from ..method.theorems import output_direction
 from .probe import Probe
@@ -82,9 +82,7 @@ def _with_evidence(model: nn.Module | str | Path, probe: Probe, scores: Scores, 
     if name == "null_space":
         for key, s in scores.sites.items():
             if (h := evidence.of(key)) is not None:
-                in_response = torch.tensor([row.part != INSTRUCTION for row in evidence.rows])
-                mine = h[in_response], evidence.weights[in_response], evidence.positive[in_response]
-                rows[key] = null_space_row(*mine, s.v_norm)
+                rows[key] = null_space_row(h, evidence.weights, evidence.positive, s.v_norm)
     else:
         last = _last_prompt_tokens(evidence)
         wanted = tuple(s.site for key, s in scores.sites.items() if key in evidence.inputs)

@@ -6,7 +6,7 @@ differently at the boundary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ModelError, TraceError
@@ -19,13 +19,11 @@ LONGEST_TOKEN, _MORE = 512, 8
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens up to the last position that counts, the positions that the mean runs over: [first, last), and the
-    last token of the user's own text; None if the chat template changed that."""
+    """The tokens up to the last position that counts, and the positions that the mean runs over: [first, last)."""
 
     ids: tuple[int, ...]
     first: int
     last: int
-    asked: int | None = field(default=None, compare=False)
 
 
 def response_span(
@@ -88,15 +86,7 @@ def response_span(
             got=f"an empty prompt before {trace.response[:40]!r}",
             fix='Give a prompt, or take the mean over positions="response".',
         )
-    asked = _last_token(encoded["offset_mapping"], prompt, trace.messages()[-1]["content"].strip())
-    return Span(tuple(ids[: end - shift]), start - shift, end - shift, asked), cut
-
-
-def _last_token(offsets: Any, prompt: str, question: str) -> int | None:
-    """The token that holds the last character of the question; None if the prompt does not have it as it is."""
-    at = prompt.rfind(question) + len(question) - 1
-    holds = [i for i, (start, end) in enumerate(offsets) if start <= at < end]
-    return holds[-1] if question and question in prompt and holds else None
+    return Span(tuple(ids[: end - shift]), start - shift, end - shift), cut
 
 
 def _encoded(tokenizer: Any, text: str, max_tokens: int, chat: Chat) -> tuple[Any, bool]:
