@@ -95,7 +95,7 @@ def test_it_fires_less_where_nothing_is_to_change_and_as_much_where_it_should() 
     assert float(fired) == pytest.approx(float((h[positive] @ a0).mean()), rel=0.2)
     assert float(quiet) < 0.25 * float(fired)
     assert float((h[~positive] @ a0).mean()) > 0.9 * float((h[positive] @ a0).mean())
-    # With a repel the other group is pushed the other way, and the first as hard as before.
+    # With β above 0 the other group is pushed the other way, and the first as hard as before.
     away = quiet_row(a0, h, weights, positive, torch.where(positive, 1.0, -0.5), 0.05)
     assert float((h[positive] @ away).mean()) == pytest.approx(float(fired), rel=0.2)
     assert float((h[~positive] @ away).mean()) < -0.25 * float(fired)

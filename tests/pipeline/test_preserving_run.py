@@ -82,7 +82,7 @@ def test_an_edit_is_made_again_as_hard_as_its_file_says(tmp_path: Path) -> None:
     budget = {name: chosen.config[name] for name in ("rho_attn", "rho_mlp", "alpha", "preserve")}
     other = run.scores["full"].edit(**budget, repel=0.0)
     assert other.id != chosen.id
-    # As an earlier version wrote it, which did not know a repel.
+    # As an earlier version wrote it, which knew no β.
     config = {name: value for name, value in other.config.items() if name != "repel"} | {"variant": "preserve"}
     replace(other, config=config).save(tmp_path / "run/edit.safetensors")
     result = reproduce(tmp_path / "run", tmp_path / "once more")
