@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +57,12 @@ class Draw:
     items: Sequence[dict[tuple[str, int], np.ndarray]] | None = None
     random: Any = field(default=None, repr=False)
     curves: dict[tuple[str, str], list[float]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def each(self) -> list[Draw]:
+        """Every seed as a draw of its own, with the same items."""
+        items = self.items
+        return [Draw([seed], None if items is None else [items[i]], self.random) for i, seed in enumerate(self.seeds)]
 
     def means(self, which: int, values: Mapping[str, np.ndarray], measure: str) -> float:
         """A measure's mean over the drawn items of one seed; NaN if it was not measured there, or is not finite."""
@@ -145,7 +152,7 @@ def draws(seeds: Sequence[Seed], resamples: int, seed: int) -> list[Draw]:
 
 
 def summary(value: float | None, drawn: Sequence[float | None]) -> dict[str, Any]:
-    """A number with its 95 % interval over draws, and the share of draws that have it."""
+    """A number with its 95 % interval over bootstrap draws, and the share of these that have it."""
     known = [x for x in drawn if x is not None and np.isfinite(x)]
     shown = {"mean": None, "low": None, "high": None, "share": _share(len(known), len(drawn))}
     if value is None or not np.isfinite(value) or not known:
@@ -164,39 +171,63 @@ def _short(value: float) -> float:
 
 
 def equal_level(
-    whole: Draw, drawn: Sequence[Draw], methods: Sequence[str], x: str, costs: Sequence[str], levels: Sequence[float]
+    whole: Draw,
+    drawn: Sequence[Draw],
+    methods: Sequence[str],
+    x: str,
+    costs: Sequence[str],
+    levels: Sequence[float],
+    *,
+    each: bool = False,
 ) -> dict[str, Any]:
     """What each method's measures come to where `x` reaches a level on test, and their ratios to another method's.
+
+    Args:
+        each: read off in every seed by itself, then averaged over those that reach the level; a ratio is that of the
+            means over those in which both methods do. Without it it is read off on the mean curve over the seeds.
 
     Returns:
         level → method → measure → a number with its interval; under "ratio", "of/to" → measure → the same of the ratio
         of the first method's number to the second's, where both reach the level.
     """
+    parts = [d.each if each else [d] for d in (whole, *drawn)]
     table: dict[str, Any] = {}
     for level in levels:
-        at: dict[str, dict[str, list[float | None]]] = {}
-        for method in methods:
-            curves = [(d.curve(method, x), {cost: d.curve(method, cost) for cost in costs}) for d in (whole, *drawn)]
-            at[method] = {c: [interpolated(reached, of[c], level) for reached, of in curves] for c in costs}
+        at: dict[str, dict[str, list[list[float | None]]]] = {
+            method: {
+                cost: [[interpolated(d.curve(method, x), d.curve(method, cost), level) for d in of] for of in parts]
+                for cost in costs
+            }
+            for method in methods
+        }
         row: dict[str, Any] = {
-            method: {cost: summary(values[0], values[1:]) for cost, values in of_method.items()}
+            method: {cost: _summary([[(a, 1.0) for a in read] for read in reads]) for cost, reads in of_method.items()}
             for method, of_method in at.items()
         }
         row["ratio"] = {
-            f"{methods[0]}/{other}": {cost: _ratios(at[methods[0]][cost], at[other][cost]) for cost in costs}
+            f"{methods[0]}/{other}": {
+                cost: _summary(
+                    [list(zip(*both, strict=True)) for both in zip(at[methods[0]][cost], at[other][cost], strict=True)]
+                )
+                for cost in costs
+            }
             for other in methods[1:]
         }
         table[f"{level:g}"] = row
     return table
 
 
-def _ratios(one: Sequence[float | None], other: Sequence[float | None]) -> dict[str, Any]:
-    first, *rest = (_ratio(a, b) for a, b in zip(one, other, strict=True))
-    return summary(first, rest)
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None or b <= 0 else a / b
+def _summary(reads: Sequence[Sequence[tuple[float | None, float | None]]]) -> dict[str, Any]:
+    """What the draws read at a level, a pair for each of their curves: the sum of the first numbers by that of the
+    second ones, over the pairs that have both. `share`: of how many curves the draws could read it, on average."""
+    values, shares = [], []
+    for pairs in reads:
+        both = [(a, b) for a, b in pairs if a is not None and b is not None]
+        below = sum(b for _, b in both)
+        values.append(sum(a for a, _ in both) / below if below > 0 else None)
+        shares.append(len(both) / len(pairs) if below > 0 else 0.0)
+    drawn = shares[1:]
+    return summary(values[0], values[1:]) | {"share": _short(sum(drawn) / len(drawn)) if drawn else 0.0}
 
 
 def results_of(
@@ -254,11 +285,12 @@ def results_of(
     }
     if levels:
         costs = [m.name for m in shown if m.better == "lower"]
-        table["at_equal_attribute"] = equal_level(whole, drawn, curves, attribute.name, costs, levels)
+        compared = (whole, drawn, curves, attribute.name, costs, levels)
+        table["at_equal_attribute"] = equal_level(*compared)
+        table["at_equal_attribute_in_each"] = equal_level(*compared, each=True)
         table["levels_reached"] = {
             method: {
-                f"{level:g}": [_reached(Draw([seed]), method, attribute.name, level) for seed in seeds]
-                for level in levels
+                f"{level:g}": [_reached(one, method, attribute.name, level) for one in whole.each] for level in levels
             }
             for method in curves
         }
@@ -305,6 +337,12 @@ def markdown(results: Mapping[str, Any], titles: Mapping[str, str], costs: Mappi
     if "at_equal_attribute" in results:
         for level, row in results["at_equal_attribute"].items():
             lines += _level_table(f"Where {names[results['attribute']]} is {level} on test", row, titles, names)
+        for level, row in results["at_equal_attribute_in_each"].items():
+            reached = {method: sum(of[level]) for method, of in results["levels_reached"].items()}
+            said = "; ".join(f"{titles[method]}: {n} of {len(results['seeds'])}" for method, n in reached.items())
+            title = f"Where {names[results['attribute']]} is {level} on test, read off in each seed by itself"
+            lines += _level_table(title, row, titles, names)
+            lines += [f"Seeds that reach it: {said}. A ratio is that of the means over seeds that both reach.", ""]
     for level, row in results["at_equal_kl"].items():
         lines += _level_table(f"At a KL of {level} on test", row, titles, names, ratios=False)
     columns = [name for name in names if name in next(iter(results["chosen"].values()), {})]
@@ -355,7 +393,7 @@ def _level_table(
 def _cell(value: Mapping[str, Any], missing: str = "–") -> str:
     if value["mean"] is None:
         return missing
-    known = "" if value["share"] > 0.995 else f", in {value['share']:.0%} of the draws"
+    known = "" if value["share"] > 0.995 else f", in {value['share']:.0%}"
     return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]{known}"
 
 

@@ -5,7 +5,7 @@ Ours and the tool's take turns, once a round, each measurement in a process of i
 journal, so that the same command goes on after a kill; delete the folder to begin anew. The environments
 (`.venv-peers/NAME`, about 1 GB each) are made at the first run.
 
-Run: python benchmarks/peers.py [--quick] [--rounds 5] [--only NAME] [--out runs/peers.md]
+Run: python benchmarks/peers.py [--quick] [--rounds 5] [--only NAME] [--task KIND] [--out runs/peers.md]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from steer2edit.files.reading import read_journal
 from steer2edit.files.writing import append_jsonl, remove, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = {"traces": 80, "prompts": 64, "strengths": 16, "tokens": 24, "rows": 64}
+FULL = {"traces": 80, "prompts": 64, "strengths": 16, "tokens": 12, "rows": 64}
+KINDS = ("vectors", "sweep", "edit")
 QUICK = {"traces": 16, "prompts": 16, "strengths": 4, "tokens": 12, "rows": 64}
 
 
@@ -168,12 +169,21 @@ class Benchmark:
         return sorted(found, key=lambda pair: pair.task.split("-")[0], reverse=True)
 
 
-def run(benchmark: Benchmark, tools: Sequence[Tool], rounds: int, title: str, out: Path | None) -> str:
-    """All rounds of all pairs; the table, which `out` gets after every pair."""
+def run(
+    benchmark: Benchmark,
+    tools: Sequence[Tool],
+    rounds: int,
+    title: str,
+    out: Path | None,
+    kinds: Collection[str] = KINDS,
+) -> str:
+    """All rounds of all pairs of some kinds; the table, which `out` gets after every pair."""
     beyond = {tool.name: tool.beyond for tool in tools if tool.beyond}
     for number in range(rounds):
         for tool in tools:
             for task in tool.tasks:
+                if task.split("-")[0] not in kinds or (number and task in tool.once):
+                    continue
                 benchmark.pair(tool, task, number)
                 if out is not None:
                     write_text(out, markdown(benchmark.pairs(tools), title, beyond))
@@ -200,6 +210,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, help="5, or 1 with --quick")
     options.add_argument("--quick", action="store_true", help="small sizes, and one round")
     options.add_argument("--only", action="append", help="one tool, by its name; may be given again")
+    options.add_argument("--task", action="append", choices=KINDS, help="one kind of task; may be given again")
     options.add_argument("--retry", action="store_true", help="measure again what failed")
     options.add_argument("--work", type=Path, default=Path("runs/peers"), help="where the journal is kept")
     options.add_argument("--out", type=Path, help="where the table goes")
@@ -216,7 +227,8 @@ def main() -> None:
         f" {sizes['strengths']} strengths × {sizes['prompts']} prompts × {sizes['tokens']} greedy tokens. Times are"
         " medians over the rounds; memory is the peak of all rounds."
     )
-    print(run(Benchmark(folder, ROOT / ".venv-peers", retry=given.retry), tools, rounds, title, given.out))
+    benchmark = Benchmark(folder, ROOT / ".venv-peers", retry=given.retry)
+    print(run(benchmark, tools, rounds, title, given.out, given.task or KINDS))
 
 
 if __name__ == "__main__":

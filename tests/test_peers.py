@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_both_sides_take_turns_and_the_table_has_medians_and_versions(
     assert "takes less time" not in table
     assert "- **theirs**: theirs's own" in table
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
+
+
+def test_one_kind_of_task_and_a_slow_task_in_one_round_alone(peers: Any, stand_in: Any, tmp_path: Path) -> None:
+    ours, theirs = stand_in("mine", [1.0]), stand_in("theirs", [2.0])
+    slow = replace(theirs, tasks={"sweep-steer": "", "sweep-ablate": "", "edit": ""}, once=("sweep-steer",))
+    table = peers.run(peers.Benchmark(tmp_path, tmp_path, ours), [slow], 3, "A title.", None, ["sweep"])
+    assert "| sweep-steer | theirs | 1 | " in table
+    assert "| sweep-ablate | theirs | 3 | " in table
+    assert "| edit | theirs | 0 | | | | | | not measured yet |" in table
+
+
+def test_the_large_sizes_have_as_many_prompts_as_they_ask_for(peers: Any) -> None:
+    from prepare import asked
+
+    assert len(set(asked(peers.FULL["prompts"]))) == peers.FULL["prompts"]
 
 
 def test_a_tool_that_fails_has_a_row_that_says_so(peers: Any, stand_in: Any, tmp_path: Path) -> None:

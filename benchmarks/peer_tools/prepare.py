@@ -46,8 +46,9 @@ def prepare(folder: Path, model_name: str, sizes: Mapping[str, int]) -> None:
     )
     save_file({"stream": stream}, str(folder / "vectors.safetensors"))
 
-    items = Safety().items(Source(BUILTIN, {"validation": {"benign": sizes["prompts"]}}), "validation")
-    prompts = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": item.text}] for item in items]
+    prompts = [
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}] for text in asked(sizes["prompts"])
+    ]
     plan = {
         "model": str(checkpoint),
         "layers": len(stream),
@@ -65,6 +66,12 @@ def prepare(folder: Path, model_name: str, sizes: Mapping[str, int]) -> None:
         ],
     }
     write_json(folder / "plan.json", plan)
+
+
+def asked(count: int) -> list[str]:
+    """Harmless prompts. Half of them look harmful."""
+    counts = {"benign": count - count // 2, "borderline": count // 2}
+    return [item.text for item in Safety().items(Source(BUILTIN, {"validation": counts}), "validation")]
 
 
 def as_tokens(tokenizer: Any, trace: s2e.Trace) -> Trace:

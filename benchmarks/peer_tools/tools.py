@@ -19,6 +19,7 @@ class Tool:
         tasks: task → where the tool and we differ in what they do; empty if they do the same.
         requirement: what pip installs into its environment; empty if it runs in ours.
         pins: packages of constraints.txt whose versions it takes; the others would not fit.
+        once: tasks that are measured in the first round alone, since they take longest.
         beyond: what it does that we don't.
     """
 
@@ -27,6 +28,7 @@ class Tool:
     tasks: Mapping[str, str] = field(default_factory=dict)
     requirement: str = ""
     pins: tuple[str, ...] = ("torch",)
+    once: tuple[str, ...] = ()
     beyond: str = ""
 
 
@@ -40,6 +42,7 @@ TOOLS = (
             "sweep-steer": "with a process and a load a strength",
             "edit": "with the process",
         },
+        once=("sweep-steer",),
         beyond="nothing to install: it is a page of code over transformers.",
     ),
     Tool(

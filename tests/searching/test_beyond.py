@@ -126,6 +126,53 @@ def test_what_two_methods_cost_at_the_same_refusal_and_their_ratio(numbers: Any)
     assert "| loud | not reached |" in page
 
 
+def test_a_level_read_off_in_each_seed_by_itself_is_averaged_over_those_that_reach_it(numbers: Any) -> None:
+    late = a_seed(1)
+    late["methods"]["quiet"] = [strength(0.02, [0] * 4, [0, 0], 0.02), strength(0.2, [1] * 4, [1, 1], 0.2)]
+    late["methods"]["loud"] = [strength(0.02, [0] * 4, [0, 0], 0.02), strength(0.2, [0] * 4, [1, 1], 0.2)]
+    measures = (REFUSAL, OVER_REFUSAL)
+    found = numbers.results_of(
+        [a_seed(0), late], measures, curves=["quiet", "loud"], levels=[0.75], kls=[], reference=0.4, resamples=40
+    )
+    at = found["at_equal_attribute_in_each"]["0.75"]
+    assert at["quiet"]["over_refusal"]["mean"] == pytest.approx((0.25 + 0.75) / 2)
+    assert at["loud"]["over_refusal"]["mean"] == 1.0  # in the first seed alone
+    assert at["ratio"]["quiet/loud"]["over_refusal"]["mean"] == 0.25  # there as well
+    # The mean curves: quiet refuses 0.25 and then all, loud no more than 0.375.
+    assert found["at_equal_attribute"]["0.75"]["quiet"]["over_refusal"]["mean"] == pytest.approx(0.5)
+    assert found["at_equal_attribute"]["0.75"]["loud"]["over_refusal"]["mean"] is None
+    page = numbers.markdown(found, {"quiet": "quiet", "loud": "loud"}, {})
+    assert "Seeds that reach it: quiet: 2 of 2; loud: 1 of 2." in page
+
+
+def test_of_one_seed_both_readings_are_the_same_with_their_intervals(numbers: Any) -> None:
+    measures = (REFUSAL, OVER_REFUSAL)
+    found = numbers.results_of(
+        [a_seed()], measures, curves=["quiet", "loud"], levels=[0.5, 0.75], kls=[], reference=0.4, resamples=60
+    )
+    assert found["at_equal_attribute_in_each"] == found["at_equal_attribute"]
+    assert 0 < found["at_equal_attribute"]["0.75"]["loud"]["over_refusal"]["share"] < 1
+
+
+def test_the_share_of_what_is_read_in_each_seed_counts_seeds(numbers: Any) -> None:
+    always, never = a_seed(0), a_seed(1)
+    never["methods"]["loud"] = [strength(0.02, [0] * 4, [0, 0], 0.02)]
+    for seed in (always, never):
+        for of in (seed["base"], *(one for strengths in seed["methods"].values() for one in strengths)):
+            of["test"] = {name: values * 100 for name, values in of["test"].items()}
+    found = numbers.results_of(
+        [always, never],
+        (REFUSAL, OVER_REFUSAL),
+        curves=["quiet", "loud"],
+        levels=[0.5],
+        kls=[],
+        reference=0.4,
+        resamples=300,
+    )
+    # Half of the seeds that are drawn reach it, and nearly every draw has one of them.
+    assert found["at_equal_attribute_in_each"]["0.5"]["loud"]["over_refusal"]["share"] == pytest.approx(0.5, abs=0.06)
+
+
 def test_intervals_hold_the_spread_over_prompts_and_methods_share_their_draws(numbers: Any) -> None:
     seed = a_seed()
     for method in ("quiet", "loud"):
