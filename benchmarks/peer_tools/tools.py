@@ -72,7 +72,7 @@ TOOLS = (
     Tool(
         "repeng",
         SCRIPTS / "with_repeng.py",
-        {"vectors-last": "it: PCA of paired differences, we: difference of means", "sweep-steer": ""},
+        {"vectors-last": "repeng: PCA of paired differences, steer2edit: difference of means", "sweep-steer": ""},
         "repeng==0.4.0",
         beyond="vectors by PCA or UMAP, and in the features of a sparse autoencoder; control vectors as GGUF files.",
     ),
