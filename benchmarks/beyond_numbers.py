@@ -201,12 +201,12 @@ def equal_level(
             for method in methods
         }
         row: dict[str, Any] = {
-            method: {cost: _summary([[(a, 1.0) for a in read] for read in reads]) for cost, reads in of_method.items()}
+            method: {cost: _read_off([[(a, 1.0) for a in read] for read in reads]) for cost, reads in of_method.items()}
             for method, of_method in at.items()
         }
         row["ratio"] = {
             f"{methods[0]}/{other}": {
-                cost: _summary(
+                cost: _read_off(
                     [list(zip(*both, strict=True)) for both in zip(at[methods[0]][cost], at[other][cost], strict=True)]
                 )
                 for cost in costs
@@ -217,7 +217,7 @@ def equal_level(
     return table
 
 
-def _summary(reads: Sequence[Sequence[tuple[float | None, float | None]]]) -> dict[str, Any]:
+def _read_off(reads: Sequence[Sequence[tuple[float | None, float | None]]]) -> dict[str, Any]:
     """What the draws read at a level, a pair for each of their curves: the sum of the first numbers by that of the
     second ones, over the pairs that have both. `share`: of how many curves the draws could read it, on average."""
     values, shares = [], []

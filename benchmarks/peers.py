@@ -28,8 +28,8 @@ from steer2edit.files.writing import append_jsonl, remove, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = {"traces": 80, "prompts": 64, "strengths": 16, "tokens": 12, "rows": 64}
-KINDS = ("vectors", "sweep", "edit")
 QUICK = {"traces": 16, "prompts": 16, "strengths": 4, "tokens": 12, "rows": 64}
+KINDS = ("vectors", "sweep", "edit")
 
 
 class Failed(Exception):
